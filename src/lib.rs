@@ -1,0 +1,4 @@
+//! pgcairn keeps a PostgreSQL cluster as content-addressed chunks, and mounts any backup of it.
+
+pub mod postgres;
+pub mod store;

@@ -1,0 +1,3 @@
+//! The `pgcairn` program.
+
+fn main() {}

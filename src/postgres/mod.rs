@@ -1,0 +1,1 @@
+//! What PostgreSQL defines: control file, pages, WAL names, labels, exclusions. No I/O.

@@ -1,0 +1,69 @@
+use std::fmt;
+
+/// What kind of failure it was; decides whether to try again and which hint to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// there is no such object
+    NotFound,
+    /// the object is shorter than the range asked for
+    Truncated,
+    /// the store refused: credentials or permissions
+    Denied,
+    /// the store is full
+    NoSpace,
+    /// worth trying again: 5xx, throttling, time-outs, cut connections
+    Transient,
+    /// anything else: bad bucket, bad configuration, local I/O error
+    Other,
+}
+
+/// A failed call: what was asked, of which object, and why it failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {operation} {url}/{key}")]
+pub struct StoreError {
+    /// what kind of failure
+    pub kind: ErrorKind,
+    /// the call, as a verb: "read", "write", "list", "delete"
+    pub operation: &'static str,
+    /// the store's URL
+    pub url: String,
+    /// the object's key, or the prefix listed
+    pub key: String,
+    /// the cause
+    #[source]
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// Shorthand of this module.
+pub type Result<T> = std::result::Result<T, StoreError>;
+
+impl StoreError {
+    /// A failure of `kind` with its cause.
+    pub fn new(
+        kind: ErrorKind,
+        operation: &'static str,
+        url: &str,
+        key: &str,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self { kind, operation, url: url.to_owned(), key: key.to_owned(), source: source.into() }
+    }
+
+    /// What to do next.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self.kind {
+            ErrorKind::NotFound => None,
+            ErrorKind::Truncated => Some("the object is damaged; run \"pgcairn verify\""),
+            ErrorKind::Denied => Some("check the credentials and the permissions of the repository"),
+            ErrorKind::NoSpace => Some("free space in the repository, then run the command again"),
+            ErrorKind::Transient => Some("check that the repository can be reached, then run the command again"),
+            ErrorKind::Other => None,
+        }
+    }
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self:?}")
+    }
+}
