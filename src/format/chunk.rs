@@ -1,0 +1,352 @@
+//! Chunks: their names, where they are, and how their plaintext becomes stored bytes.
+
+use std::fmt;
+
+use super::wire::{Reader, put_varint};
+use super::{FormatError, GRAIN, Result, SLOT};
+
+/// Name of a chunk: keyed BLAKE3 over the keyed BLAKE3 digests of its grains.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ChunkId(pub [u8; 32]);
+
+/// Name of a pack, random (of a WAL object: derived from its content).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct PackId(pub [u8; 16]);
+
+/// 64 bits of a grain's digest: enough to find changed grains of one file between two backups.
+pub type GrainHash = u64;
+
+/// Where the stored bytes of a chunk are, and what they must prove to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ChunkRef {
+    /// the pack that holds it
+    pub pack: PackId,
+    /// first stored byte in the pack
+    pub offset: u32,
+    /// stored bytes
+    pub stored_len: u32,
+    /// plaintext bytes, 1 to [`SLOT`]
+    pub plain_len: u32,
+    /// the plaintext's name
+    pub id: ChunkId,
+}
+
+/// Codec byte in front of a stored chunk: the plaintext follows as it is.
+const RAW: u8 = 0;
+/// Codec byte in front of a stored chunk: one zstd frame follows.
+const ZSTD: u8 = 1;
+
+/// The keys under which plaintext is hashed. Without encryption they derive from constants: a name then tells as much as
+/// the stored bytes beside it do. With encryption they derive from the repository's secret.
+#[derive(Clone)]
+pub struct HashKeys {
+    grain: [u8; 32],
+    chunk: [u8; 32],
+    file: [u8; 32],
+}
+
+/// The digests of one run of plaintext: its name and the short hash of each grain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Digest {
+    /// name of the run as a chunk
+    pub id: ChunkId,
+    /// one per grain, the last may be of a partial grain
+    pub grains: Vec<GrainHash>,
+}
+
+impl HashKeys {
+    /// Keys of a repository; `secret` is empty where there is no encryption.
+    pub fn new(secret: &[u8]) -> Self {
+        Self {
+            grain: blake3::derive_key("pgcairn 2026 grain", secret),
+            chunk: blake3::derive_key("pgcairn 2026 chunk", secret),
+            file: blake3::derive_key("pgcairn 2026 file", secret),
+        }
+    }
+
+    /// Hashes up to one slot of plaintext, each byte once.
+    pub fn digest(&self, plain: &[u8]) -> Digest {
+        let mut grains = Vec::with_capacity(plain.len().div_ceil(GRAIN));
+        let mut whole = blake3::Hasher::new_keyed(&self.chunk);
+        whole.update(&(plain.len() as u32).to_le_bytes());
+        for grain in plain.chunks(GRAIN) {
+            let digest = blake3::keyed_hash(&self.grain, grain);
+            whole.update(digest.as_bytes());
+            grains.push(short(&digest));
+        }
+        Digest { id: ChunkId(*whole.finalize().as_bytes()), grains }
+    }
+
+    /// The short hash of one grain.
+    pub fn grain(&self, grain: &[u8]) -> GrainHash {
+        short(&blake3::keyed_hash(&self.grain, grain))
+    }
+
+    /// The name of a whole file from the names of its slots in order; the WAL archive's file names carry it.
+    pub fn file(&self, slots: impl IntoIterator<Item = ChunkId>) -> PackId {
+        let mut hasher = blake3::Hasher::new_keyed(&self.file);
+        for slot in slots {
+            hasher.update(&slot.0);
+        }
+        let mut id = PackId::default();
+        id.0.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        id
+    }
+}
+
+fn short(digest: &blake3::Hash) -> GrainHash {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&digest.as_bytes()[..8]);
+    u64::from_le_bytes(bytes)
+}
+
+/// Turns plaintext into stored bytes; keeps its compression context between calls.
+pub struct Encoder {
+    zstd: zstd::bulk::Compressor<'static>,
+}
+
+impl Encoder {
+    /// `level` as of zstd; 3 is the default of pgcairn.
+    pub fn new(level: i32) -> std::io::Result<Self> {
+        Ok(Self { zstd: zstd::bulk::Compressor::new(level)? })
+    }
+
+    /// Appends the stored form of `plain` to `out`; incompressible plaintext is kept raw.
+    pub fn encode(&mut self, plain: &[u8], out: &mut Vec<u8>) -> std::io::Result<()> {
+        let start = out.len();
+        out.push(ZSTD);
+        out.resize(start + 1 + zstd::zstd_safe::compress_bound(plain.len()), 0);
+        let written = self.zstd.compress_to_buffer(plain, &mut out[start + 1..])?;
+        if written < plain.len() {
+            out.truncate(start + 1 + written);
+        } else {
+            out.truncate(start);
+            out.push(RAW);
+            out.extend_from_slice(plain);
+        }
+        Ok(())
+    }
+}
+
+/// Turns stored bytes back into plaintext and proves them; keeps its decompression context between calls.
+pub struct Decoder {
+    zstd: zstd::bulk::Decompressor<'static>,
+}
+
+impl Decoder {
+    /// A decoder with an empty context.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self { zstd: zstd::bulk::Decompressor::new()? })
+    }
+
+    /// The plaintext of a chunk, checked against its name; `object` is what an error calls the pack.
+    pub fn decode(&mut self, keys: &HashKeys, object: &str, at: &ChunkRef, stored: &[u8]) -> Result<Vec<u8>> {
+        let bad = |what: String| FormatError::new(object, u64::from(at.offset), what);
+        let plain = self.unpack(at, stored).map_err(bad)?;
+        if plain.len() != at.plain_len as usize {
+            return Err(bad(format!("a chunk of {} bytes where {} were stored", plain.len(), at.plain_len)));
+        }
+        let found = keys.digest(&plain).id;
+        if found != at.id {
+            return Err(bad(format!("chunk {} reads as {found}", at.id)));
+        }
+        Ok(plain)
+    }
+
+    fn unpack(&mut self, at: &ChunkRef, stored: &[u8]) -> std::result::Result<Vec<u8>, String> {
+        let (codec, payload) = stored.split_first().ok_or("an empty chunk")?;
+        match *codec {
+            RAW => Ok(payload.to_vec()),
+            ZSTD => {
+                let capacity = (at.plain_len as usize).min(SLOT);
+                self.zstd.decompress(payload, capacity).map_err(|error| format!("a chunk that zstd refuses: {error}"))
+            }
+            other => Err(format!("unknown codec {other}")),
+        }
+    }
+}
+
+impl ChunkRef {
+    /// The largest stored length a chunk can have: raw, with its codec byte and room for a seal.
+    pub const MAX_STORED: u64 = SLOT as u64 + 256;
+
+    /// The first byte behind the stored bytes.
+    pub fn end(&self) -> u64 {
+        u64::from(self.offset) + u64::from(self.stored_len)
+    }
+}
+
+/// A table of packs and chunks at the head of a leaf or block; its records then name chunks by number.
+#[derive(Debug, Default)]
+pub struct ChunkTable {
+    packs: Vec<PackId>,
+    chunks: Vec<ChunkRef>,
+    numbers: std::collections::HashMap<ChunkRef, usize>,
+}
+
+impl ChunkTable {
+    /// The number of `chunk`, added where it is new.
+    pub fn number(&mut self, chunk: ChunkRef) -> usize {
+        if let Some(number) = self.numbers.get(&chunk) {
+            return *number;
+        }
+        self.chunks.push(chunk);
+        self.numbers.insert(chunk, self.chunks.len() - 1);
+        self.chunks.len() - 1
+    }
+
+    /// Rough encoded length in bytes.
+    pub fn encoded_len(&self) -> usize {
+        self.chunks.len() * 46 + self.packs.len() * 16 + 16
+    }
+
+    /// Appends packs, then chunks.
+    pub fn encode(&mut self, out: &mut Vec<u8>) {
+        let mut pack_numbers = std::collections::HashMap::new();
+        self.packs.clear();
+        for chunk in &self.chunks {
+            pack_numbers.entry(chunk.pack).or_insert_with(|| {
+                self.packs.push(chunk.pack);
+                self.packs.len() - 1
+            });
+        }
+        put_varint(out, self.packs.len() as u64);
+        self.packs.iter().for_each(|pack| out.extend_from_slice(&pack.0));
+        put_varint(out, self.chunks.len() as u64);
+        for chunk in &self.chunks {
+            put_varint(out, pack_numbers[&chunk.pack] as u64);
+            put_varint(out, u64::from(chunk.offset));
+            put_varint(out, u64::from(chunk.stored_len));
+            put_varint(out, u64::from(chunk.plain_len));
+            out.extend_from_slice(&chunk.id.0);
+        }
+    }
+
+    /// Reads what `encode` wrote.
+    pub fn decode(reader: &mut Reader<'_>) -> Result<Vec<ChunkRef>> {
+        let packs = reader.count(16, "pack count")?;
+        let packs = (0..packs).map(|_| Ok(PackId(reader.array()?))).collect::<Result<Vec<_>>>()?;
+        let chunks = reader.count(36, "chunk count")?;
+        (0..chunks).map(|_| decode_chunk(reader, &packs)).collect()
+    }
+}
+
+fn decode_chunk(reader: &mut Reader<'_>, packs: &[PackId]) -> Result<ChunkRef> {
+    let number = reader.varint()?;
+    let pack = usize::try_from(number).ok().and_then(|number| packs.get(number));
+    let pack = *pack.ok_or_else(|| reader.error(format!("pack {number} of {}", packs.len())))?;
+    let offset = reader.bounded(u64::from(u32::MAX) - ChunkRef::MAX_STORED, "chunk offset")? as u32;
+    let stored_len = reader.bounded(ChunkRef::MAX_STORED, "stored length")? as u32;
+    let plain_len = reader.bounded(SLOT as u64, "plain length")? as u32;
+    if plain_len == 0 || stored_len == 0 {
+        return Err(reader.error("an empty chunk"));
+    }
+    Ok(ChunkRef { pack, offset, stored_len, plain_len, id: ChunkId(reader.array()?) })
+}
+
+fn hex(bytes: &[u8], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+}
+
+impl fmt::Display for ChunkId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        hex(&self.0, f)
+    }
+}
+
+impl fmt::Debug for ChunkId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        hex(&self.0[..6], f)
+    }
+}
+
+impl fmt::Display for PackId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        hex(&self.0, f)
+    }
+}
+
+impl fmt::Debug for PackId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        hex(&self.0[..6], f)
+    }
+}
+
+impl fmt::Debug for HashKeys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("HashKeys")
+    }
+}
+
+impl fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Encoder")
+    }
+}
+
+impl fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Decoder")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+
+    fn reference(keys: &HashKeys, plain: &[u8], stored_len: usize) -> ChunkRef {
+        let id = keys.digest(plain).id;
+        let (stored_len, plain_len) = (stored_len as u32, plain.len() as u32);
+        ChunkRef { pack: PackId([7; 16]), offset: 32, stored_len, plain_len, id }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn plaintext_comes_back_and_a_flipped_bit_does_not(
+            plain in prop_oneof![
+                prop::collection::vec(any::<u8>(), 1..40_000),
+                (any::<u8>(), 1..SLOT).prop_map(|(byte, len)| vec![byte; len]),
+            ],
+            flip in any::<prop::sample::Index>(),
+        ) {
+            let keys = HashKeys::new(b"");
+            let mut stored = Vec::new();
+            Encoder::new(3).unwrap().encode(&plain, &mut stored).unwrap();
+            let at = reference(&keys, &plain, stored.len());
+            let mut decoder = Decoder::new().unwrap();
+            prop_assert_eq!(&decoder.decode(&keys, "pack", &at, &stored).unwrap(), &plain);
+            let bit = flip.index(stored.len() * 8);
+            stored[bit / 8] ^= 1 << (bit % 8);
+            if let Ok(read) = decoder.decode(&keys, "pack", &at, &stored) {
+                prop_assert_eq!(read, plain);
+            }
+        }
+    }
+
+    #[test]
+    fn names_depend_on_the_secret_and_on_every_grain() {
+        let (plain, open, sealed) = (vec![1; 3 * GRAIN], HashKeys::new(b""), HashKeys::new(b"secret"));
+        assert_ne!(open.digest(&plain).id, sealed.digest(&plain).id);
+        assert_eq!(open.digest(&plain).grains.len(), 3);
+        let mut changed = plain.clone();
+        changed[2 * GRAIN] = 2;
+        assert_ne!(open.digest(&plain).id, open.digest(&changed).id);
+        assert_eq!(open.digest(&plain).grains[..2], open.digest(&changed).grains[..2]);
+        assert_ne!(open.digest(&plain).grains[2], open.digest(&changed).grains[2]);
+    }
+
+    #[test]
+    fn a_table_comes_back() {
+        let keys = HashKeys::new(b"");
+        let mut table = ChunkTable::default();
+        let first = reference(&keys, b"one", 4);
+        let second = ChunkRef { pack: PackId([9; 16]), offset: 77, ..reference(&keys, b"two", 4) };
+        assert_eq!((table.number(first), table.number(second), table.number(first)), (0, 1, 0));
+        let mut out = Vec::new();
+        table.encode(&mut out);
+        assert_eq!(ChunkTable::decode(&mut Reader::new("table", &out)).unwrap(), [first, second]);
+    }
+}

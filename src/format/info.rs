@@ -1,0 +1,139 @@
+//! Small, human-readable objects: a magic line, pretty JSON, a checksum line.
+//!
+//! ```text
+//! pgcairn backup.info 1
+//! { ... }
+//! blake3 <64 hex digits over all bytes before this line>
+//! ```
+
+use std::collections::BTreeMap;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::manifest::{BackupType, Database, Sizes};
+use super::{FormatError, Result, VERSION};
+
+/// `backup.info`: what backups there are. Can be rebuilt from the manifests.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BackupInfo {
+    /// by label
+    pub backups: BTreeMap<String, BackupSummary>,
+}
+
+/// What `info` shows of a backup without reading its manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BackupSummary {
+    /// full, diff or incr
+    #[serde(rename = "type")]
+    pub kind: BackupType,
+    /// label of the parent
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prior: Option<String>,
+    /// version of pgcairn that wrote it
+    pub pgcairn: String,
+    /// number of the cluster in `archive.info`
+    pub database_id: u32,
+    /// seconds since 1970
+    pub start_time: i64,
+    /// seconds since 1970
+    pub stop_time: i64,
+    /// where recovery starts
+    pub start_lsn: String,
+    /// where the copy is consistent
+    pub stop_lsn: String,
+    /// first segment needed
+    pub wal_start: String,
+    /// last segment needed
+    pub wal_stop: String,
+    /// what it weighs
+    pub sizes: Sizes,
+    /// pages failed their checksum
+    pub page_errors: bool,
+}
+
+/// `archive.info`: the clusters this stanza has been, by number from 1; the last is the current one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ArchiveInfo {
+    /// every system identifier that was ever backed up under this stanza
+    pub history: Vec<Database>,
+}
+
+/// `latest/...`: the label of a backup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Latest {
+    /// the backup's label
+    pub label: String,
+}
+
+/// Something that is stored in this form; `NAME` stands in the magic line.
+pub trait Info: Serialize + DeserializeOwned {
+    /// e.g. `backup.info`
+    const NAME: &'static str;
+}
+
+impl Info for BackupInfo {
+    const NAME: &'static str = "backup.info";
+}
+
+impl Info for ArchiveInfo {
+    const NAME: &'static str = "archive.info";
+}
+
+impl Info for Latest {
+    const NAME: &'static str = "latest";
+}
+
+/// The stored form.
+pub fn encode<T: Info>(info: &T) -> serde_json::Result<Vec<u8>> {
+    let body = format!("pgcairn {} {VERSION}\n{}\n", T::NAME, serde_json::to_string_pretty(info)?);
+    let checksum = blake3::hash(body.as_bytes());
+    Ok(format!("{body}blake3 {checksum}\n").into_bytes())
+}
+
+/// Reads and verifies the stored form.
+pub fn decode<T: Info>(object: &str, bytes: &[u8]) -> Result<T> {
+    let fail = |offset: usize, what: &str| FormatError::new(object, offset as u64, what);
+    let text = std::str::from_utf8(bytes).map_err(|error| fail(error.valid_up_to(), "not UTF-8"))?;
+    let first = text.lines().next().unwrap_or_default();
+    let version = first.strip_prefix(&format!("pgcairn {} ", T::NAME));
+    let version = version.ok_or_else(|| fail(0, &format!("this is no {}: the magic line is missing", T::NAME)))?;
+    if version != VERSION.to_string() {
+        return Err(fail(0, &format!("format version {version}; this pgcairn reads version {VERSION}")));
+    }
+    let at = text.trim_end().rfind('\n').map_or(0, |at| at + 1);
+    let (body, last) = text.split_at(at);
+    if last != format!("blake3 {}\n", blake3::hash(body.as_bytes())) {
+        return Err(fail(at, "the checksum is wrong"));
+    }
+    let json = &body[first.len()..];
+    serde_json::from_str(json).map_err(|error| fail(first.len(), &error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn an_info_comes_back_and_every_changed_byte_is_found() {
+        let latest = Latest { label: "20240107-120000F".into() };
+        let bytes = encode(&latest).unwrap();
+        assert_eq!(decode::<Latest>("latest", &bytes).unwrap(), latest);
+        for at in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1;
+            assert!(decode::<Latest>("latest", &changed).is_err(), "byte {at}");
+            assert!(decode::<Latest>("latest", &bytes[..at]).is_err(), "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn one_kind_is_not_read_as_another() {
+        let bytes = encode(&BackupInfo::default()).unwrap();
+        assert!(decode::<ArchiveInfo>("archive.info", &bytes).unwrap_err().what.contains("no archive.info"));
+    }
+}

@@ -1,0 +1,497 @@
+//! The manifest: the commit object of a backup. A pack of its own kind whose chunks are, in order, parts of the
+//! backup's description (JSON) and blocks of entries sorted by path.
+
+use serde::{Deserialize, Serialize};
+
+use super::chunk::{ChunkRef, ChunkTable};
+use super::map::{Extent, LeafRef, decode_extents, decode_leaves, decode_number, encode_extents, encode_leaves};
+use super::wire::{Reader, put_bytes, put_signed, put_varint};
+use super::{INDEX_BYTES, INLINE_BYTES, LEAF_BYTES, Result, SLOT};
+
+/// First byte of a chunk that holds a part of the description.
+const DESCRIPTION: u8 = 1;
+/// First byte of a chunk that holds a block of entries.
+const ENTRIES: u8 = 2;
+/// A block is closed when it reaches this many bytes.
+const BLOCK_BYTES: usize = 64 * 1024;
+/// The longest path, as Linux has it.
+const PATH_MAX: usize = 4096;
+/// Longest list of leaves an entry carries itself: 2 GiB of file.
+pub const ENTRY_LEAVES: usize = 64;
+
+/// full, diff or incr
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackupType {
+    /// reads everything, has no parent
+    Full,
+    /// parent: the last full
+    Diff,
+    /// parent: the last backup
+    Incr,
+}
+
+impl std::fmt::Display for BackupType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Full => "full",
+            Self::Diff => "diff",
+            Self::Incr => "incr",
+        })
+    }
+}
+
+/// The PostgreSQL cluster a backup was taken of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Database {
+    /// number of this system identifier in the stanza's history, from 1
+    pub id: u32,
+    /// major version
+    pub version: u32,
+    /// given by initdb
+    pub system_id: u64,
+    /// version of the system catalogs
+    pub catalog_version: u32,
+    /// version of pg_control
+    pub control_version: u32,
+    /// BLCKSZ in bytes
+    pub page_size: u32,
+    /// bytes of a full relation segment
+    pub segment_size: u64,
+    /// bytes of a WAL segment
+    pub wal_segment_size: u64,
+    /// pages carry checksums
+    pub checksums: bool,
+}
+
+/// A tablespace: its oid and the absolute path of its directory on the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tablespace {
+    /// oid of the tablespace
+    pub oid: u32,
+    /// where the source had it
+    pub path: String,
+}
+
+/// Pages of one file that failed their checksum while the backup read them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageErrors {
+    /// path in the data directory
+    pub file: String,
+    /// block numbers in that file
+    pub blocks: Vec<u64>,
+}
+
+/// Sizes of a backup in bytes, and its number of files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Sizes {
+    /// sum of the files' lengths
+    pub database: u64,
+    /// sum of the lengths of files that were read (not taken over unread from the parent)
+    pub read: u64,
+    /// bytes of packs this backup wrote
+    pub stored_new: u64,
+    /// bytes of all chunks this backup needs, whoever wrote them
+    pub stored_all: u64,
+    /// number of files
+    pub files: u64,
+}
+
+/// What a backup is, apart from its files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Description {
+    /// the backup's label
+    pub label: String,
+    /// full, diff or incr
+    #[serde(rename = "type")]
+    pub kind: BackupType,
+    /// label of the parent
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prior: Option<String>,
+    /// version of pgcairn that wrote it
+    pub pgcairn: String,
+    /// seconds since 1970, when the copying began
+    pub start_time: i64,
+    /// seconds since 1970, when pg_backup_stop had answered
+    pub stop_time: i64,
+    /// where recovery starts
+    pub start_lsn: String,
+    /// where the copy is consistent
+    pub stop_lsn: String,
+    /// timeline of both
+    pub timeline: u32,
+    /// first WAL segment that consistency needs
+    pub wal_start: String,
+    /// last WAL segment that consistency needs
+    pub wal_stop: String,
+    /// true: these segments are among the files (`pg_wal/...`); false: they are in the archive
+    pub wal_stored: bool,
+    /// the cluster
+    pub database: Database,
+    /// the data directory on the source
+    pub data_directory: String,
+    /// user name that owned it
+    pub owner: String,
+    /// group name that owned it
+    pub group: String,
+    /// what pg_backup_stop returned, byte for byte
+    pub backup_label: String,
+    /// what pg_backup_stop returned, byte for byte; empty without tablespaces
+    pub tablespace_map: String,
+    /// tablespaces by oid
+    pub tablespaces: Vec<Tablespace>,
+    /// pages that failed their checksum
+    pub page_errors: Vec<PageErrors>,
+    /// what it weighs
+    pub sizes: Sizes,
+}
+
+/// One file, directory or link of a backup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// path in the data directory, raw bytes, without a leading slash; the data directory itself is the empty path
+    pub path: Vec<u8>,
+    /// permission bits
+    pub mode: u32,
+    /// seconds since 1970
+    pub mtime: i64,
+    /// what it is
+    pub node: Node,
+}
+
+/// What an entry is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Node {
+    /// a directory
+    Directory,
+    /// a symbolic link; only `pg_tblspc/<oid>` is one
+    Symlink(Vec<u8>),
+    /// a regular file
+    File(File),
+}
+
+/// A regular file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct File {
+    /// length in bytes
+    pub size: u64,
+    /// CRC32C of the whole
+    pub crc: u32,
+    /// where its bytes are
+    pub place: Place,
+}
+
+/// Where a file's bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// up to [`INLINE_BYTES`]: right here
+    Inline {
+        /// covers the file
+        extents: Vec<Extent>,
+        /// chunk and byte position of its slots' changes; none for an empty file
+        changes: Option<(ChunkRef, u32)>,
+    },
+    /// one leaf per [`LEAF_BYTES`], at most [`ENTRY_LEAVES`]
+    Leaves(Vec<LeafRef>),
+    /// index chunks, each naming the leaves of [`INDEX_BYTES`]
+    Index(Vec<ChunkRef>),
+}
+
+/// Turns entries, given in path order, into blocks.
+#[derive(Debug, Default)]
+pub struct BlockWriter {
+    table: ChunkTable,
+    records: Vec<u8>,
+    count: usize,
+    previous: Vec<u8>,
+}
+
+impl BlockWriter {
+    /// Adds an entry; returns the plaintext of a chunk when one is full.
+    pub fn push(&mut self, entry: &Entry) -> Option<Vec<u8>> {
+        let shared = self.previous.iter().zip(&entry.path).take_while(|(a, b)| a == b).count();
+        put_varint(&mut self.records, shared as u64);
+        put_bytes(&mut self.records, &entry.path[shared..]);
+        put_varint(&mut self.records, u64::from(entry.mode));
+        put_signed(&mut self.records, entry.mtime);
+        self.put_node(&entry.node);
+        self.previous.clone_from(&entry.path);
+        self.count += 1;
+        (self.records.len() + self.table.encoded_len() >= BLOCK_BYTES).then(|| self.flush())
+    }
+
+    fn put_node(&mut self, node: &Node) {
+        let (table, out) = (&mut self.table, &mut self.records);
+        match node {
+            Node::Directory => out.push(0),
+            Node::Symlink(target) => {
+                out.push(1);
+                put_bytes(out, target);
+            }
+            Node::File(file) => {
+                out.push(match file.place {
+                    Place::Inline { .. } => 2,
+                    Place::Leaves(_) => 3,
+                    Place::Index(_) => 4,
+                });
+                put_varint(out, file.size);
+                out.extend_from_slice(&file.crc.to_le_bytes());
+                put_place(&file.place, table, out);
+            }
+        }
+    }
+
+    fn flush(&mut self) -> Vec<u8> {
+        let mut block = vec![ENTRIES];
+        self.table.encode(&mut block);
+        put_varint(&mut block, self.count as u64);
+        block.extend_from_slice(&self.records);
+        assert!(block.len() <= SLOT, "a block must fit into a chunk");
+        *self = Self::default();
+        block
+    }
+
+    /// The last block, if there is anything in it.
+    pub fn finish(mut self) -> Option<Vec<u8>> {
+        (self.count > 0).then(|| self.flush())
+    }
+}
+
+fn put_place(place: &Place, table: &mut ChunkTable, out: &mut Vec<u8>) {
+    match place {
+        Place::Inline { extents, changes } => {
+            encode_extents(extents, table, out);
+            if let Some((chunk, offset)) = changes {
+                put_varint(out, table.number(*chunk) as u64);
+                put_varint(out, u64::from(*offset));
+            }
+        }
+        Place::Leaves(leaves) => encode_leaves(leaves, table, out),
+        Place::Index(chunks) => {
+            put_varint(out, chunks.len() as u64);
+            chunks.iter().for_each(|chunk| put_varint(out, table.number(*chunk) as u64));
+        }
+    }
+}
+
+/// The chunks' plaintexts that hold a description.
+pub fn encode_description(description: &Description) -> serde_json::Result<Vec<Vec<u8>>> {
+    let json = serde_json::to_vec(description)?;
+    Ok(json.chunks(SLOT - 1).map(|part| [&[DESCRIPTION], part].concat()).collect())
+}
+
+/// Collects the plaintexts of a manifest's chunks, in order.
+#[derive(Debug)]
+pub struct ManifestReader<'a> {
+    object: &'a str,
+    json: Vec<u8>,
+    last: Option<Vec<u8>>,
+}
+
+impl<'a> ManifestReader<'a> {
+    /// Errors call the manifest `object`.
+    pub fn new(object: &'a str) -> Self {
+        Self { object, json: Vec::new(), last: None }
+    }
+
+    /// Reads the next chunk's plaintext and hands its entries to `each`.
+    pub fn chunk(&mut self, plain: &[u8], mut each: impl FnMut(Entry)) -> Result<()> {
+        let mut reader = Reader::new(self.object, plain);
+        match reader.u8()? {
+            DESCRIPTION => self.json.extend_from_slice(reader.take(reader.remaining())?),
+            ENTRIES => self.block(&mut reader, &mut each)?,
+            other => return Err(reader.error(format!("unknown part {other}"))),
+        }
+        Ok(())
+    }
+
+    fn block(&mut self, reader: &mut Reader<'_>, each: &mut dyn FnMut(Entry)) -> Result<()> {
+        let chunks = ChunkTable::decode(reader)?;
+        let count = reader.count(4, "entry count")?;
+        let mut path = Vec::new();
+        for _ in 0..count {
+            let entry = decode_entry(reader, &chunks, &mut path)?;
+            check_path(reader, &entry.path)?;
+            if self.last.as_ref().is_some_and(|last| !path_before(last, &entry.path)) {
+                return Err(reader.error(format!("{} is out of order", entry.path.escape_ascii())));
+            }
+            self.last = Some(entry.path.clone());
+            each(entry);
+        }
+        reader.end()
+    }
+
+    /// The description, once every chunk was read.
+    pub fn finish(self) -> Result<Description> {
+        serde_json::from_slice(&self.json).map_err(|error| {
+            super::FormatError::new(self.object, 0, format!("the description cannot be read: {error}"))
+        })
+    }
+}
+
+fn decode_entry(reader: &mut Reader<'_>, chunks: &[ChunkRef], path: &mut Vec<u8>) -> Result<Entry> {
+    let shared = reader.bounded(path.len() as u64, "shared path length")? as usize;
+    path.truncate(shared);
+    path.extend_from_slice(reader.bytes()?);
+    let mode = reader.bounded(0o7777, "mode")? as u32;
+    let mtime = reader.signed()?;
+    let node = match reader.u8()? {
+        0 => Node::Directory,
+        1 => Node::Symlink(reader.bytes()?.to_vec()),
+        kind @ 2..=4 => Node::File(decode_file(reader, chunks, kind)?),
+        other => return Err(reader.error(format!("unknown kind of entry {other}"))),
+    };
+    Ok(Entry { path: path.clone(), mode, mtime, node })
+}
+
+fn decode_file(reader: &mut Reader<'_>, chunks: &[ChunkRef], kind: u8) -> Result<File> {
+    let size = reader.bounded(i64::MAX as u64, "file size")?;
+    let crc = reader.u32()?;
+    let place = match kind {
+        2 => decode_inline(reader, chunks, size)?,
+        3 => {
+            let leaves = decode_leaves(reader, chunks)?;
+            expect(reader, "leaves", leaves.len() as u64, size.div_ceil(LEAF_BYTES))?;
+            Place::Leaves(leaves)
+        }
+        _ => {
+            let count = reader.count(1, "index count")?;
+            let index = (0..count).map(|_| decode_number(reader, chunks)).collect::<Result<Vec<_>>>()?;
+            expect(reader, "index chunks", count as u64, size.div_ceil(INDEX_BYTES))?;
+            Place::Index(index)
+        }
+    };
+    Ok(File { size, crc, place })
+}
+
+fn decode_inline(reader: &mut Reader<'_>, chunks: &[ChunkRef], size: u64) -> Result<Place> {
+    if size > INLINE_BYTES {
+        return Err(reader.error(format!("a file of {size} bytes without a file map")));
+    }
+    let extents = decode_extents(reader, chunks, size)?;
+    let changes = match size {
+        0 => None,
+        _ => Some((decode_number(reader, chunks)?, reader.bounded(SLOT as u64, "offset of changes")? as u32)),
+    };
+    Ok(Place::Inline { extents, changes })
+}
+
+fn expect(reader: &Reader<'_>, what: &str, found: u64, expected: u64) -> Result<()> {
+    match found == expected {
+        true => Ok(()),
+        false => Err(reader.error(format!("{found} {what} where the file's size asks for {expected}"))),
+    }
+}
+
+/// Refuses a path that could lead out of the directory it is written to.
+fn check_path(reader: &Reader<'_>, path: &[u8]) -> Result<()> {
+    let part_is_bad = |part: &[u8]| part.is_empty() || part == b"." || part == b".." || part.contains(&0);
+    let bad = path.len() > PATH_MAX || (!path.is_empty() && path.split(|byte| *byte == b'/').any(part_is_bad));
+    match bad {
+        true => Err(reader.error(format!("the path \"{}\" leads out of the backup", path.escape_ascii()))),
+        false => Ok(()),
+    }
+}
+
+/// Path order: a directory comes before what it contains, and everything in it before its next sibling.
+pub fn path_before(a: &[u8], b: &[u8]) -> bool {
+    path_cmp(a, b).is_lt()
+}
+
+/// Compares part by part; the empty path is first.
+pub fn path_cmp(a: &[u8], b: &[u8]) -> std::cmp::Ordering {
+    let key = |byte: &u8| if *byte == b'/' { 0 } else { *byte };
+    a.iter().map(key).cmp(b.iter().map(key))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::chunk::{ChunkId, PackId};
+    use super::*;
+
+    fn chunk(number: u32, plain_len: u32) -> ChunkRef {
+        let id = ChunkId([number as u8; 32]);
+        ChunkRef { pack: PackId([1; 16]), offset: 32 + number, stored_len: 20, plain_len, id }
+    }
+
+    fn file(path: &str, size: u64, place: Place) -> Entry {
+        Entry { path: path.into(), mode: 0o600, mtime: -5, node: Node::File(File { size, crc: 77, place }) }
+    }
+
+    fn sample() -> Vec<Entry> {
+        let directory = |path: &str| Entry { path: path.into(), mode: 0o700, mtime: 1, node: Node::Directory };
+        let leaf = LeafRef { map: chunk(5, 9), changes: chunk(6, 9) };
+        let mut entries = vec![directory(""), directory("base"), directory("base/1")];
+        for number in 0..6000u32 {
+            let extents = vec![Extent { len: 100, chunk: chunk(number / 100, 20_000), offset: number % 100 * 100 }];
+            let place = Place::Inline { extents, changes: Some((chunk(900, 40_000), number * 12)) };
+            entries.push(file(&format!("base/1/{number:05}"), 100, place));
+        }
+        entries.push(file("base/1-empty", 0, Place::Inline { extents: vec![], changes: None }));
+        entries.push(file("base/big", 2 * LEAF_BYTES + 1, Place::Leaves(vec![leaf; 3])));
+        entries.push(file("base/huge", 3 * INDEX_BYTES, Place::Index(vec![chunk(7, 8); 3])));
+        let link = Node::Symlink(b"/elsewhere".to_vec());
+        entries.push(Entry { path: b"pg_tblspc/1".to_vec(), mode: 0o777, mtime: 0, node: link });
+        entries
+    }
+
+    fn blocks(entries: &[Entry]) -> Vec<Vec<u8>> {
+        let mut writer = BlockWriter::default();
+        let mut blocks: Vec<_> = entries.iter().filter_map(|entry| writer.push(entry)).collect();
+        blocks.extend(writer.finish());
+        blocks
+    }
+
+    fn read(blocks: &[Vec<u8>]) -> Result<Vec<Entry>> {
+        let (mut reader, mut entries) = (ManifestReader::new("manifest"), Vec::new());
+        blocks.iter().try_for_each(|block| reader.chunk(block, |entry| entries.push(entry)))?;
+        Ok(entries)
+    }
+
+    #[test]
+    fn entries_come_back_over_several_blocks() {
+        let blocks = blocks(&sample());
+        assert!(blocks.len() > 1);
+        assert_eq!(read(&blocks).unwrap(), sample());
+    }
+
+    #[test]
+    fn paths_that_lead_out_are_refused() {
+        for path in ["../x", "/etc/passwd", "base/../../x", "base//x", "base/.", "a\0b"] {
+            let place = Place::Inline { extents: vec![], changes: None };
+            let error = read(&blocks(&[file(path, 0, place)])).unwrap_err();
+            assert!(error.what.contains("leads out of the backup"), "{path}: {error}");
+        }
+    }
+
+    #[test]
+    fn entries_out_of_order_or_twice_are_refused() {
+        let mut entries = sample();
+        entries.swap(3, 4);
+        assert!(read(&blocks(&entries)).unwrap_err().what.contains("out of order"));
+        let twice = [sample()[1].clone(), sample()[1].clone()];
+        assert!(read(&blocks(&twice)).is_err());
+    }
+
+    #[test]
+    fn a_directory_is_followed_by_all_it_contains() {
+        let mut paths = vec!["b", "a/b", "a", "a-b", "a/b/c", "", "a.b"];
+        paths.sort_by(|a, b| path_cmp(a.as_bytes(), b.as_bytes()));
+        assert_eq!(paths, ["", "a", "a/b", "a/b/c", "a-b", "a.b", "b"]);
+    }
+
+    #[test]
+    fn hostile_blocks_are_an_error_not_a_panic() {
+        let block = &blocks(&sample())[0];
+        for at in (0..block.len()).step_by(7) {
+            let mut bytes = block.clone();
+            bytes[at] ^= 0xff;
+            let _ = read(&[bytes]);
+            let _ = read(&[block[..at].to_vec()]);
+        }
+    }
+}
