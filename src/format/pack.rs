@@ -83,20 +83,14 @@ impl PackWriter {
         self.bytes.len()
     }
 
-    /// Adds one chunk whose stored form `encode` appends.
-    pub fn add<E>(
-        &mut self,
-        id: ChunkId,
-        plain_len: usize,
-        encode: impl FnOnce(&mut Vec<u8>) -> std::result::Result<(), E>,
-    ) -> std::result::Result<ChunkRef, E> {
-        let start = self.bytes.len();
-        encode(&mut self.bytes)?;
-        let stored_len = (self.bytes.len() - start) as u32;
+    /// Adds one chunk of `plain_len` bytes in its stored form.
+    pub fn add(&mut self, id: ChunkId, plain_len: usize, stored: &[u8]) -> ChunkRef {
+        let (offset, stored_len) = (self.bytes.len() as u32, stored.len() as u32);
         assert!(plain_len <= SLOT && u64::from(stored_len) <= ChunkRef::MAX_STORED, "a chunk past its limit");
-        let chunk = ChunkRef { pack: self.id, offset: start as u32, stored_len, plain_len: plain_len as u32, id };
+        self.bytes.extend_from_slice(stored);
+        let chunk = ChunkRef { pack: self.id, offset, stored_len, plain_len: plain_len as u32, id };
         self.chunks.push(chunk);
-        Ok(chunk)
+        chunk
     }
 
     /// The whole object.
@@ -267,7 +261,9 @@ mod tests {
         let mut writer = PackWriter::new(PackKind::Data, PackId([3; 16]), 1024);
         for plain in [b"first".to_vec(), vec![0; SLOT], vec![9; 100]] {
             let id = keys.digest(&plain).id;
-            writer.add(id, plain.len(), |out| encoder.encode(&plain, out)).unwrap();
+            let mut stored = Vec::new();
+            encoder.encode(&plain, &mut stored).unwrap();
+            writer.add(id, plain.len(), &stored);
         }
         writer.finish()
     }

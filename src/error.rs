@@ -1,0 +1,125 @@
+//! The error of everything above the store and the formats: what went wrong, of which thing, and what to do next.
+
+use std::fmt;
+use std::path::Path;
+
+use crate::format::FormatError;
+use crate::store::{ErrorKind, StoreError};
+
+/// Shorthand of the crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+type Source = Box<dyn std::error::Error + Send + Sync>;
+
+/// A failure as a person reads it: one line, a chain of causes, a hint.
+#[derive(Debug)]
+pub struct Error {
+    what: String,
+    hint: Option<String>,
+    source: Option<Source>,
+}
+
+impl Error {
+    /// `what` names the thing and the values, lower case, without a full stop.
+    pub fn new(what: impl Into<String>) -> Self {
+        Self { what: what.into(), hint: None, source: None }
+    }
+
+    /// What to do next.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// The cause.
+    #[must_use]
+    pub fn source(mut self, source: impl Into<Source>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// A failed call on a local file: `cannot read /path`.
+    pub fn io(verb: &str, path: &Path, source: std::io::Error) -> Self {
+        Self::new(format!("cannot {verb} {}", path.display())).source(source)
+    }
+
+    /// The nearest hint in the chain.
+    pub fn hint_text(&self) -> Option<&str> {
+        if let Some(hint) = &self.hint {
+            return Some(hint);
+        }
+        let mut cause = self.source.as_deref().map(|source| source as &(dyn std::error::Error + 'static));
+        while let Some(error) = cause {
+            if let Some(hint) = error.downcast_ref::<Self>().and_then(|error| error.hint.as_deref()) {
+                return Some(hint);
+            }
+            if let Some(hint) = error.downcast_ref::<StoreError>().and_then(StoreError::hint) {
+                return Some(hint);
+            }
+            cause = error.source();
+        }
+        None
+    }
+
+    /// True when the cause is that the store has no such object.
+    pub fn is_not_found(&self) -> bool {
+        let mut cause = self.source.as_deref().map(|source| source as &(dyn std::error::Error + 'static));
+        while let Some(error) = cause {
+            if let Some(error) = error.downcast_ref::<StoreError>() {
+                return error.kind == ErrorKind::NotFound;
+            }
+            cause = error.source();
+        }
+        false
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|source| source as &(dyn std::error::Error + 'static))
+    }
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Self {
+        let what = match error.kind {
+            ErrorKind::NotFound => "an object is missing from the repository",
+            ErrorKind::Truncated => "an object of the repository is cut",
+            _ => "the repository failed",
+        };
+        Self::new(what).source(error)
+    }
+}
+
+impl From<FormatError> for Error {
+    fn from(error: FormatError) -> Self {
+        Self::new("the repository is damaged")
+            .hint("other backups may be whole; run \"pgcairn info\" to see them")
+            .source(error)
+    }
+}
+
+impl From<serde_json::Error> for Error {
+    fn from(error: serde_json::Error) -> Self {
+        Self::new("cannot write JSON").source(error)
+    }
+}
+
+/// Adds what was being done to an error of any kind.
+pub trait Context<T> {
+    /// `what` names the thing that failed.
+    fn context(self, what: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T, E: Into<Source>> Context<T> for std::result::Result<T, E> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|error| Error::new(what()).source(error))
+    }
+}

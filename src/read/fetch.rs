@@ -1,0 +1,356 @@
+//! Chunks from memory, from the disk cache, or from the store: each fetched once however many ask, neighbours in one
+//! request, every byte checked against its chunk's name before it leaves.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use lru::LruCache;
+use parking_lot::{Condvar, Mutex};
+
+use super::cache::DiskCache;
+use crate::error::{Error, Result};
+use crate::format::FormatError;
+use crate::format::chunk::{ChunkId, ChunkRef, Decoder, PackId};
+use crate::repo::{Repository, keys};
+use crate::store::{ErrorKind, StoreError};
+
+/// Neighbouring chunks are fetched together when at most this many bytes lie between them: what a request costs more
+/// than the bytes do.
+const GAP_BYTES: u64 = 64 * 1024;
+/// The most one request asks for.
+const REQUEST_BYTES: u64 = 4 * 1024 * 1024;
+
+/// Plaintext of one chunk, shared by all who read it.
+pub type Plain = Arc<Vec<u8>>;
+
+/// How reading is bounded.
+#[derive(Clone, Debug)]
+pub struct FetchOptions {
+    /// bytes of plaintext kept in memory
+    pub memory_bytes: usize,
+    /// the disk cache, if any
+    pub disk: Option<Arc<DiskCache>>,
+}
+
+/// What was read from where, since the start.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// requests to the store
+    pub requests: AtomicU64,
+    /// bytes the store sent
+    pub fetched_bytes: AtomicU64,
+    /// chunks found in memory
+    pub memory_hits: AtomicU64,
+    /// reads served by the disk cache
+    pub disk_hits: AtomicU64,
+    /// reads that failed
+    pub errors: AtomicU64,
+}
+
+/// The one place where stored bytes become plaintext.
+#[derive(Debug)]
+pub struct Fetcher {
+    repository: Repository,
+    memory: Mutex<Memory>,
+    disk: Option<Arc<DiskCache>>,
+    flights: Mutex<HashMap<ChunkId, Arc<Flight>>>,
+    /// objects that hold chunks but are not packs below `chunk/`: files of the WAL archive
+    elsewhere: Mutex<HashMap<PackId, String>>,
+    /// what was read from where
+    pub counters: Counters,
+}
+
+#[derive(Debug)]
+struct Memory {
+    chunks: LruCache<ChunkId, Plain>,
+    bytes: usize,
+    limit: usize,
+}
+
+/// A fetch under way, for those who want the same chunk.
+#[derive(Debug, Default)]
+struct Flight {
+    landed: Mutex<Option<std::result::Result<Plain, Arc<Error>>>>,
+    wake: Condvar,
+}
+
+impl Memory {
+    fn insert(&mut self, id: ChunkId, plain: Plain) {
+        self.bytes += plain.len();
+        if let Some((_, old)) = self.chunks.push(id, plain) {
+            self.bytes -= old.len();
+        }
+        while self.bytes > self.limit {
+            let Some((_, old)) = self.chunks.pop_lru() else { break };
+            self.bytes -= old.len();
+        }
+    }
+}
+
+thread_local! {
+    static DECODER: RefCell<Option<Decoder>> = const { RefCell::new(None) };
+}
+
+impl Fetcher {
+    /// Reads chunks of `repository`.
+    pub fn new(repository: Repository, options: FetchOptions) -> Self {
+        let memory = Memory { chunks: LruCache::unbounded(), bytes: 0, limit: options.memory_bytes };
+        Self {
+            repository,
+            memory: Mutex::new(memory),
+            disk: options.disk,
+            flights: Mutex::default(),
+            elsewhere: Mutex::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// The repository it reads.
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
+    /// Says which object holds the chunks of `pack`, where that is not a pack below `chunk/`.
+    pub fn locate(&self, pack: PackId, key: &str) {
+        self.elsewhere.lock().insert(pack, key.to_owned());
+    }
+
+    /// Copies `buf.len()` bytes from `offset` of a chunk's plaintext, if memory or the disk cache has it.
+    pub fn read_cached(&self, chunk: &ChunkRef, offset: usize, buf: &mut [u8]) -> bool {
+        if let Some(plain) = self.from_memory(&chunk.id) {
+            buf.copy_from_slice(&plain[offset..offset + buf.len()]);
+            return true;
+        }
+        let hit = self.disk.as_ref().is_some_and(|disk| disk.read(&self.repository.keys, chunk, offset, buf));
+        if hit {
+            self.counters.disk_hits.fetch_add(1, Ordering::Relaxed);
+        }
+        hit
+    }
+
+    /// The plaintext of one chunk.
+    pub fn chunk(&self, chunk: &ChunkRef) -> Result<Plain> {
+        let mut found = None;
+        self.chunks(std::slice::from_ref(chunk), |_, plain| found = Some(plain))?;
+        found.ok_or_else(|| Error::new(format!("chunk {} was not read", chunk.id)))
+    }
+
+    /// Hands the plaintext of every chunk to `each` with its number, in any order; what has to be fetched is fetched in as
+    /// few requests as possible. A chunk that cannot be had fails the call after the others were delivered.
+    pub fn chunks(&self, wanted: &[ChunkRef], mut each: impl FnMut(usize, Plain)) -> Result<()> {
+        let mut missing = Vec::new();
+        for (number, chunk) in wanted.iter().enumerate() {
+            match self.from_caches(chunk) {
+                Some(plain) => each(number, plain),
+                None => missing.push(number),
+            }
+        }
+        missing.sort_unstable_by_key(|number| (wanted[*number].pack, wanted[*number].offset));
+        let mut failure = None;
+        while !missing.is_empty() {
+            let run = run_len(wanted, &missing);
+            let run: Vec<usize> = missing.drain(..run).collect();
+            if let Err(error) = self.fetch_run(wanted, &run, &mut each) {
+                self.counters.errors.fetch_add(1, Ordering::Relaxed);
+                failure.get_or_insert(error);
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// True when the chunk is at hand, without reading it.
+    pub fn has(&self, chunk: &ChunkRef) -> bool {
+        self.memory.lock().chunks.contains(&chunk.id) || self.disk.as_ref().is_some_and(|disk| disk.has(chunk))
+    }
+
+    /// Keeps plaintext that was fetched and checked by another way.
+    pub fn keep(&self, chunk: &ChunkRef, plain: Plain) {
+        if let Some(disk) = &self.disk {
+            disk.write(&self.repository.keys, chunk, &plain);
+        }
+        self.memory.lock().insert(chunk.id, plain);
+    }
+
+    fn from_memory(&self, id: &ChunkId) -> Option<Plain> {
+        let plain = self.memory.lock().chunks.get(id).cloned();
+        if plain.is_some() {
+            self.counters.memory_hits.fetch_add(1, Ordering::Relaxed);
+        }
+        plain
+    }
+
+    fn from_caches(&self, chunk: &ChunkRef) -> Option<Plain> {
+        if let Some(plain) = self.from_memory(&chunk.id) {
+            return Some(plain);
+        }
+        let mut plain = vec![0; chunk.plain_len as usize];
+        let disk = self.disk.as_ref()?;
+        if !disk.read(&self.repository.keys, chunk, 0, &mut plain) {
+            return None;
+        }
+        self.counters.disk_hits.fetch_add(1, Ordering::Relaxed);
+        Some(Arc::new(plain))
+    }
+
+    /// Fetches one run of neighbours; chunks that another thread is fetching are waited for instead.
+    fn fetch_run(&self, wanted: &[ChunkRef], run: &[usize], each: &mut impl FnMut(usize, Plain)) -> Result<()> {
+        let mut mine = Vec::with_capacity(run.len());
+        let mut others = Vec::new();
+        {
+            let mut flights = self.flights.lock();
+            for number in run {
+                match flights.get(&wanted[*number].id) {
+                    Some(flight) => others.push((*number, flight.clone())),
+                    None => {
+                        let flight = Arc::new(Flight::default());
+                        flights.insert(wanted[*number].id, flight.clone());
+                        mine.push((*number, flight));
+                    }
+                }
+            }
+        }
+        let mut failure = None;
+        if !mine.is_empty() {
+            let landing = Landing { fetcher: self, wanted, flights: mine };
+            failure = landing.fetch(each).err();
+        }
+        for (number, flight) in others {
+            match flight.wait() {
+                Ok(plain) => each(number, plain),
+                Err(error) => failure = failure.or(Some(Error::new(error.to_string()).source(error))),
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Gets and checks one range that holds `chunks`, which lie in one object in ascending order.
+    fn get(&self, chunks: &[ChunkRef]) -> Result<Vec<Result<Plain>>> {
+        let (first, last) = (&chunks[0], &chunks[chunks.len() - 1]);
+        let key = self.key(first.pack);
+        let (from, to) = (u64::from(first.offset), last.end());
+        let bytes = self.repository.store.get_range(&key, from, to - from).map_err(|error| missing(&key, error))?;
+        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        self.counters.fetched_bytes.fetch_add(to - from, Ordering::Relaxed);
+        Ok(chunks
+            .iter()
+            .map(|chunk| {
+                let stored = &bytes[(u64::from(chunk.offset) - from) as usize..(chunk.end() - from) as usize];
+                self.decode(&key, chunk, stored)
+            })
+            .collect())
+    }
+
+    /// Checks stored bytes against the chunk's name.
+    pub fn decode(&self, key: &str, chunk: &ChunkRef, stored: &[u8]) -> Result<Plain> {
+        DECODER.with_borrow_mut(|decoder| {
+            let decoder = match decoder {
+                Some(decoder) => decoder,
+                empty => empty.insert(Decoder::new().map_err(|error| Error::new("cannot set up zstd").source(error))?),
+            };
+            Ok(Arc::new(decoder.decode(&self.repository.keys, key, chunk, stored)?))
+        })
+    }
+
+    fn key(&self, pack: PackId) -> String {
+        match self.elsewhere.lock().get(&pack) {
+            Some(key) => key.clone(),
+            None => keys::pack(&self.repository.stanza, pack),
+        }
+    }
+}
+
+/// How many of the sorted `missing` chunks one request fetches.
+fn run_len(wanted: &[ChunkRef], missing: &[usize]) -> usize {
+    let first = &wanted[missing[0]];
+    let mut end = first.end();
+    let mut len = 1;
+    for number in &missing[1..] {
+        let chunk = &wanted[*number];
+        let near = chunk.pack == first.pack && u64::from(chunk.offset) <= end + GAP_BYTES;
+        if !near || chunk.end() - u64::from(first.offset) > REQUEST_BYTES {
+            break;
+        }
+        end = end.max(chunk.end());
+        len += 1;
+    }
+    len
+}
+
+/// An object that must exist and does not: damage, not absence.
+fn missing(key: &str, error: StoreError) -> Error {
+    match error.kind {
+        ErrorKind::NotFound => FormatError::new(key, 0, "the object is missing").into(),
+        _ => error.into(),
+    }
+}
+
+/// The flights one thread has to land; whatever happens, nobody is left waiting.
+struct Landing<'a> {
+    fetcher: &'a Fetcher,
+    wanted: &'a [ChunkRef],
+    flights: Vec<(usize, Arc<Flight>)>,
+}
+
+impl Landing<'_> {
+    fn fetch(mut self, each: &mut impl FnMut(usize, Plain)) -> Result<()> {
+        let chunks: Vec<ChunkRef> = self.flights.iter().map(|(number, _)| self.wanted[*number]).collect();
+        let results = match self.fetcher.get(&chunks) {
+            Ok(results) => results,
+            Err(error) => {
+                let error = Arc::new(error);
+                self.land_all(&error);
+                return Err(Error::new(error.to_string()).source(error));
+            }
+        };
+        let mut failure = None;
+        for ((number, flight), result) in std::mem::take(&mut self.flights).into_iter().zip(results) {
+            let chunk = &self.wanted[number];
+            match result {
+                Ok(plain) => {
+                    self.fetcher.keep(chunk, plain.clone());
+                    self.land(chunk, &flight, Ok(plain.clone()));
+                    each(number, plain);
+                }
+                Err(error) => {
+                    let error = Arc::new(error);
+                    self.land(chunk, &flight, Err(error.clone()));
+                    failure = Some(Error::new(error.to_string()).source(error));
+                }
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    fn land(&self, chunk: &ChunkRef, flight: &Flight, result: std::result::Result<Plain, Arc<Error>>) {
+        self.fetcher.flights.lock().remove(&chunk.id);
+        *flight.landed.lock() = Some(result);
+        flight.wake.notify_all();
+    }
+
+    fn land_all(&mut self, error: &Arc<Error>) {
+        for (number, flight) in std::mem::take(&mut self.flights) {
+            self.land(&self.wanted[number], &flight, Err(error.clone()));
+        }
+    }
+}
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        let error = Arc::new(Error::new("the thread that fetched this chunk died"));
+        self.land_all(&error);
+    }
+}
+
+impl Flight {
+    fn wait(&self) -> std::result::Result<Plain, Arc<Error>> {
+        let mut landed = self.landed.lock();
+        loop {
+            match &*landed {
+                Some(result) => return result.clone(),
+                None => self.wake.wait(&mut landed),
+            }
+        }
+    }
+}

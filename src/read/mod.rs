@@ -1,0 +1,15 @@
+//! Packs to bytes: the one read path. mount, restore and archive-get all go through it.
+//!
+//! ```text
+//! point ──> manifest ──> view ──> file map ──> extents ──> fetch ──> memory | disk cache | store
+//! ```
+
+pub mod cache;
+pub mod fetch;
+pub mod pgmanifest;
+pub mod prefetch;
+pub mod recovery;
+pub mod restore;
+pub mod stanza;
+pub mod view;
+pub mod wal;

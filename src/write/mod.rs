@@ -1,0 +1,16 @@
+//! PGDATA to packs: how a backup is taken, and how WAL gets into the archive.
+//!
+//! ```text
+//! session ── pg_backup_start ──> scan ──> cut (slots, hashes, checksums) ──> packer ──> store
+//!    └────── pg_backup_stop  ──> WAL proved ──> manifest ──> catalog                 (commit)
+//! ```
+
+pub mod assemble;
+pub mod backup;
+pub mod check;
+pub mod cut;
+pub mod dedup;
+pub mod packer;
+pub mod push;
+pub mod scan;
+pub mod server;

@@ -1,0 +1,225 @@
+//! The running server: connecting, what it is, and the backup calls of its version.
+
+use std::path::PathBuf;
+
+use postgres::{Client, Config, NoTls, SimpleQueryMessage};
+
+use crate::error::{Context, Error, Result};
+use crate::postgres::{Lsn, Major, Timeline};
+
+/// Name of the temporary replication slot of backups without an archive.
+const SLOT_NAME: &str = "pgcairn_backup";
+/// Key of the advisory lock that keeps two backups of one server apart.
+const LOCK_KEY: i64 = 0x7067_6361_6972_6e01;
+
+/// A session with the server.
+pub struct Server {
+    client: Client,
+    /// major version
+    pub major: Major,
+    /// where its data directory is on this machine
+    pub data_directory: PathBuf,
+    /// its system identifier
+    pub system_id: u64,
+    /// how it archives WAL
+    pub archiving: Archiving,
+}
+
+/// How a server archives WAL.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Archiving {
+    /// `archive_mode` is off
+    Off,
+    /// on, with this command
+    Command(String),
+    /// on, with this library
+    Library(String),
+    /// on, but neither command nor library is set
+    Unset,
+}
+
+/// What `pg_backup_stop` returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stopped {
+    /// where the copy is consistent
+    pub lsn: Lsn,
+    /// byte for byte
+    pub backup_label: String,
+    /// byte for byte; empty without tablespaces
+    pub tablespace_map: String,
+}
+
+impl Server {
+    /// Connects with a libpq conninfo string or URI; what it leaves out is taken from the `PG*` environment.
+    pub fn connect(conninfo: &str) -> Result<Self> {
+        let config = config(conninfo)?;
+        let mut client = config.connect(NoTls).map_err(|error| {
+            Error::new(format!("cannot connect to the server at {}", describe(&config)))
+                .hint("check --pg (a libpq conninfo string such as \"host=/var/run/postgresql user=postgres\") and that the server runs")
+                .source(error)
+        })?;
+        // a DBA's defaults must not end a long backup
+        for setting in ["statement_timeout", "lock_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"] {
+            let sql = format!("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = '{setting}'");
+            client.simple_query(&sql).context(|| format!("cannot set {setting}"))?;
+        }
+        let version: String = value(&mut client, "SHOW server_version_num")?;
+        let version = version.parse().unwrap_or(0);
+        let major = Major::from_server_version_num(version).context(|| "cannot back up this server".into())?;
+        let in_recovery = value(&mut client, "SELECT pg_is_in_recovery()")? == "t";
+        if in_recovery {
+            return Err(Error::new(format!("the server at {} is a standby", describe(&config)))
+                .hint("connect to the primary; backups from a standby are not supported yet"));
+        }
+        let data_directory = PathBuf::from(value(&mut client, "SHOW data_directory")?);
+        let system_id = value(&mut client, "SELECT system_identifier FROM pg_control_system()")?;
+        let system_id = system_id.parse::<i64>().map(|id| id as u64).context(|| format!("system identifier {system_id}"))?;
+        let archiving = archiving(&mut client, major)?;
+        Ok(Self { client, major, data_directory, system_id, archiving })
+    }
+
+    /// Takes the lock that keeps two backups of one server apart; it ends with the session.
+    pub fn lock(&mut self) -> Result<()> {
+        match self.value(&format!("SELECT pg_try_advisory_lock({LOCK_KEY})"))?.as_str() {
+            "t" => Ok(()),
+            _ => Err(Error::new("another backup of this server is running").hint("wait until it has ended")),
+        }
+    }
+
+    /// Creates the temporary slot that keeps WAL from now on until the session ends.
+    pub fn hold_wal(&mut self) -> Result<()> {
+        let name = format!("{SLOT_NAME}_{}", std::process::id());
+        self.value(&format!("SELECT slot_name FROM pg_create_physical_replication_slot('{name}', true, true)"))?;
+        Ok(())
+    }
+
+    /// Writes a record into the WAL and ends the current segment; returns a position inside that segment.
+    pub fn switch_wal(&mut self) -> Result<Lsn> {
+        let lsn = self.value("SELECT pg_create_restore_point('pgcairn')")?;
+        self.value("SELECT pg_switch_wal()")?;
+        parse_lsn(&lsn)
+    }
+
+    /// The timeline of the last checkpoint.
+    pub fn timeline(&mut self) -> Result<Timeline> {
+        let timeline = self.value("SELECT timeline_id FROM pg_control_checkpoint()")?;
+        timeline.parse().map(Timeline).context(|| format!("timeline {timeline}"))
+    }
+
+    /// Begins the backup; returns where recovery will start.
+    pub fn start_backup(&mut self, label: &str, fast: bool) -> Result<Lsn> {
+        let call = if self.major.number() < 15 {
+            format!("SELECT pg_start_backup('{label}', {fast}, false)")
+        } else {
+            format!("SELECT pg_backup_start('{label}', {fast})")
+        };
+        let lsn = self.value(&call).map_err(|error| error.hint("wal_level must be replica or logical"))?;
+        parse_lsn(&lsn)
+    }
+
+    /// Ends the backup; does not wait for the archive, since we look for the WAL ourselves.
+    pub fn stop_backup(&mut self) -> Result<Stopped> {
+        let call = match self.major.number() < 15 {
+            true => "SELECT lsn, labelfile, spcmapfile FROM pg_stop_backup(false, false)",
+            false => "SELECT lsn, labelfile, spcmapfile FROM pg_backup_stop(false)",
+        };
+        let row = row(&mut self.client, call)?;
+        let column = |number: usize| row.get(number).cloned().flatten().unwrap_or_default();
+        Ok(Stopped { lsn: parse_lsn(&column(0))?, backup_label: column(1), tablespace_map: column(2) })
+    }
+
+    /// Fails when the session is gone: a backup whose session died is void.
+    pub fn alive(&mut self) -> Result<()> {
+        self.value("SELECT 1").map(drop).map_err(|error| {
+            error.hint("the server was stopped or the connection was cut; run the backup again")
+        })
+    }
+
+    fn value(&mut self, sql: &str) -> Result<String> {
+        value(&mut self.client, sql)
+    }
+}
+
+fn row(client: &mut Client, sql: &str) -> Result<Vec<Option<String>>> {
+    let messages = client.simple_query(sql).context(|| format!("the server refuses \"{sql}\""))?;
+    let row = messages.iter().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    });
+    let row = row.ok_or_else(|| Error::new(format!("the server answers nothing to \"{sql}\"")))?;
+    Ok((0..row.len()).map(|column| row.get(column).map(str::to_owned)).collect())
+}
+
+fn value(client: &mut Client, sql: &str) -> Result<String> {
+    let first = row(client, sql)?.into_iter().next().flatten();
+    first.ok_or_else(|| Error::new(format!("the server answers null to \"{sql}\"")))
+}
+
+fn archiving(client: &mut Client, major: Major) -> Result<Archiving> {
+    if value(client, "SHOW archive_mode")? == "off" {
+        return Ok(Archiving::Off);
+    }
+    let command = value(client, "SHOW archive_command")?;
+    let library = if major.number() >= 15 { value(client, "SHOW archive_library")? } else { String::new() };
+    Ok(match (library.is_empty(), command.is_empty() || command == "(disabled)") {
+        (false, _) => Archiving::Library(library),
+        (true, false) => Archiving::Command(command),
+        (true, true) => Archiving::Unset,
+    })
+}
+
+fn parse_lsn(text: &str) -> Result<Lsn> {
+    text.parse().context(|| format!("the server answers \"{text}\" where a WAL position belongs"))
+}
+
+/// libpq's defaults for what a conninfo string leaves out.
+fn config(conninfo: &str) -> Result<Config> {
+    let mut config: Config = conninfo.parse().map_err(|error: postgres::Error| {
+        Error::new(format!("cannot read the conninfo string \"{}\"", without_password(conninfo)))
+            .hint("it reads like \"host=/var/run/postgresql port=5432 user=postgres dbname=postgres\"")
+            .source(error)
+    })?;
+    let environment = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    if config.get_hosts().is_empty() {
+        config.host(environment("PGHOST").as_deref().unwrap_or("/var/run/postgresql"));
+    }
+    if config.get_ports().is_empty() {
+        let port = environment("PGPORT").unwrap_or_else(|| "5432".into());
+        config.port(port.parse().context(|| format!("PGPORT is \"{port}\""))?);
+    }
+    if config.get_user().is_none() {
+        let login = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.name);
+        config.user(environment("PGUSER").or(login).unwrap_or_else(|| "postgres".into()));
+    }
+    if config.get_dbname().is_none() {
+        config.dbname(environment("PGDATABASE").unwrap_or_else(|| "postgres".into()));
+    }
+    if let (None, Some(password)) = (config.get_password(), environment("PGPASSWORD")) {
+        config.password(password);
+    }
+    config.application_name("pgcairn");
+    if config.get_connect_timeout().is_none() {
+        config.connect_timeout(std::time::Duration::from_secs(10));
+    }
+    Ok(config)
+}
+
+fn describe(config: &Config) -> String {
+    let host = match config.get_hosts().first() {
+        Some(postgres::config::Host::Tcp(host)) => host.clone(),
+        Some(postgres::config::Host::Unix(path)) => path.display().to_string(),
+        None => String::new(),
+    };
+    format!("{host}:{}", config.get_ports().first().copied().unwrap_or(5432))
+}
+
+/// A conninfo string as it may be shown.
+fn without_password(conninfo: &str) -> String {
+    conninfo.split("password").next().unwrap_or_default().trim_end().to_owned()
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").field("major", &self.major).field("data_directory", &self.data_directory).finish_non_exhaustive()
+    }
+}
