@@ -1,5 +1,15 @@
 //! A FUSE filesystem over any [`Tree`], with a copy-on-write scratch.
 
+mod error;
+pub mod fs;
+mod mount;
+pub mod mountpoint;
+mod scratch;
+mod serve;
 pub mod tree;
 
+pub use error::{Error, Result};
+pub use mount::{Mount, Options, Unmounter};
+pub use mountpoint::unmount;
+pub use scratch::Scratch;
 pub use tree::{Attributes, Entry, Kind, NodeId, ROOT, Tree};

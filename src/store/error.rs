@@ -19,15 +19,15 @@ pub enum ErrorKind {
 
 /// A failed call: what was asked, of which object, and why it failed.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {operation} {url}/{key}")]
+#[error("cannot {operation} {url}{}{key}", if key.is_empty() { "" } else { "/" })]
 pub struct StoreError {
     /// what kind of failure
     pub kind: ErrorKind,
-    /// the call, as a verb: "read", "write", "list", "delete"
+    /// the call, as a verb: "open", "read", "write", "list", "delete"
     pub operation: &'static str,
     /// the store's URL
     pub url: String,
-    /// the object's key, or the prefix listed
+    /// the object's key, or the prefix listed; empty for the store itself
     pub key: String,
     /// the cause
     #[source]
@@ -47,6 +47,15 @@ impl StoreError {
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
         Self { kind, operation, url: url.to_owned(), key: key.to_owned(), source: source.into() }
+    }
+
+    /// A read past the end of an object whose size is known, or not.
+    pub(super) fn truncated(url: &str, key: &str, offset: u64, len: u64, size: Option<u64>) -> Self {
+        let source = match size {
+            Some(size) => format!("bytes {offset}+{len} asked for, but the object has {size} bytes"),
+            None => format!("bytes {offset}+{len} asked for, but the object is shorter"),
+        };
+        Self::new(ErrorKind::Truncated, "read", url, key, source)
     }
 
     /// What to do next.

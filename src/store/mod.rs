@@ -3,12 +3,35 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
+mod call;
 mod error;
+mod fault;
+mod file;
+mod key;
+mod memory;
+mod record;
+mod retry;
+mod s3;
+#[cfg(test)]
+mod tests;
+mod url;
 
+pub use call::{Call, Operation};
 pub use error::{ErrorKind, Result, StoreError};
+pub use fault::{Effect, Fault, FaultPlan};
+pub use file::DirectoryStore;
+pub use memory::MemoryStore;
+pub use record::{Count, Record, Recording};
+pub use retry::{Retry, RetryPolicy};
+pub use s3::{S3Options, S3Store};
+pub use url::{StoreOptions, open};
+
+/// How many objects one page of a listing holds at most; S3's own limit.
+pub const PAGE_OBJECTS_MAX: usize = 1000;
 
 /// What `put` writes. A body can be read again, so that a failed try can be repeated.
 #[derive(Clone, Debug)]
@@ -40,7 +63,8 @@ pub struct Page {
 }
 
 /// A flat space of immutable-by-convention objects. Keys are relative, `/`-separated, of `[A-Za-z0-9._=+:-]` and never
-/// contain an empty, `.` or `..` part. All calls block, are bounded in time, and may come from many threads at once.
+/// contain an empty, `.` or `..` part (nor begin with `.tmp/`, which is the directory store's own). All calls block, are
+/// bounded in time, and may come from many threads at once.
 pub trait Store: Send + Sync + fmt::Debug {
     /// The whole object.
     fn get(&self, key: &str) -> Result<Bytes>;
@@ -59,4 +83,31 @@ pub trait Store: Send + Sync + fmt::Debug {
     fn delete(&self, keys: &[String]) -> Result<()>;
     /// The URL people know this store by, without credentials.
     fn url(&self) -> &str;
+}
+
+impl<S: Store + ?Sized> Store for Arc<S> {
+    fn get(&self, key: &str) -> Result<Bytes> {
+        (**self).get(key)
+    }
+    fn get_range(&self, key: &str, offset: u64, len: u64) -> Result<Bytes> {
+        (**self).get_range(key, offset, len)
+    }
+    fn put(&self, key: &str, body: Body) -> Result<()> {
+        (**self).put(key, body)
+    }
+    fn size(&self, key: &str) -> Result<Option<u64>> {
+        (**self).size(key)
+    }
+    fn list(&self, prefix: &str, after: Option<&str>) -> Result<Page> {
+        (**self).list(prefix, after)
+    }
+    fn names(&self, prefix: &str) -> Result<Vec<String>> {
+        (**self).names(prefix)
+    }
+    fn delete(&self, keys: &[String]) -> Result<()> {
+        (**self).delete(keys)
+    }
+    fn url(&self) -> &str {
+        (**self).url()
+    }
 }

@@ -1,0 +1,201 @@
+//! A running mount: threads that serve it, and the ways to end it.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use fuser::{Config, MountOption, Session, SessionACL};
+
+use crate::error::{Error, Result};
+use crate::fs::Fs;
+use crate::mountpoint::{self, MountEntry, Patience};
+use crate::scratch::Scratch;
+use crate::serve::Server;
+use crate::tree::Tree;
+
+/// Where and how to mount.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// an existing, empty directory
+    pub mountpoint: PathBuf,
+    /// users other than the one running the daemon may enter; the kernel then checks owners and modes.
+    /// Needs root, or `user_allow_other` in /etc/fuse.conf
+    pub allow_other: bool,
+    /// what `mount` shows as the source
+    pub fs_name: String,
+    /// threads that serve requests; a request that waits for a fetch holds its thread
+    pub threads: usize,
+    /// how far the kernel reads ahead of a sequential reader, in KiB; best effort, needs root
+    pub read_ahead_kib: u32,
+    /// let the kernel read and write files of the scratch without asking us, where it can (root, Linux 6.9)
+    pub passthrough: bool,
+}
+
+impl Options {
+    /// The usual settings for a mountpoint.
+    pub fn new(mountpoint: impl Into<PathBuf>) -> Self {
+        Self {
+            mountpoint: mountpoint.into(),
+            allow_other: false,
+            fs_name: "pgcairn".to_owned(),
+            threads: 4,
+            read_ahead_kib: 1024,
+            passthrough: true,
+        }
+    }
+}
+
+/// A mount being served by threads of this process. Dropping it unmounts.
+///
+/// This process itself must never touch files of the mount: a thread that serves it could wait for itself.
+#[derive(Debug)]
+pub struct Mount {
+    session: Option<JoinHandle<io::Result<()>>>,
+    unmounter: Unmounter,
+    fs: Arc<Fs>,
+}
+
+/// Ends a mount from another thread, such as one that waits for SIGTERM.
+#[derive(Clone, Debug)]
+pub struct Unmounter {
+    mountpoint: PathBuf,
+    entry: MountEntry,
+}
+
+impl Mount {
+    /// Mounts `tree`, writable if there is a scratch. Files can be used as soon as this returns.
+    pub fn new(tree: Arc<dyn Tree>, scratch: Option<Scratch>, options: &Options) -> Result<Self> {
+        mountpoint::check(&options.mountpoint)?;
+        check_device()?;
+        let fs = Arc::new(Fs::new(tree, scratch));
+        let server = Server::new(Arc::clone(&fs), options.passthrough);
+        let failed = |source| Error::Mount { path: options.mountpoint.clone(), source };
+        let session = Session::new(server, &options.mountpoint, &config(options, fs.is_writable())).map_err(failed)?;
+        let entry = mountpoint::mounted_on(&options.mountpoint)?
+            .ok_or_else(|| Error::NotMounted { path: options.mountpoint.clone() })?;
+        set_read_ahead(&entry.device, options.read_ahead_kib);
+        let session = thread::Builder::new()
+            .name("mount".to_owned())
+            .spawn(move || {
+                become_io_flusher();
+                session.run()
+            })
+            .map_err(failed)?;
+        let unmounter = Unmounter { mountpoint: entry.path.clone(), entry };
+        Ok(Self { session: Some(session), unmounter, fs })
+    }
+
+    /// A handle that can end this mount while another thread waits for it.
+    pub fn unmounter(&self) -> Unmounter {
+        self.unmounter.clone()
+    }
+
+    /// Blocks until the mount is unmounted, by [`Unmounter`] or from outside, and makes the scratch durable.
+    pub fn wait(mut self) -> Result<()> {
+        self.join()
+    }
+
+    fn join(&mut self) -> Result<()> {
+        let failed = |source| Error::Session { path: self.unmounter.mountpoint.clone(), source };
+        if let Some(session) = self.session.take() {
+            let ended = session.join().unwrap_or_else(|_| Err(io::Error::other("its thread panicked")));
+            let closed = self.fs.close().map_err(failed);
+            ended.map_err(failed).and(closed)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if self.session.is_none() {
+            return;
+        }
+        // files still open keep a detached mount alive in its threads: nothing to join then
+        let ended = match self.unmounter.unmount() {
+            Err(Error::Busy { .. }) => return drop(self.unmounter.detach()),
+            Err(error) => Err(error),
+            Ok(()) => self.join(),
+        };
+        if let Err(error) = ended {
+            tracing::warn!(%error, "unmount failed");
+        }
+    }
+}
+
+impl Unmounter {
+    /// The mountpoint, absolute.
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// Unmounts; [`Error::Busy`] while files are open. Done already is no error.
+    pub fn unmount(&self) -> Result<()> {
+        self.end(Patience::WhenIdle)
+    }
+
+    /// Takes the mount out of sight at once; it is served on until its last file is closed.
+    pub fn detach(&self) -> Result<()> {
+        self.end(Patience::Detach)
+    }
+
+    fn end(&self, patience: Patience) -> Result<()> {
+        match mountpoint::mounted_on(&self.mountpoint)? {
+            // by device too: the mountpoint may serve another mount by now
+            Some(entry) if entry.device == self.entry.device => mountpoint::unmount_once(&self.mountpoint, patience),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn config(options: &Options, writable: bool) -> Config {
+    let mut config = Config::default();
+    config.mount_options = vec![
+        MountOption::FSName(options.fs_name.clone()),
+        // fuser's own Subtype does not reach the kernel when root mounts
+        MountOption::CUSTOM("subtype=pgcairn".to_owned()),
+        MountOption::NoDev,
+        MountOption::NoSuid,
+        MountOption::NoAtime,
+        if writable { MountOption::RW } else { MountOption::RO },
+    ];
+    if options.allow_other {
+        config.mount_options.push(MountOption::DefaultPermissions);
+        config.acl = SessionACL::All;
+    }
+    config.n_threads = Some(options.threads.max(1));
+    config.clone_fd = true;
+    config
+}
+
+fn check_device() -> Result<()> {
+    let path = "/dev/fuse";
+    fs::OpenOptions::new().read(true).write(true).open(path).map(drop).map_err(|source| {
+        let mode = fs::metadata(path).map(|metadata| format!("{:04o}", metadata.permissions().mode() & 0o7777));
+        Error::Device { mode: mode.unwrap_or_else(|_| "absent".to_owned()), source }
+    })
+}
+
+/// Without it a sequential reader gets 128 KiB per request.
+fn set_read_ahead(device: &str, kib: u32) {
+    let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
+    if let Err(error) = fs::write(&path, kib.to_string()) {
+        tracing::debug!(%error, path, "read-ahead stays as it is");
+    }
+}
+
+/// From linux/prctl.h; the libc crate does not have it.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+
+/// Keeps the kernel from waiting for our own writeback when it needs memory for us. Inherited by the threads begun
+/// from this one. Needs CAP_SYS_RESOURCE; without it we do without.
+#[allow(unsafe_code, reason = "prctl has no safe wrapper for this option")]
+fn become_io_flusher() {
+    // SAFETY: PR_SET_IO_FLUSHER takes plain numbers and sets flags of the calling thread only.
+    if unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {
+        tracing::debug!(error = %io::Error::last_os_error(), "no PR_SET_IO_FLUSHER");
+    }
+}

@@ -1,0 +1,381 @@
+//! The adapter between the kernel's requests and [`Fs`]. It holds no rules of its own beyond what the kernel may cache.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+};
+use parking_lot::{Mutex, RwLock};
+
+use crate::fs::{Attr, Caching, Caller, Change, Fs, Inode, OpenFile, Space};
+use crate::tree::{Entry, Kind};
+
+/// How long the kernel may keep names and attributes of what never changes behind its back.
+const FOREVER: Duration = Duration::from_secs(3600);
+/// Inodes are never reused, so every one is of the first generation.
+const GENERATION: Generation = Generation(0);
+/// `stat` counts in these.
+const STAT_BLOCK: u64 = 512;
+
+/// One open of a file, as the kernel's handle names it.
+struct FileSlot {
+    file: OpenFile,
+    /// where a sequential reader would go on
+    next_offset: AtomicU64,
+}
+
+/// One open of a directory: the names as they were when its reading began.
+#[derive(Default)]
+struct DirectorySlot {
+    names: Mutex<Arc<Vec<Entry>>>,
+}
+
+/// The filesystem as fuser sees it.
+pub(crate) struct Server {
+    fs: Arc<Fs>,
+    files: RwLock<HashMap<u64, Arc<FileSlot>>>,
+    directories: RwLock<HashMap<u64, Arc<DirectorySlot>>>,
+    next_handle: AtomicU64,
+}
+
+/// Runs one request: a panic in it must not take the mount down with it.
+fn guarded<T>(request: &'static str, work: impl FnOnce() -> io::Result<T>) -> Result<T, Errno> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => {
+            if error.raw_os_error().is_none_or(|code| code == libc::EIO) {
+                tracing::warn!(request, %error, "request failed");
+            }
+            Err(Errno::from(error))
+        }
+        Err(_) => {
+            tracing::error!(request, "request panicked");
+            Err(Errno::EIO)
+        }
+    }
+}
+
+impl Server {
+    pub(crate) fn new(fs: Arc<Fs>, _passthrough: bool) -> Self {
+        Self { fs, files: RwLock::default(), directories: RwLock::default(), next_handle: AtomicU64::new(1) }
+    }
+
+    fn handle(&self) -> u64 {
+        self.next_handle.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn slot(&self, handle: FileHandle) -> io::Result<Arc<FileSlot>> {
+        self.files.read().get(&handle.0).cloned().ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
+    }
+
+    fn keep(&self, file: OpenFile) -> FileHandle {
+        let handle = self.handle();
+        self.files.write().insert(handle, Arc::new(FileSlot { file, next_offset: AtomicU64::new(0) }));
+        FileHandle(handle)
+    }
+
+    fn reply_entry(&self, reply: ReplyEntry, result: Result<Attr, Errno>) {
+        match result {
+            Ok(attr) => reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    /// Names of a directory; the list is taken anew whenever reading (re)starts, as rewinddir demands.
+    fn names(&self, inode: Inode, handle: FileHandle, offset: u64) -> io::Result<Arc<Vec<Entry>>> {
+        let slot = self.directories.read().get(&handle.0).cloned();
+        let slot = slot.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
+        if offset == 0 {
+            let names = Arc::new(self.fs.list(inode)?);
+            *slot.names.lock() = Arc::clone(&names);
+            return Ok(names);
+        }
+        let names = Arc::clone(&slot.names.lock());
+        Ok(names)
+    }
+
+    fn read_into(&self, handle: FileHandle, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let slot = self.slot(handle)?;
+        let count = self.fs.read(&slot.file, offset, buf)?;
+        let end = offset + count as u64;
+        let expected = slot.next_offset.swap(end, Ordering::Relaxed);
+        if expected == offset && offset > 0 && count == buf.len() {
+            self.fs.prefetch(slot.file.inode(), end, count as u64);
+        }
+        Ok(count)
+    }
+}
+
+fn reply_empty(reply: ReplyEmpty, result: Result<(), Errno>) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(errno) => reply.error(errno),
+    }
+}
+
+fn ttl(attr: &Attr) -> Duration {
+    if attr.volatile { Duration::ZERO } else { FOREVER }
+}
+
+fn file_type(kind: Kind) -> FileType {
+    match kind {
+        Kind::File => FileType::RegularFile,
+        Kind::Directory => FileType::Directory,
+        Kind::Symlink => FileType::Symlink,
+    }
+}
+
+fn file_attr(attr: &Attr) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(attr.inode),
+        size: attr.size,
+        blocks: attr.size.div_ceil(STAT_BLOCK),
+        atime: attr.atime,
+        mtime: attr.mtime,
+        ctime: attr.ctime,
+        crtime: attr.ctime,
+        kind: file_type(attr.kind),
+        perm: attr.mode as u16,
+        nlink: attr.links,
+        uid: attr.uid,
+        gid: attr.gid,
+        rdev: 0,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+fn caller(request: &Request) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid() }
+}
+
+fn time(value: Option<TimeOrNow>) -> Option<SystemTime> {
+    value.map(|value| match value {
+        TimeOrNow::SpecificTime(time) => time,
+        TimeOrNow::Now => SystemTime::now(),
+    })
+}
+
+/// The one place that says what the kernel may cache of an open file.
+fn open_flags(caching: Caching) -> FopenFlags {
+    match caching {
+        Caching::Keep | Caching::Own => FopenFlags::FOPEN_KEEP_CACHE,
+        Caching::Direct => FopenFlags::FOPEN_DIRECT_IO,
+    }
+}
+
+thread_local! {
+    /// Replies are built here, so that a read costs no allocation.
+    static BUFFER: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+impl Filesystem for Server {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        for flag in [
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            // nothing changes but through the kernel: a size learnt anew is no reason to drop its cached pages
+            InitFlags::FUSE_EXPLICIT_INVAL_DATA,
+        ] {
+            // an old kernel goes without
+            let _ = config.add_capabilities(flag);
+        }
+        let _ = config.set_max_background(64);
+        Ok(())
+    }
+
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let found = guarded("lookup", || match self.fs.lookup(parent.0, name)? {
+            Some(attr) => Ok(Ok(attr)),
+            // with a scratch, the name may come to exist
+            None if self.fs.is_writable() => Ok(Err(false)),
+            None => Ok(Err(!self.fs.attributes(parent.0)?.volatile)),
+        });
+        match found {
+            Ok(Ok(attr)) => reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION),
+            Ok(Err(true)) => reply.entry(&FOREVER, &absent(), GENERATION),
+            Ok(Err(false)) => reply.error(Errno::ENOENT),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn getattr(&self, _request: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+        match guarded("getattr", || self.fs.attributes(inode.0)) {
+            Ok(attr) => reply.attr(&ttl(&attr), &file_attr(&attr)),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
+        match guarded("readlink", || self.fs.read_link(inode.0)) {
+            Ok(target) => reply.data(target.as_bytes()),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn open(&self, _request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        match guarded("open", || self.fs.open(inode.0, writing)) {
+            Ok(file) => {
+                let flags = open_flags(file.caching());
+                reply.opened(self.keep(file), flags);
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        BUFFER.with_borrow_mut(|buffer| {
+            let size = size as usize;
+            if buffer.len() < size {
+                buffer.resize(size, 0);
+            }
+            match guarded("read", || self.read_into(handle, offset, &mut buffer[..size])) {
+                Ok(count) => reply.data(&buffer[..count]),
+                Err(errno) => reply.error(errno),
+            }
+        });
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        let slot = self.files.write().remove(&handle.0);
+        let result = guarded("release", || {
+            if let Some(slot) = slot {
+                self.fs.release(&slot.file);
+            }
+            Ok(())
+        });
+        reply_empty(reply, result);
+    }
+
+    fn opendir(&self, _request: &Request, _inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let handle = self.handle();
+        self.directories.write().insert(handle, Arc::default());
+        reply.opened(FileHandle(handle), FopenFlags::empty());
+    }
+
+    fn readdir(&self, _request: &Request, inode: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let names = match guarded("readdir", || self.names(inode.0, handle, offset)) {
+            Ok(names) => names,
+            Err(errno) => return reply.error(errno),
+        };
+        for position in offset..names.len() as u64 + 2 {
+            let full = match position {
+                // the kernel knows the parent; programs do not look at the number here
+                0 | 1 => reply.add(inode, position + 1, FileType::Directory, [".", ".."][position as usize]),
+                _ => {
+                    let entry = &names[position as usize - 2];
+                    reply.add(INodeNo(entry.node.0), position + 1, file_type(entry.kind), &entry.name)
+                }
+            };
+            if full {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn readdirplus(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let names = match guarded("readdirplus", || self.names(inode.0, handle, offset)) {
+            Ok(names) => names,
+            Err(errno) => return reply.error(errno),
+        };
+        for position in offset..names.len() as u64 + 2 {
+            let full = match position {
+                0 | 1 => {
+                    let this = FileAttr { ino: inode, kind: FileType::Directory, ..absent() };
+                    let name = [".", ".."][position as usize];
+                    reply.add(inode, position + 1, name, &Duration::ZERO, &this, GENERATION)
+                }
+                _ => {
+                    let entry = &names[position as usize - 2];
+                    let attr = match guarded("readdirplus", || self.fs.attributes(entry.node.0)) {
+                        Ok(attr) => attr,
+                        // removed since the list was taken
+                        Err(errno) if errno == Errno::ESTALE || errno == Errno::ENOENT => continue,
+                        Err(errno) if position == offset => return reply.error(errno),
+                        Err(_) => break,
+                    };
+                    let (inode, ttl) = (INodeNo(attr.inode), ttl(&attr));
+                    reply.add(inode, position + 1, &entry.name, &ttl, &file_attr(&attr), GENERATION)
+                }
+            };
+            if full {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn releasedir(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.directories.write().remove(&handle.0);
+        reply.ok();
+    }
+}
+
+/// The answer "no such name, and you may remember that": inode 0.
+fn absent() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: SystemTime::UNIX_EPOCH,
+        mtime: SystemTime::UNIX_EPOCH,
+        ctime: SystemTime::UNIX_EPOCH,
+        crtime: SystemTime::UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 0,
+        flags: 0,
+    }
+}

@@ -1,0 +1,157 @@
+//! What a failed request means.
+
+use std::error::Error;
+use std::fmt;
+use std::time::Duration;
+
+use aws_sdk_s3::config::http::HttpResponse;
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+
+use crate::store::ErrorKind;
+
+/// A failed request: its kind, and a line that a person can act on.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub(super) kind: ErrorKind,
+    /// S3's name for it, where the server gave one
+    pub(super) code: Option<String>,
+    message: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for Failure {}
+
+impl Failure {
+    pub(super) fn of(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, code: None, message: message.into() }
+    }
+
+    pub(super) fn other(message: impl Into<String>) -> Self {
+        Self::of(ErrorKind::Other, message)
+    }
+
+    pub(super) fn transient(message: impl Into<String>) -> Self {
+        Self::of(ErrorKind::Transient, message)
+    }
+
+    pub(super) fn timeout(limit: Duration) -> Self {
+        Self::transient(format!("no answer within {} s", limit.as_secs_f64()))
+    }
+
+    pub(super) fn no_bucket(bucket: &str) -> Self {
+        Self::other(format!("there is no bucket {bucket:?}"))
+    }
+
+    /// An answer's S3 code, or one key's in the answer to a batch.
+    pub(super) fn of_code(status: Option<u16>, code: Option<&str>, message: Option<&str>) -> Self {
+        let kind = kind_of(status.unwrap_or(0), code.unwrap_or(""));
+        let status = status.map(|status| status.to_string());
+        let words: Vec<&str> = [status.as_deref(), code].into_iter().flatten().collect();
+        let head = if words.is_empty() { "the server refused".to_owned() } else { words.join(" ") };
+        let message = match message {
+            Some(message) if !message.is_empty() => format!("{head}: {message}"),
+            _ => head,
+        };
+        Self { kind, code: code.map(str::to_owned), message }
+    }
+}
+
+fn kind_of(status: u16, code: &str) -> ErrorKind {
+    match code {
+        "NoSuchBucket" => return ErrorKind::Other,
+        "NoSuchKey" | "NotFound" => return ErrorKind::NotFound,
+        "InvalidRange" => return ErrorKind::Truncated,
+        "AccessDenied" | "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "ExpiredToken" => return ErrorKind::Denied,
+        // MinIO's and Ceph's ways to say that they are full
+        "XMinioStorageFull" | "QuotaExceeded" | "XMinioAdminBucketQuotaExceeded" => return ErrorKind::NoSpace,
+        "SlowDown"
+        | "RequestTimeout"
+        | "InternalError"
+        | "ServiceUnavailable"
+        | "Throttling"
+        | "ThrottlingException"
+        | "RequestLimitExceeded"
+        | "OperationAborted"
+        | "ConditionalRequestConflict"
+        | "IncompleteBody" => return ErrorKind::Transient,
+        _ => {}
+    }
+    match status {
+        404 => ErrorKind::NotFound,
+        401 | 403 => ErrorKind::Denied,
+        416 => ErrorKind::Truncated,
+        507 => ErrorKind::NoSpace,
+        501 => ErrorKind::Other,
+        408 | 409 | 425 | 429 | 500.. => ErrorKind::Transient,
+        _ => ErrorKind::Other,
+    }
+}
+
+impl<E: ProvideErrorMetadata + Error + 'static> From<SdkError<E, HttpResponse>> for Failure {
+    fn from(error: SdkError<E, HttpResponse>) -> Self {
+        match &error {
+            SdkError::ServiceError(answer) => {
+                let status = answer.raw().status().as_u16();
+                Self::of_code(Some(status), answer.err().code(), answer.err().message())
+            }
+            // an answer cut off, or not of S3: a proxy's page perhaps
+            SdkError::ResponseError(answer) => {
+                let status = answer.raw().status().as_u16();
+                let kind = if status < 300 { ErrorKind::Transient } else { kind_of(status, "") };
+                Self::of(kind, format!("{status} and an answer that is not understood: {}", chain(&error)))
+            }
+            SdkError::TimeoutError(_) => Self::transient(chain(&error)),
+            SdkError::DispatchFailure(failure) => {
+                let kind = if failure.is_user() { ErrorKind::Other } else { ErrorKind::Transient };
+                Self::of(kind, chain(&error))
+            }
+            _ => Self::other(chain(&error)),
+        }
+    }
+}
+
+/// The messages of an error and its causes, the repeated ones once.
+pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let part = error.to_string();
+        if parts.last().is_none_or(|last| !last.contains(&part)) {
+            parts.push(part);
+        }
+        next = error.source();
+    }
+    parts.join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds() {
+        let kinds = [
+            (404, "NoSuchKey", ErrorKind::NotFound),
+            (404, "", ErrorKind::NotFound),
+            (404, "NoSuchBucket", ErrorKind::Other),
+            (403, "", ErrorKind::Denied),
+            (400, "ExpiredToken", ErrorKind::Denied),
+            (416, "", ErrorKind::Truncated),
+            (409, "", ErrorKind::Transient),
+            (429, "", ErrorKind::Transient),
+            (400, "RequestTimeout", ErrorKind::Transient),
+            (500, "InternalError", ErrorKind::Transient),
+            (503, "SlowDown", ErrorKind::Transient),
+            (501, "NotImplemented", ErrorKind::Other),
+            (400, "InvalidArgument", ErrorKind::Other),
+        ];
+        for (status, code, kind) in kinds {
+            assert_eq!(kind_of(status, code), kind, "{status} {code}");
+        }
+    }
+}
