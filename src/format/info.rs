@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::manifest::{BackupType, Database, Sizes};
+use super::manifest::{Database, Sizes};
+use crate::postgres::BackupKind;
 use super::{FormatError, Result, VERSION};
 
 /// `backup.info`: what backups there are. Can be rebuilt from the manifests.
@@ -28,7 +29,7 @@ pub struct BackupInfo {
 pub struct BackupSummary {
     /// full, diff or incr
     #[serde(rename = "type")]
-    pub kind: BackupType,
+    pub kind: BackupKind,
     /// label of the parent
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prior: Option<String>,

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 use super::chunk::{ChunkRef, ChunkTable};
 use super::map::{Extent, LeafRef, decode_extents, decode_leaves, decode_number, encode_extents, encode_leaves};
 use super::wire::{Reader, put_bytes, put_signed, put_varint};
+use crate::postgres::BackupKind;
+
 use super::{INDEX_BYTES, INLINE_BYTES, LEAF_BYTES, Result, SLOT};
 
 /// First byte of a chunk that holds a part of the description.
@@ -18,28 +20,6 @@ const BLOCK_BYTES: usize = 64 * 1024;
 const PATH_MAX: usize = 4096;
 /// Longest list of leaves an entry carries itself: 2 GiB of file.
 pub const ENTRY_LEAVES: usize = 64;
-
-/// full, diff or incr
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum BackupType {
-    /// reads everything, has no parent
-    Full,
-    /// parent: the last full
-    Diff,
-    /// parent: the last backup
-    Incr,
-}
-
-impl std::fmt::Display for BackupType {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Full => "full",
-            Self::Diff => "diff",
-            Self::Incr => "incr",
-        })
-    }
-}
 
 /// The PostgreSQL cluster a backup was taken of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +39,8 @@ pub struct Database {
     pub page_size: u32,
     /// bytes of a full relation segment
     pub segment_size: u64,
+    /// bytes of a WAL page
+    pub wal_page_size: u32,
     /// bytes of a WAL segment
     pub wal_segment_size: u64,
     /// pages carry checksums
@@ -107,7 +89,7 @@ pub struct Description {
     pub label: String,
     /// full, diff or incr
     #[serde(rename = "type")]
-    pub kind: BackupType,
+    pub kind: BackupKind,
     /// label of the parent
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prior: Option<String>,

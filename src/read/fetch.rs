@@ -117,6 +117,12 @@ impl Fetcher {
         self.elsewhere.lock().insert(pack, key.to_owned());
     }
 
+    /// Counts a request that got `bytes`.
+    pub fn count(&self, bytes: u64) {
+        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        self.counters.fetched_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// Copies `buf.len()` bytes from `offset` of a chunk's plaintext, if memory or the disk cache has it.
     pub fn read_cached(&self, chunk: &ChunkRef, offset: usize, buf: &mut [u8]) -> bool {
         if let Some(plain) = self.from_memory(&chunk.id) {
@@ -231,8 +237,7 @@ impl Fetcher {
         let key = self.key(first.pack);
         let (from, to) = (u64::from(first.offset), last.end());
         let bytes = self.repository.store.get_range(&key, from, to - from).map_err(|error| missing(&key, error))?;
-        self.counters.requests.fetch_add(1, Ordering::Relaxed);
-        self.counters.fetched_bytes.fetch_add(to - from, Ordering::Relaxed);
+        self.count(to - from);
         Ok(chunks
             .iter()
             .map(|chunk| {

@@ -7,9 +7,6 @@
 pub mod cache;
 pub mod fetch;
 pub mod pgmanifest;
-pub mod prefetch;
 pub mod recovery;
-pub mod restore;
-pub mod stanza;
 pub mod view;
 pub mod wal;

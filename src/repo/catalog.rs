@@ -5,7 +5,8 @@ use std::sync::Arc;
 use super::{Repository, keys};
 use crate::error::{Error, Result};
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, Info, Latest, decode, encode};
-use crate::format::manifest::{BackupType, Database, Description, Entry, ManifestReader};
+use crate::format::manifest::{Database, Description, Entry, ManifestReader};
+use crate::postgres::BackupKind;
 use crate::store::{Body, ErrorKind, Store};
 
 impl Repository {
@@ -37,7 +38,7 @@ impl Repository {
     /// Labels below the stanza, oldest first; one whose manifest was never written may be among them.
     pub fn labels(&self) -> Result<Vec<String>> {
         let mut names = self.store.names(&keys::backups(&self.stanza))?;
-        names.retain(|name| name.parse::<crate::postgres::BackupLabel>().is_ok());
+        names.retain(|name| name.parse::<crate::postgres::Label>().is_ok());
         Ok(names)
     }
 
@@ -100,9 +101,9 @@ impl Repository {
         self.write_info(&keys::backup_info(&self.stanza), &info)?;
         let mut pointers = vec!["latest"];
         pointers.push(match description.kind {
-            BackupType::Full => "latest-full",
-            BackupType::Diff => "latest-diff",
-            BackupType::Incr => "latest-incr",
+            BackupKind::Full => "latest-full",
+            BackupKind::Diff => "latest-diff",
+            BackupKind::Incr => "latest-incr",
         });
         let latest = encode(&Latest { label: description.label.clone() })?;
         for pointer in pointers {

@@ -134,6 +134,11 @@ impl<'a> Worker<'a> {
         Ok(Self { cutting, encoder, data, buffer: vec![0; SLOT], stored: Vec::with_capacity(2 * SLOT) })
     }
 
+    /// The data directory.
+    pub fn root(&self) -> &Path {
+        &self.cutting.root
+    }
+
     /// Hands the rest of its data lane to the uploads.
     pub fn finish(mut self) -> Result<()> {
         self.data.flush(self.cutting.uploads)
@@ -162,11 +167,33 @@ impl<'a> Worker<'a> {
     }
 
     /// Reads and stores a batch of small files, which become neighbours in one pack.
-    pub fn small(&mut self, files: &[Scanned]) -> Result<Vec<Cut<SmallFile>>> {
+    pub fn small(&mut self, files: &[&Scanned]) -> Result<Vec<Cut<SmallFile>>> {
+        let root = self.cutting.root.clone();
+        self.small_sources(files, |file| Source::open(&root, file))
+    }
+
+    /// Stores a small file whose content is already in memory.
+    pub fn small_bytes(&mut self, file: &Scanned, bytes: Vec<u8>) -> Result<Cut<SmallFile>> {
+        let source = Source { content: Content::Memory(bytes), path: self.cutting.root.join(file.os_path()) };
+        let mut source = Some(source);
+        let mut cut = self.small_sources(&[file], |_| Ok(source.take()))?;
+        cut.pop().ok_or_else(|| Error::new("a file was not read"))
+    }
+
+    /// Stores an index chunk.
+    pub fn index(&mut self, plain: &[u8]) -> Result<ChunkRef> {
+        self.store_in(&self.cutting.lanes.map, plain)
+    }
+
+    fn small_sources(
+        &mut self,
+        files: &[&Scanned],
+        mut open: impl FnMut(&Scanned) -> Result<Option<Source>>,
+    ) -> Result<Vec<Cut<SmallFile>>> {
         let mut placing = Vec::with_capacity(files.len());
         let (mut group, mut chunks) = (Group::default(), Vec::new());
         for (number, file) in files.iter().enumerate() {
-            placing.push(match Source::open(&self.cutting.root, file)? {
+            placing.push(match open(file)? {
                 Some(source) => Some(self.place_small(&source, file, number, &mut group, &mut chunks)?),
                 None => None,
             });
@@ -304,17 +331,22 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// An open file of the data directory.
+/// A file of the data directory, open or already in memory.
 struct Source {
-    file: File,
+    content: Content,
     path: PathBuf,
+}
+
+enum Content {
+    Open(File),
+    Memory(Vec<u8>),
 }
 
 impl Source {
     fn open(root: &Path, scanned: &Scanned) -> Result<Option<Self>> {
         let path = root.join(scanned.os_path());
         match File::open(&path) {
-            Ok(file) => Ok(Some(Self { file, path })),
+            Ok(file) => Ok(Some(Self { content: Content::Open(file), path })),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io("open", &path, error)),
         }
@@ -324,7 +356,7 @@ impl Source {
     fn read(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         let mut done = 0;
         while done < buf.len() {
-            match self.file.read_at(&mut buf[done..], at + done as u64) {
+            match self.content.read_at(&mut buf[done..], at + done as u64) {
                 Ok(0) => break,
                 Ok(count) => done += count,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -333,6 +365,20 @@ impl Source {
         }
         buf[done..].fill(0);
         Ok(())
+    }
+}
+
+impl Content {
+    fn read_at(&self, buf: &mut [u8], at: u64) -> std::io::Result<usize> {
+        match self {
+            Self::Open(file) => file.read_at(buf, at),
+            Self::Memory(bytes) => {
+                let rest = bytes.get(at as usize..).unwrap_or_default();
+                let len = rest.len().min(buf.len());
+                buf[..len].copy_from_slice(&rest[..len]);
+                Ok(len)
+            }
+        }
     }
 }
 

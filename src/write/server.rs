@@ -189,10 +189,10 @@ fn config(conninfo: &str) -> Result<Config> {
     }
     if config.get_user().is_none() {
         let login = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.name);
-        config.user(environment("PGUSER").or(login).unwrap_or_else(|| "postgres".into()));
+        config.user(&environment("PGUSER").or(login).unwrap_or_else(|| "postgres".into()));
     }
     if config.get_dbname().is_none() {
-        config.dbname(environment("PGDATABASE").unwrap_or_else(|| "postgres".into()));
+        config.dbname(&environment("PGDATABASE").unwrap_or_else(|| "postgres".into()));
     }
     if let (None, Some(password)) = (config.get_password(), environment("PGPASSWORD")) {
         config.password(password);

@@ -1,0 +1,632 @@
+//! A backup as a tree of files: the manifest's entries, and what recovery needs beside them.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use lru::LruCache;
+use parking_lot::Mutex;
+
+use super::fetch::Fetcher;
+use super::{pgmanifest, recovery, wal};
+use crate::error::{Error, Result};
+use crate::format::chunk::{ChunkId, ChunkRef, PackId};
+use crate::format::manifest::{Description, Entry, Node as Stored, Place, path_cmp};
+use crate::format::map::{Extent, Leaf, decode_index};
+use crate::format::{INDEX_BYTES, LEAF_BYTES, SLOT};
+
+/// Chunks of small files are fetched with their neighbours in an aligned window of this many stored bytes: a starting
+/// server reads dozens of them.
+const SMALL_WINDOW: u32 = 2 * 1024 * 1024;
+/// The same for leaves of file maps.
+const MAP_WINDOW: u32 = 512 * 1024;
+/// Bytes of decoded leaves kept in memory.
+const LEAF_MEMORY: usize = 16 * 1024 * 1024;
+
+/// Number of a node in its view; 0 is the data directory itself.
+pub type NodeIndex = u32;
+
+/// How a view is made of a backup.
+#[derive(Clone, Debug, Default)]
+pub struct ViewOptions {
+    /// settings appended to `postgresql.auto.conf`
+    pub settings: Vec<(&'static str, String)>,
+}
+
+/// A backup, ready to be read.
+#[derive(Debug)]
+pub struct View {
+    /// what the backup is
+    pub description: Description,
+    nodes: Vec<Node>,
+    /// node numbers, grouped by parent, in name order
+    children: Vec<NodeIndex>,
+    chunks: Vec<ChunkRef>,
+    windows: HashMap<PackId, Window>,
+    fetcher: Arc<Fetcher>,
+    leaves: Mutex<LeafCache>,
+    archived: Mutex<HashMap<NodeIndex, Arc<Vec<ChunkRef>>>>,
+    pg_manifest: OnceLock<std::result::Result<std::fs::File, String>>,
+}
+
+/// One file, directory or link of a view.
+#[derive(Debug)]
+pub struct Node {
+    /// its name in its directory
+    pub name: Box<[u8]>,
+    /// permission bits
+    pub mode: u32,
+    /// seconds since 1970
+    pub mtime: i64,
+    /// what it holds
+    pub content: Content,
+    first_child: u32,
+    child_count: u32,
+}
+
+/// What a node holds. Chunks are named by their number in the view.
+#[derive(Debug)]
+pub enum Content {
+    /// a directory
+    Directory,
+    /// a symbolic link and its target
+    Link(Box<[u8]>),
+    /// a file whose extents are at hand
+    Inline {
+        /// length, CRC32C
+        stat: FileStat,
+        /// extents in file order
+        extents: Box<[Piece]>,
+    },
+    /// a file with a map: its leaves, or with `index` the chunks that name them
+    Mapped {
+        /// length, CRC32C
+        stat: FileStat,
+        /// chunk numbers
+        maps: Box<[u32]>,
+        /// true: the chunks are indexes
+        index: bool,
+    },
+    /// made by us
+    Text(Bytes),
+    /// a file of the archive: its key and stored length
+    Archived {
+        /// length in bytes
+        size: u64,
+        /// where it is
+        key: Box<str>,
+        /// stored length
+        stored: u64,
+    },
+    /// must be there, but is not: reading it is an error that says this
+    Missing {
+        /// length it should have
+        size: u64,
+        /// why it cannot be read
+        why: Box<str>,
+    },
+    /// PostgreSQL's own backup_manifest, written when it is first looked at
+    BackupManifest,
+    /// how the mount does; its text comes from elsewhere
+    Status,
+}
+
+/// Length and checksum of a stored file.
+#[derive(Clone, Copy, Debug)]
+pub struct FileStat {
+    /// bytes
+    pub size: u64,
+    /// CRC32C of them
+    pub crc: u32,
+}
+
+/// An extent in a view's own terms.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece {
+    chunk: u32,
+    offset: u32,
+    len: u32,
+}
+
+#[derive(Debug)]
+struct Window {
+    bytes: u32,
+    /// chunk numbers by offset
+    chunks: Vec<u32>,
+}
+
+#[derive(Debug)]
+struct LeafCache {
+    leaves: LruCache<ChunkId, Arc<Leaf>>,
+    bytes: usize,
+}
+
+/// A run of file bytes and where they are.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// first byte in the file
+    pub at: u64,
+    /// bytes
+    pub len: usize,
+    /// the chunk that holds them
+    pub chunk: ChunkRef,
+    /// first byte in the chunk's plaintext
+    pub offset: usize,
+}
+
+impl View {
+    /// Reads the manifest of `label` and finds the WAL it needs.
+    pub fn load(fetcher: Arc<Fetcher>, label: &str, options: &ViewOptions) -> Result<Self> {
+        let mut builder = Builder::default();
+        let repository = fetcher.repository().clone();
+        let description = repository.manifest(label, |entry| builder.stored(entry))?;
+        fetcher.count(0);
+        recovery::complete(&mut builder, &repository, &description, options)?;
+        let (nodes, children) = builder.tree()?;
+        let leaves = LeafCache { leaves: LruCache::unbounded(), bytes: 0 };
+        Ok(Self {
+            description,
+            nodes,
+            children,
+            windows: builder.windows(),
+            chunks: builder.chunks,
+            fetcher,
+            leaves: Mutex::new(leaves),
+            archived: Mutex::default(),
+            pg_manifest: OnceLock::new(),
+        })
+    }
+
+    /// The node; all numbers come from this view.
+    pub fn node(&self, node: NodeIndex) -> Result<&Node> {
+        self.nodes.get(node as usize).ok_or_else(|| Error::new(format!("the view has no node {node}")))
+    }
+
+    /// How many nodes there are.
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// True for a view without nodes, which cannot be.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// The nodes in a directory, in name order.
+    pub fn children(&self, node: NodeIndex) -> &[NodeIndex] {
+        let node = &self.nodes[node as usize];
+        &self.children[node.first_child as usize..(node.first_child + node.child_count) as usize]
+    }
+
+    /// Finds a name in a directory.
+    pub fn child(&self, node: NodeIndex, name: &[u8]) -> Option<NodeIndex> {
+        let children = self.children(node);
+        let found = children.binary_search_by(|child| (*self.nodes[*child as usize].name).cmp(name));
+        found.ok().map(|at| children[at])
+    }
+
+    /// Length of a file in bytes; of a link, of its target.
+    pub fn size(&self, node: NodeIndex) -> Result<u64> {
+        Ok(match &self.node(node)?.content {
+            Content::Directory | Content::Status => 0,
+            Content::Link(target) => target.len() as u64,
+            Content::Inline { stat, .. } | Content::Mapped { stat, .. } => stat.size,
+            Content::Text(text) => text.len() as u64,
+            Content::Archived { size, .. } | Content::Missing { size, .. } => *size,
+            Content::BackupManifest => {
+                let file = self.pg_manifest()?;
+                file.metadata().map_err(|error| Error::new("cannot look at backup_manifest").source(error))?.len()
+            }
+        })
+    }
+
+    /// Fills `buf` from `offset` of a file; short only at its end.
+    pub fn read_at(&self, node: NodeIndex, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        let size = self.size(node)?;
+        let len = size.saturating_sub(offset).min(buf.len() as u64) as usize;
+        let buf = &mut buf[..len];
+        match &self.node(node)?.content {
+            Content::Text(text) => buf.copy_from_slice(&text[offset as usize..offset as usize + len]),
+            Content::BackupManifest => {
+                let read = self.pg_manifest()?.read_exact_at(buf, offset);
+                read.map_err(|error| Error::new("cannot read backup_manifest").source(error))?;
+            }
+            Content::Missing { why, .. } => return Err(Error::new(why.to_string())),
+            _ => self.read_stored(node, offset, buf)?,
+        }
+        Ok(len)
+    }
+
+    fn read_stored(&self, node: NodeIndex, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let spans = self.spans(node, offset, buf.len())?;
+        let mut missing = Vec::new();
+        for span in &spans {
+            let from = (span.at - offset) as usize;
+            if !self.fetcher.read_cached(&span.chunk, span.offset, &mut buf[from..from + span.len]) {
+                missing.push(*span);
+            }
+        }
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let mut copy = |span: &Span, plain: &[u8]| {
+            let from = (span.at - offset) as usize;
+            buf[from..from + span.len].copy_from_slice(&plain[span.offset..span.offset + span.len]);
+        };
+        self.fetch(&missing, &mut copy)
+    }
+
+    /// Fetches spans, each with its neighbours where that is worth it.
+    fn fetch(&self, spans: &[Span], each: &mut dyn FnMut(&Span, &[u8])) -> Result<()> {
+        let mut wanted: Vec<ChunkRef> = spans.iter().map(|span| span.chunk).collect();
+        let neighbours: Vec<ChunkRef> = spans
+            .iter()
+            .flat_map(|span| self.neighbours(&span.chunk))
+            .filter(|chunk| !wanted.contains(chunk) && !self.fetcher.has(chunk))
+            .collect();
+        let alone = wanted.clone();
+        wanted.extend(neighbours);
+        let mut deliver = |wanted: &[ChunkRef]| {
+            self.fetcher.chunks(wanted, |number, plain| {
+                if let Some(span) = spans.get(number) {
+                    each(span, &plain);
+                }
+            })
+        };
+        match deliver(&wanted) {
+            // a damaged neighbour must not harm what was asked for
+            Err(_) if wanted.len() > alone.len() => deliver(&alone),
+            other => other,
+        }
+    }
+
+    /// Chunks in the same window, itself included; none for chunks that are better fetched alone.
+    fn neighbours(&self, chunk: &ChunkRef) -> impl Iterator<Item = ChunkRef> + '_ {
+        let window = self.windows.get(&chunk.pack).map(|window| {
+            let from = chunk.offset / window.bytes * window.bytes;
+            let offset = |number: &u32| self.chunks[*number as usize].offset;
+            let first = window.chunks.partition_point(|number| offset(number) < from);
+            let end = window.chunks.partition_point(|number| offset(number) < from.saturating_add(window.bytes));
+            &window.chunks[first..end]
+        });
+        window.unwrap_or_default().iter().map(|number| self.chunks[*number as usize])
+    }
+
+    /// Where `len` bytes from `offset` of a stored file are; the range must lie inside the file.
+    pub fn spans(&self, node: NodeIndex, offset: u64, len: usize) -> Result<Vec<Span>> {
+        let end = offset + len as u64;
+        let mut spans = Vec::with_capacity(len / SLOT + 2);
+        match &self.node(node)?.content {
+            Content::Inline { extents, .. } => {
+                let extents = extents.iter().map(|piece| Extent {
+                    len: piece.len,
+                    chunk: self.chunks[piece.chunk as usize],
+                    offset: piece.offset,
+                });
+                clip(0, extents, offset, end, &mut spans);
+            }
+            Content::Mapped { stat, maps, index } => {
+                let mut at = offset;
+                while at < end {
+                    let number = at / LEAF_BYTES;
+                    let leaf = self.leaf(stat.size, maps, *index, number)?;
+                    let leaf_end = end.min((number + 1) * LEAF_BYTES);
+                    while at < leaf_end {
+                        let start = at / SLOT as u64 * SLOT as u64;
+                        let slot = ((start - number * LEAF_BYTES) / SLOT as u64) as usize;
+                        clip(start, leaf.slot(slot).iter().copied(), offset, end, &mut spans);
+                        at = start + SLOT as u64;
+                    }
+                    at = leaf_end;
+                }
+            }
+            Content::Archived { key, stored, size } => {
+                let chunks = self.archived(node, key, *stored, *size)?;
+                let first = (offset / SLOT as u64) as usize;
+                let last = (end.saturating_sub(1) / SLOT as u64) as usize;
+                for slot in first..=last.min(chunks.len().saturating_sub(1)) {
+                    clip((slot * SLOT) as u64, [Extent::whole(chunks[slot])], offset, end, &mut spans);
+                }
+            }
+            _ => return Err(Error::new("this node has no stored bytes")),
+        }
+        let covered: usize = spans.iter().map(|span| span.len).sum();
+        match covered == len {
+            true => Ok(spans),
+            false => Err(Error::new(format!("the file map covers {covered} of {len} bytes at {offset}"))),
+        }
+    }
+
+    fn leaf(&self, size: u64, maps: &[u32], index: bool, number: u64) -> Result<Arc<Leaf>> {
+        let map = match index {
+            false => self.chunks[maps[number as usize] as usize],
+            true => {
+                let chunk = self.chunks[maps[(number * LEAF_BYTES / INDEX_BYTES) as usize] as usize];
+                let leaves = decode_index("file map index", &self.fetcher.chunk(&chunk)?)?;
+                let inside = number as usize % crate::format::map::INDEX_LEAVES;
+                leaves.get(inside).ok_or_else(|| Error::new("the file map index is too short"))?.map
+            }
+        };
+        if let Some(leaf) = self.leaves.lock().leaves.get(&map.id) {
+            return Ok(leaf.clone());
+        }
+        let len = (size - number * LEAF_BYTES).min(LEAF_BYTES);
+        let mut plain = vec![0; map.plain_len as usize];
+        if !self.fetcher.read_cached(&map, 0, &mut plain) {
+            let span = Span { at: 0, len: plain.len(), chunk: map, offset: 0 };
+            self.fetch(&[span], &mut |_, bytes| plain.copy_from_slice(bytes))?;
+        }
+        let leaf = Arc::new(Leaf::decode("file map", &plain, len)?);
+        self.leaves.lock().insert(map.id, leaf.clone());
+        Ok(leaf)
+    }
+
+    fn archived(&self, node: NodeIndex, key: &str, stored: u64, size: u64) -> Result<Arc<Vec<ChunkRef>>> {
+        if let Some(chunks) = self.archived.lock().get(&node) {
+            return Ok(chunks.clone());
+        }
+        let chunks = wal::open(&self.fetcher, key, stored)?;
+        wal::check_cover(key, &chunks, size)?;
+        let chunks = Arc::new(chunks);
+        self.archived.lock().insert(node, chunks.clone());
+        Ok(chunks)
+    }
+
+    fn pg_manifest(&self) -> Result<&std::fs::File> {
+        let written = self.pg_manifest.get_or_init(|| self.write_pg_manifest().map_err(|error| error.to_string()));
+        written.as_ref().map_err(|why| Error::new(format!("cannot write backup_manifest: {why}")))
+    }
+
+    fn write_pg_manifest(&self) -> io::Result<std::fs::File> {
+        let mut file = tempfile::tempfile()?;
+        let mut out = io::BufWriter::new(&mut file);
+        pgmanifest::write(self, &mut out)?;
+        out.flush()?;
+        drop(out);
+        Ok(file)
+    }
+
+    /// Calls `each` with the path and number of every node, in path order; directories before what they contain.
+    pub fn walk<E>(
+        &self,
+        each: &mut dyn FnMut(&[u8], NodeIndex) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let mut stack: Vec<(NodeIndex, usize)> = self.children(0).iter().rev().map(|child| (*child, 0)).collect();
+        let mut path = Vec::new();
+        while let Some((node, parent_len)) = stack.pop() {
+            path.truncate(parent_len);
+            if parent_len > 0 {
+                path.push(b'/');
+            }
+            path.extend_from_slice(&self.nodes[node as usize].name);
+            each(&path, node)?;
+            stack.extend(self.children(node).iter().rev().map(|child| (*child, path.len())));
+        }
+        Ok(())
+    }
+
+    /// The CRC32C of a file, known or computed.
+    pub fn crc(&self, node: NodeIndex) -> Result<u32> {
+        match &self.node(node)?.content {
+            Content::Inline { stat, .. } | Content::Mapped { stat, .. } => Ok(stat.crc),
+            Content::Text(text) => Ok(crc32c::crc32c(text)),
+            _ => Err(Error::new("this node has no checksum")),
+        }
+    }
+
+    /// Where its chunks come from.
+    pub fn fetcher(&self) -> &Arc<Fetcher> {
+        &self.fetcher
+    }
+}
+
+impl LeafCache {
+    fn insert(&mut self, id: ChunkId, leaf: Arc<Leaf>) {
+        self.bytes += leaf.memory();
+        if let Some((_, old)) = self.leaves.push(id, leaf) {
+            self.bytes -= old.memory();
+        }
+        while self.bytes > LEAF_MEMORY {
+            let Some((_, old)) = self.leaves.pop_lru() else { break };
+            self.bytes -= old.memory();
+        }
+    }
+}
+
+/// Adds the parts of `extents`, which begin at `at` of the file, that lie between `from` and `to`.
+fn clip(mut at: u64, extents: impl IntoIterator<Item = Extent>, from: u64, to: u64, spans: &mut Vec<Span>) {
+    for extent in extents {
+        let (start, end) = (at.max(from), (at + u64::from(extent.len)).min(to));
+        if start < end {
+            let offset = extent.offset as usize + (start - at) as usize;
+            spans.push(Span { at: start, len: (end - start) as usize, chunk: extent.chunk, offset });
+        }
+        at += u64::from(extent.len);
+    }
+}
+
+/// Collects nodes by path, then makes a tree of them.
+#[derive(Debug, Default)]
+pub struct Builder {
+    entries: Vec<(Box<[u8]>, Node)>,
+    chunks: Vec<ChunkRef>,
+    numbers: HashMap<(PackId, u32), u32>,
+    small: Vec<u32>,
+    maps: Vec<u32>,
+}
+
+impl Builder {
+    /// Adds an entry of the manifest.
+    pub fn stored(&mut self, entry: Entry) {
+        let content = match entry.node {
+            Stored::Directory => Content::Directory,
+            Stored::Symlink(target) => Content::Link(target.into()),
+            Stored::File(file) => {
+                let stat = FileStat { size: file.size, crc: file.crc };
+                match file.place {
+                    Place::Inline { extents, .. } => {
+                        Content::Inline { stat, extents: extents.iter().map(|extent| self.piece(extent)).collect() }
+                    }
+                    Place::Leaves(leaves) => {
+                        let maps = leaves.iter().map(|leaf| self.map(leaf.map)).collect();
+                        Content::Mapped { stat, maps, index: false }
+                    }
+                    Place::Index(chunks) => {
+                        let maps = chunks.into_iter().map(|chunk| self.map(chunk)).collect();
+                        Content::Mapped { stat, maps, index: true }
+                    }
+                }
+            }
+        };
+        self.add(&recovery::view_path(&entry.path), entry.mode, entry.mtime, content);
+    }
+
+    /// Adds a node, or replaces the one at that path.
+    pub fn add(&mut self, path: &[u8], mode: u32, mtime: i64, content: Content) {
+        let node = Node { name: [].into(), mode, mtime, content, first_child: 0, child_count: 0 };
+        self.entries.push((path.into(), node));
+    }
+
+    /// The node at a path, if it was added.
+    pub fn get(&self, path: &[u8]) -> Option<&Node> {
+        self.entries.iter().find(|(at, _)| **at == *path).map(|(_, node)| node)
+    }
+
+    /// The bytes of a stored file: what `fetcher` must read to know its content.
+    pub fn spans(&self, path: &[u8]) -> Option<(u64, Vec<Extent>)> {
+        match &self.get(path)?.content {
+            Content::Inline { stat, extents } => {
+                let extent = |piece: &Piece| Extent {
+                    len: piece.len,
+                    chunk: self.chunks[piece.chunk as usize],
+                    offset: piece.offset,
+                };
+                Some((stat.size, extents.iter().map(extent).collect()))
+            }
+            _ => None,
+        }
+    }
+
+    fn piece(&mut self, extent: &Extent) -> Piece {
+        let known = self.chunks.len();
+        let chunk = self.number(extent.chunk);
+        if self.chunks.len() > known {
+            self.small.push(chunk);
+        }
+        Piece { chunk, offset: extent.offset, len: extent.len }
+    }
+
+    fn map(&mut self, chunk: ChunkRef) -> u32 {
+        let number = self.number(chunk);
+        self.maps.push(number);
+        number
+    }
+
+    fn number(&mut self, chunk: ChunkRef) -> u32 {
+        let next = self.chunks.len() as u32;
+        let number = *self.numbers.entry((chunk.pack, chunk.offset)).or_insert(next);
+        if number == next {
+            self.chunks.push(chunk);
+        }
+        number
+    }
+
+    fn windows(&mut self) -> HashMap<PackId, Window> {
+        let mut windows = HashMap::new();
+        for (bytes, numbers) in [(SMALL_WINDOW, &self.small), (MAP_WINDOW, &self.maps)] {
+            for number in numbers {
+                let pack = self.chunks[*number as usize].pack;
+                windows.entry(pack).or_insert_with(|| Window { bytes, chunks: Vec::new() }).chunks.push(*number);
+            }
+        }
+        for window in windows.values_mut() {
+            window.chunks.sort_unstable_by_key(|number| self.chunks[*number as usize].offset);
+            window.chunks.dedup();
+        }
+        windows
+    }
+
+    /// Sorts by path, keeps the last one added at each, and links children to their directories.
+    fn tree(&mut self) -> Result<(Vec<Node>, Vec<NodeIndex>)> {
+        let mut entries = std::mem::take(&mut self.entries);
+        entries.sort_by(|a, b| path_cmp(&a.0, &b.0));
+        entries.dedup_by(|later, kept| {
+            let same = later.0 == kept.0;
+            if same {
+                std::mem::swap(&mut later.1, &mut kept.1);
+            }
+            same
+        });
+        if entries.first().is_none_or(|(path, node)| !path.is_empty() || !matches!(node.content, Content::Directory)) {
+            return Err(Error::new("the backup has no data directory"));
+        }
+        let mut parents = Vec::with_capacity(entries.len());
+        let mut open: Vec<(usize, NodeIndex)> = vec![(0, 0)];
+        let mut nodes = Vec::with_capacity(entries.len());
+        let mut previous: Box<[u8]> = [].into();
+        for (number, (path, mut node)) in entries.into_iter().enumerate() {
+            let name_at = path.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
+            node.name = path[name_at..].into();
+            let parent = if number == 0 { 0 } else { parent_of(&mut open, &previous, &path, name_at)? };
+            if matches!(node.content, Content::Directory) {
+                open.push((path.len(), number as u32));
+            }
+            parents.push(parent);
+            previous = path;
+            nodes.push(node);
+        }
+        let children = link(&mut nodes, &parents);
+        Ok((nodes, children))
+    }
+}
+
+/// The directory a path lies in: on the stack of directories that are open at this point of the walk.
+fn parent_of(
+    open: &mut Vec<(usize, NodeIndex)>,
+    previous: &[u8],
+    path: &[u8],
+    name_at: usize,
+) -> Result<NodeIndex> {
+    let shared = previous.iter().zip(path).take_while(|(a, b)| a == b).count();
+    let directory_len = name_at.saturating_sub(1);
+    while let Some((len, node)) = open.last().copied() {
+        let encloses = len == 0 || (len <= shared && path.get(len) == Some(&b'/'));
+        if encloses && len == directory_len {
+            return Ok(node);
+        }
+        if len <= directory_len && encloses {
+            break;
+        }
+        open.pop();
+    }
+    Err(Error::new(format!("the backup has \"{}\", but not its directory", path.escape_ascii())))
+}
+
+/// Groups the children by parent, keeping their order.
+fn link(nodes: &mut [Node], parents: &[NodeIndex]) -> Vec<NodeIndex> {
+    for parent in &parents[1..] {
+        nodes[*parent as usize].child_count += 1;
+    }
+    let mut next = 0;
+    for node in nodes.iter_mut() {
+        node.first_child = next;
+        next += node.child_count;
+    }
+    let mut fill: Vec<u32> = nodes.iter().map(|node| node.first_child).collect();
+    let mut children = vec![0; next as usize];
+    for (number, parent) in parents.iter().enumerate().skip(1) {
+        let at = &mut fill[*parent as usize];
+        children[*at as usize] = number as u32;
+        *at += 1;
+    }
+    children
+}
+
+/// Reads a whole small file through its view.
+pub fn read_all(view: &View, node: NodeIndex) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; view.size(node)? as usize];
+    view.read_at(node, 0, &mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,102 @@
+//! Archived WAL files: as a file of a view, and as `archive-get` delivers them.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
+use super::fetch::Fetcher;
+use crate::error::{Context, Error, Result};
+use crate::format::FormatError;
+use crate::format::chunk::ChunkRef;
+use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer};
+use crate::repo::Repository;
+
+/// An archived object up to this size is fetched whole: its footer alone would cost as many requests.
+const WHOLE_BYTES: u64 = 4 * 1024 * 1024;
+
+/// The chunks of an archived file in file order, one per slot. A small object is fetched whole and its chunks are kept.
+pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
+    let store = &fetcher.repository().store;
+    if size <= WHOLE_BYTES {
+        let bytes = store.get(key)?;
+        fetcher.count(bytes.len() as u64);
+        let pack = Pack::parse(key, &bytes)?;
+        check_kind(key, pack.header.kind)?;
+        fetcher.locate(pack.header.id, key);
+        for chunk in &pack.chunks {
+            let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
+            fetcher.keep(chunk, fetcher.decode(key, chunk, stored)?);
+        }
+        return Ok(pack.chunks);
+    }
+    let get = |offset: u64, len: u64| {
+        fetcher.count(len);
+        store.get_range(key, offset, len)
+    };
+    let header = Header::parse(key, &get(0, HEADER_LEN as u64)?)?;
+    check_kind(key, header.kind)?;
+    let trailer = Trailer::parse(key, size, &get(size - TRAILER_LEN as u64, TRAILER_LEN as u64)?)?;
+    let footer = get(trailer.footer_offset, u64::from(trailer.footer_len))?;
+    fetcher.locate(header.id, key);
+    Ok(trailer.footer(key, header.id, &footer)?)
+}
+
+fn check_kind(key: &str, kind: PackKind) -> Result<()> {
+    match kind {
+        PackKind::Wal => Ok(()),
+        other => Err(FormatError::new(key, 10, format!("a pack of kind {other:?} in the archive")).into()),
+    }
+}
+
+/// Why `archive-get` delivered nothing. The difference decides whether PostgreSQL ends recovery or stops.
+#[derive(Debug)]
+pub enum GetError {
+    /// the archive has no such file
+    NotThere,
+    /// it could not be found out or delivered
+    Failed(Error),
+}
+
+/// Writes an archived file to `target`, which appears whole or not at all.
+pub fn get(repository: &Repository, name: &str, target: &Path) -> std::result::Result<(), GetError> {
+    let key = find(repository, name).map_err(GetError::Failed)?.ok_or(GetError::NotThere)?;
+    deliver(repository, &key, target).map_err(GetError::Failed)
+}
+
+fn find(repository: &Repository, name: &str) -> Result<Option<String>> {
+    crate::postgres::WalName::parse(name).context(|| format!("{name} is not a file of the archive"))?;
+    let info = repository.archive_info()?;
+    let archive = repository.archive(info.current()?);
+    Ok(archive.find(name)?.map(|object| object.key))
+}
+
+fn deliver(repository: &Repository, key: &str, target: &Path) -> Result<()> {
+    let temporary = target.with_extension("pgcairn-tmp");
+    let write = || -> Result<()> {
+        let file = File::create(&temporary).map_err(|error| Error::io("create", &temporary, error))?;
+        let mut out = std::io::BufWriter::with_capacity(1 << 20, file);
+        repository.read_pack(key, |plain| {
+            out.write_all(plain).map_err(|error| Error::io("write", &temporary, error))
+        })?;
+        let file = out.into_inner().map_err(|error| Error::io("write", &temporary, error.into_error()))?;
+        file.sync_all().map_err(|error| Error::io("sync", &temporary, error))?;
+        std::fs::rename(&temporary, target).map_err(|error| Error::io("rename to", target, error))
+    };
+    let written = write();
+    if written.is_err() {
+        _ = std::fs::remove_file(&temporary);
+    }
+    written
+}
+
+/// Fails unless the chunks are the slots of a file of `size` bytes.
+pub fn check_cover(key: &str, chunks: &[ChunkRef], size: u64) -> Result<()> {
+    let slot = crate::format::SLOT as u64;
+    let whole = |(number, chunk): (usize, &ChunkRef)| {
+        u64::from(chunk.plain_len) == size.saturating_sub(number as u64 * slot).min(slot)
+    };
+    match chunks.len() as u64 == size.div_ceil(slot) && chunks.iter().enumerate().all(whole) {
+        true => Ok(()),
+        false => Err(FormatError::new(key, 0, format!("its chunks do not make a file of {size} bytes")).into()),
+    }
+}

@@ -1,0 +1,119 @@
+//! The WAL archive: what is there, under which key.
+
+use super::{Repository, keys};
+use crate::error::{Error, Result};
+use crate::format::manifest::Database;
+use crate::postgres::SegmentName;
+use crate::store::Listed;
+
+/// The archive of one cluster.
+#[derive(Clone, Debug)]
+pub struct Archive<'a> {
+    repository: &'a Repository,
+    prefix: String,
+}
+
+impl Repository {
+    /// The archive of `database`.
+    pub fn archive(&self, database: &Database) -> Archive<'_> {
+        Archive { repository: self, prefix: keys::archive(&self.stanza, database.version, database.id) }
+    }
+}
+
+impl Archive<'_> {
+    /// Finds an archived file by its name in `pg_wal`.
+    ///
+    /// # Errors
+    /// When the archive holds two contents under that name: nobody can tell which one is right.
+    pub fn find(&self, name: &str) -> Result<Option<Listed>> {
+        let prefix = keys::wal_prefix(&self.prefix, name);
+        let mut found = self.repository.store.list(&prefix, None)?.objects;
+        found.retain(|object| self.name_of(&object.key) == Some(name));
+        match found.len() {
+            0 | 1 => Ok(found.pop()),
+            _ => Err(twice(name)),
+        }
+    }
+
+    /// Finds segments of one timeline, given in ascending order: a page of a listing for a thousand of them.
+    pub fn segments(&self, needed: &[SegmentName]) -> Result<Vec<Option<Listed>>> {
+        let mut found = vec![None; needed.len()];
+        let (Some(first), Some(last)) = (needed.first(), needed.last()) else { return Ok(found) };
+        let prefix = format!("{}{:08X}", self.prefix, first.timeline().0);
+        let mut after = keys::wal_prefix(&self.prefix, &first.to_string());
+        loop {
+            let page = self.repository.store.list(&prefix, Some(&after))?;
+            for object in page.objects {
+                let segment = self.name_of(&object.key).and_then(|name| name.parse::<SegmentName>().ok());
+                let Some(segment) = segment else { continue };
+                if segment > *last {
+                    return Ok(found);
+                }
+                if let Ok(at) = needed.binary_search(&segment) {
+                    if found[at].is_some() {
+                        return Err(twice(&segment.to_string()));
+                    }
+                    found[at] = Some(object);
+                }
+            }
+            match page.next {
+                Some(next) => after = next,
+                None => return Ok(found),
+            }
+        }
+    }
+
+    /// Where a file with this content goes.
+    pub fn key(&self, name: &str, content: crate::format::chunk::PackId) -> String {
+        let prefix = keys::wal_prefix(&self.prefix, name);
+        if name.ends_with(".history") { prefix } else { format!("{prefix}{content}") }
+    }
+
+    /// Every archived file, in name order within its timeline; calls `each` with name and object.
+    pub fn files(&self, mut each: impl FnMut(&str, &Listed)) -> Result<()> {
+        let mut after = None;
+        loop {
+            let page = self.repository.store.list(&self.prefix, after.as_deref())?;
+            for object in &page.objects {
+                if let Some(name) = self.name_of(&object.key) {
+                    each(name, object);
+                }
+            }
+            match page.next {
+                Some(next) => after = Some(next),
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// The oldest and newest segment on the newest timeline, for people.
+    pub fn range(&self) -> Result<Option<(String, String)>> {
+        let segment = |name: &&str| name.len() == 24;
+        let mut directories = self.repository.store.names(&self.prefix)?;
+        directories.retain(|name| name.len() == 16);
+        let (Some(first), Some(last)) = (directories.first(), directories.last()) else { return Ok(None) };
+        let names = |directory: &str| -> Result<Vec<String>> {
+            let mut names = self.repository.store.names(&format!("{}{directory}/", self.prefix))?;
+            names.retain_mut(|name| match name.rsplit_once('-').map(|(name, _)| name.to_owned()) {
+                Some(bare) if segment(&bare.as_str()) => {
+                    *name = bare;
+                    true
+                }
+                _ => false,
+            });
+            Ok(names)
+        };
+        let (first, last) = (names(first)?.into_iter().next(), names(last)?.pop());
+        Ok(first.zip(last))
+    }
+
+    fn name_of<'k>(&self, key: &'k str) -> Option<&'k str> {
+        let name = key.rsplit('/').next()?;
+        if name.ends_with(".history") { Some(name) } else { Some(name.rsplit_once('-')?.0) }
+    }
+}
+
+fn twice(name: &str) -> Error {
+    Error::new(format!("the archive holds different files as {name}"))
+        .hint("two clusters pushed under one stanza; find out which, and remove the wrong object by hand")
+}

@@ -1,0 +1,93 @@
+//! Proofs before and after copying: that this server is this stanza's, and that its WAL arrives in the archive.
+
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use super::server::{Archiving, Server};
+use crate::error::{Error, Result};
+use crate::format::manifest::Database;
+use crate::postgres::{CONTROL_FILE, ControlFile, SegmentName, SegmentSize};
+use crate::repo::wal::Archive;
+
+/// How long pg_control is read again before its CRC counts as wrong.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Reads pg_control until its CRC is right, since the server may be writing it.
+pub fn read_control(data_directory: &Path) -> Result<(Vec<u8>, ControlFile)> {
+    let path = data_directory.join(CONTROL_FILE);
+    let started = Instant::now();
+    loop {
+        let bytes = std::fs::read(&path).map_err(|error| {
+            Error::io("read", &path, error).hint(
+                "backups read the data directory directly: run pgcairn on the server's machine, as its user or root",
+            )
+        })?;
+        match ControlFile::parse(&bytes) {
+            Ok(control) => return Ok((bytes, control)),
+            Err(_) if started.elapsed() < CONTROL_TIMEOUT => sleep(Duration::from_millis(20)),
+            Err(error) => return Err(Error::new(format!("{} cannot be read", path.display())).source(error)),
+        }
+    }
+}
+
+/// What the connected server is, proved to be the one whose data directory we can read.
+pub fn identify(server: &Server) -> Result<Database> {
+    let (_, control) = read_control(&server.data_directory)?;
+    if control.system_identifier != server.system_id {
+        return Err(Error::new(format!(
+            "the server's system identifier is {}, but {} belongs to {}",
+            server.system_id,
+            server.data_directory.display(),
+            control.system_identifier
+        ))
+        .hint("pgcairn must run on the machine of the server it connects to"));
+    }
+    Ok(Database {
+        id: 1,
+        version: server.major.number(),
+        system_id: control.system_identifier,
+        catalog_version: control.catalog_version,
+        control_version: control.control_version,
+        page_size: control.page_bytes,
+        segment_size: u64::from(control.page_bytes) * u64::from(control.relation_segment_pages),
+        wal_page_size: control.wal_page_bytes,
+        wal_segment_size: u64::from(control.wal_segment_size.bytes()),
+        checksums: control.has_page_checksums(),
+    })
+}
+
+/// Ends the current segment and waits until it is in the archive; returns its name.
+pub fn prove_archiving(
+    server: &mut Server,
+    archive: &Archive<'_>,
+    size: SegmentSize,
+    timeout: Duration,
+) -> Result<SegmentName> {
+    if server.archiving == Archiving::Unset {
+        return Err(Error::new("archive_mode is on, but neither archive_command nor archive_library is set")
+            .hint("set archive_command = 'pgcairn --repo ... --stanza ... archive-push %p'"));
+    }
+    let timeline = server.timeline()?;
+    let segment = SegmentName::of_lsn(timeline, server.switch_wal()?, size);
+    await_segment(archive, segment, timeout)?;
+    Ok(segment)
+}
+
+/// Waits until a segment is in the archive.
+pub fn await_segment(archive: &Archive<'_>, segment: SegmentName, timeout: Duration) -> Result<()> {
+    let started = Instant::now();
+    let mut pause = Duration::from_millis(20);
+    while archive.find(&segment.to_string())?.is_none() {
+        if started.elapsed() > timeout {
+            return Err(Error::new(format!(
+                "WAL segment {segment} did not reach the archive within {} s",
+                timeout.as_secs()
+            ))
+            .hint("see the server's log for what archive_command says; --archive-timeout waits longer"));
+        }
+        sleep(pause);
+        pause = (pause * 2).min(Duration::from_secs(1));
+    }
+    Ok(())
+}
