@@ -1,3 +1,9 @@
-//! The `pgcairn` program.
+//! The `pgcairn` program: parse, run, print errors.
 
-fn main() {}
+use std::process::ExitCode;
+
+use pgcairn::cli;
+
+fn main() -> ExitCode {
+    cli::main()
+}

@@ -7,6 +7,9 @@
 pub mod cache;
 pub mod fetch;
 pub mod pgmanifest;
+pub mod prefetch;
 pub mod recovery;
+pub mod restore;
+pub mod tree;
 pub mod view;
 pub mod wal;

@@ -258,6 +258,30 @@ impl View {
         self.fetch(&missing, &mut copy)
     }
 
+    /// Hands every byte of a range of a file to `each`, with its position, in any order.
+    pub fn each_range(&self, node: NodeIndex, from: u64, to: u64, each: &mut dyn FnMut(u64, &[u8])) -> Result<()> {
+        let len = (to - from) as usize;
+        if !self.node(node)?.content.is_stored() {
+            let mut bytes = vec![0; len];
+            self.read_at(node, from, &mut bytes)?;
+            each(from, &bytes);
+            return Ok(());
+        }
+        let spans = self.spans(node, from, len)?;
+        self.fetch(&spans, &mut |span, plain| each(span.at, &plain[span.offset..span.offset + span.len]))
+    }
+
+    /// Brings a range of a file into the caches.
+    pub fn prefetch(&self, node: NodeIndex, offset: u64, len: u64) -> Result<()> {
+        let len = self.size(node)?.saturating_sub(offset).min(len) as usize;
+        if len == 0 || !self.node(node)?.content.is_stored() {
+            return Ok(());
+        }
+        let mut chunks: Vec<ChunkRef> = self.spans(node, offset, len)?.into_iter().map(|span| span.chunk).collect();
+        chunks.retain(|chunk| !self.fetcher.has(chunk));
+        self.fetcher.chunks(&chunks, |_, _| {})
+    }
+
     /// Fetches spans, each with its neighbours where that is worth it.
     fn fetch(&self, spans: &[Span], each: &mut dyn FnMut(&Span, &[u8])) -> Result<()> {
         let mut wanted: Vec<ChunkRef> = spans.iter().map(|span| span.chunk).collect();
@@ -419,6 +443,13 @@ impl View {
     /// Where its chunks come from.
     pub fn fetcher(&self) -> &Arc<Fetcher> {
         &self.fetcher
+    }
+}
+
+impl Content {
+    /// True when its bytes lie in chunks.
+    pub fn is_stored(&self) -> bool {
+        matches!(self, Self::Inline { .. } | Self::Mapped { .. } | Self::Archived { .. })
     }
 }
 

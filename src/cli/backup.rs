@@ -1,0 +1,122 @@
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+
+use super::options::{Common, Output, size};
+use super::output::{self, Progress, bytes};
+use crate::error::{Error, Result};
+use crate::format::manifest::Description;
+use crate::write::backup::{BackupOptions, WalChoice, backup};
+
+/// Back up the running cluster
+///
+/// Reads the data directory of the server on this machine; the server goes on working. A backup is complete in itself and
+/// becomes visible only when every byte of it, and all WAL it needs, is in the repository.
+#[derive(Debug, Args)]
+pub struct Backup {
+    #[command(flatten)]
+    server: super::pg::ServerOptions,
+    /// Kind of backup
+    #[arg(long = "type", env = "PGCAIRN_TYPE", value_name = "TYPE", default_value = "full")]
+    kind: Kind,
+    /// Threads that read, hash and compress [default: number of CPUs, at most 8]
+    #[arg(long, env = "PGCAIRN_PROCESS_MAX", value_name = "N")]
+    process_max: Option<usize>,
+    /// Bytes of packs held in memory at once; bounds threads and uploads too
+    #[arg(long, env = "PGCAIRN_BUFFER_SIZE", value_name = "SIZE", default_value = "128M", value_parser = size)]
+    buffer_size: u64,
+    /// zstd level
+    #[arg(long, env = "PGCAIRN_COMPRESS_LEVEL", value_name = "LEVEL", default_value_t = 3, allow_hyphen_values = true)]
+    compress_level: i32,
+    /// Begin with an immediate checkpoint (y), or wait for the server's next one (n)
+    #[arg(long, env = "PGCAIRN_START_FAST", value_name = "y|n", default_value = "y")]
+    start_fast: YesNo,
+    /// Where the WAL goes that the backup needs: auto is the archive if the server archives
+    #[arg(long, env = "PGCAIRN_WAL", value_name = "WHERE", default_value = "auto")]
+    wal: Wal,
+    /// Seconds to wait for a WAL segment to be archived
+    #[arg(long, env = "PGCAIRN_ARCHIVE_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
+    archive_timeout: u64,
+    /// What to do about pages whose checksum is wrong
+    #[arg(long, env = "PGCAIRN_PAGE_ERRORS", value_name = "WHAT", default_value = "report")]
+    page_errors: PageErrors,
+    /// Output for people or programs
+    #[arg(long, env = "PGCAIRN_OUTPUT", default_value = "text")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    Full,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum YesNo {
+    Y,
+    N,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Wal {
+    Auto,
+    Archive,
+    Stored,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PageErrors {
+    Report,
+    Fail,
+}
+
+impl Backup {
+    pub(super) fn run(self, common: &Common) -> Result<()> {
+        let Kind::Full = self.kind;
+        let repository = common.repository(false)?;
+        let progress = Progress::new(self.output == Output::Json);
+        let options = BackupOptions {
+            conninfo: self.server.pg.clone(),
+            process_max: self.process_max.unwrap_or_else(default_process_max),
+            buffer_bytes: self.buffer_size as usize,
+            level: self.compress_level,
+            start_fast: self.start_fast == YesNo::Y,
+            wal: match self.wal {
+                Wal::Auto => WalChoice::Auto,
+                Wal::Archive => WalChoice::Archive,
+                Wal::Stored => WalChoice::Stored,
+            },
+            archive_timeout: Duration::from_secs(self.archive_timeout),
+            page_errors_fail: self.page_errors == PageErrors::Fail,
+        };
+        let started = Instant::now();
+        let description = backup(&repository, &options, &progress)?;
+        progress.clear();
+        match self.output {
+            Output::Json => output::line(&serde_json::to_string_pretty(&description)?),
+            Output::Text => report(&description, started.elapsed()),
+        }
+        Ok(())
+    }
+}
+
+fn report(of: &Description, took: Duration) {
+    let sizes = of.sizes;
+    output::line(&format!(
+        "backup {}: {} in {} files, {} stored, {:.1} s",
+        of.label,
+        bytes(sizes.database),
+        sizes.files,
+        bytes(sizes.stored_new),
+        took.as_secs_f64()
+    ));
+    for errors in &of.page_errors {
+        let warning = Error::new(format!("{} pages of {} fail their checksum: {:?}", errors.blocks.len(), errors.file, errors.blocks))
+            .hint("the server's own data is damaged; run pg_checksums or pg_amcheck there");
+        output::error(&warning);
+    }
+}
+
+/// As many threads as CPUs, so that a server is not starved: at most 8.
+pub fn default_process_max() -> usize {
+    std::thread::available_parallelism().map_or(2, |cpus| cpus.get().min(8))
+}

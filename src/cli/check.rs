@@ -1,0 +1,42 @@
+use std::time::Duration;
+
+use clap::Args;
+
+use super::options::Common;
+use super::output;
+use crate::error::{Context, Result};
+use crate::postgres::SegmentSize;
+use crate::write::check::{identify, prove_archiving};
+use crate::write::server::{Archiving, Server};
+
+/// Check that backups can work: the server, the stanza, and that WAL arrives in the archive
+#[derive(Debug, Args)]
+pub struct Check {
+    #[command(flatten)]
+    server: super::pg::ServerOptions,
+    /// Seconds to wait for a WAL segment to be archived
+    #[arg(long, env = "PGCAIRN_ARCHIVE_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
+    archive_timeout: u64,
+}
+
+impl Check {
+    pub(super) fn run(self, common: &Common) -> Result<()> {
+        let repository = common.repository(false)?;
+        let info = repository.archive_info()?;
+        let mut server = Server::connect(&self.server.pg)?;
+        let mut database = identify(&server)?;
+        info.check(&repository.stanza, &database)?;
+        database.id = info.current()?.id;
+        let ok = format!("stanza {} is PostgreSQL {}, {}", repository.stanza, database.version, database.system_id);
+        output::line(&ok);
+        if server.archiving == Archiving::Off {
+            output::line("archive_mode is off: backups store the WAL they need, a point in time between them is not kept");
+            return Ok(());
+        }
+        let size = SegmentSize::new(database.wal_segment_size).context(|| "pg_control".into())?;
+        let timeout = Duration::from_secs(self.archive_timeout);
+        let segment = prove_archiving(&mut server, &repository.archive(&database), size, timeout)?;
+        output::line(&format!("WAL segment {segment} was archived"));
+        Ok(())
+    }
+}

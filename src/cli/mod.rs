@@ -1,0 +1,109 @@
+//! One file per verb; what they share about options, the repository and output is in [`options`], [`config`] and [`output`].
+
+mod archive_get;
+mod archive_push;
+mod backup;
+mod check;
+pub mod clones;
+mod config;
+mod daemon;
+mod info;
+mod mount;
+mod options;
+mod output;
+mod pg;
+mod restore;
+mod stanza_create;
+mod start;
+mod stop;
+mod umount;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::error::{Error, Result};
+
+/// PostgreSQL backups you can mount: back up a running cluster into content-addressed chunks, on S3 or in a directory;
+/// mount any backup as a data directory; start PostgreSQL on it in seconds, without a restore.
+#[derive(Debug, Parser)]
+#[command(name = "pgcairn", version, max_term_width = 110, propagate_version = true)]
+#[command(after_help = "Begin with:\n  \
+    pgcairn --repo /backups --stanza main stanza-create --pg \"host=/var/run/postgresql user=postgres\"\n  \
+    pgcairn --repo /backups --stanza main backup\n  \
+    pgcairn --repo /backups --stanza main start latest\n\n\
+    Every option can also stand in /etc/pgcairn.toml, and in the environment as PGCAIRN_<OPTION>.")]
+struct Cli {
+    #[command(flatten)]
+    common: options::Common,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    StanzaCreate(stanza_create::StanzaCreate),
+    Check(check::Check),
+    Backup(backup::Backup),
+    Info(info::Info),
+    Mount(mount::Mount),
+    Umount(umount::Umount),
+    Start(start::Start),
+    Stop(stop::Stop),
+    Restore(restore::Restore),
+    ArchivePush(archive_push::ArchivePush),
+    ArchiveGet(archive_get::ArchiveGet),
+}
+
+/// Runs the program; the exit status is 0 done, 1 failed, 2 bad usage (and see `archive-get`).
+pub fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    let command = match config::with_defaults(Cli::command(), &arguments) {
+        Ok(command) => command,
+        Err(error) => return fail(&error, 2),
+    };
+    let cli = match Cli::from_arg_matches(&command.get_matches_from(arguments)) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    output::start_log(&cli.common);
+    match cli.run() {
+        Ok(code) => code,
+        Err(error) => fail(&error, 1),
+    }
+}
+
+impl Cli {
+    fn run(self) -> Result<ExitCode> {
+        let common = &self.common;
+        match self.verb {
+            Verb::StanzaCreate(verb) => verb.run(common),
+            Verb::Check(verb) => verb.run(common),
+            Verb::Backup(verb) => verb.run(common),
+            Verb::Info(verb) => verb.run(common),
+            Verb::Mount(verb) => verb.run(common),
+            Verb::Umount(verb) => verb.run(),
+            Verb::Start(verb) => verb.run(common),
+            Verb::Stop(verb) => verb.run(),
+            Verb::Restore(verb) => verb.run(common),
+            Verb::ArchivePush(verb) => verb.run(common),
+            Verb::ArchiveGet(verb) => return Ok(verb.run(common)),
+        }?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn fail(error: &Error, code: u8) -> ExitCode {
+    output::error(error);
+    ExitCode::from(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

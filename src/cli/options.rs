@@ -1,0 +1,197 @@
+//! Options that several verbs share, and how they become a repository and a fetcher.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+
+use crate::error::{Error, Result};
+use crate::read::cache::DiskCache;
+use crate::read::fetch::{FetchOptions, Fetcher};
+use crate::repo::Repository;
+use crate::store::{self, StoreOptions};
+
+/// Options of every verb.
+#[derive(Clone, Debug, Args)]
+pub struct Common {
+    /// Configuration file (TOML); its keys are the names of the options
+    #[arg(long, global = true, env = "PGCAIRN_CONFIG", value_name = "FILE", help_heading = "Common options")]
+    pub config: Option<PathBuf>,
+    /// Repository: s3://BUCKET/PREFIX, file:///PATH or a path
+    #[arg(long, global = true, env = "PGCAIRN_REPO", value_name = "URL", help_heading = "Common options")]
+    pub repo: Option<String>,
+    /// Name of the cluster in the repository
+    #[arg(long, global = true, env = "PGCAIRN_STANZA", value_name = "NAME", help_heading = "Common options")]
+    pub stanza: Option<String>,
+    /// What to log: error, warn, info, debug, trace
+    #[arg(long, global = true, env = "PGCAIRN_LOG_LEVEL", default_value = "warn", help_heading = "Common options")]
+    pub log_level: String,
+    #[command(flatten)]
+    pub(super) s3: S3,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "S3 options (what is not given comes from the AWS environment and profile)")]
+pub(super) struct S3 {
+    /// URL of the S3 server, for any but AWS
+    #[arg(long, global = true, env = "PGCAIRN_REPO_S3_ENDPOINT", value_name = "URL")]
+    repo_s3_endpoint: Option<String>,
+    /// Region
+    #[arg(long, global = true, env = "PGCAIRN_REPO_S3_REGION", value_name = "NAME")]
+    repo_s3_region: Option<String>,
+    /// Access key; better in the environment or in the AWS profile
+    #[arg(long, global = true, env = "PGCAIRN_REPO_S3_KEY", value_name = "ID", hide_env_values = true)]
+    repo_s3_key: Option<String>,
+    /// Secret of the access key: only from the environment (PGCAIRN_REPO_S3_KEY_SECRET) or the configuration file
+    #[arg(long, global = true, env = "PGCAIRN_REPO_S3_KEY_SECRET", hide = true, hide_env_values = true)]
+    repo_s3_key_secret: Option<String>,
+    /// Where the bucket stands: in the path (default with an endpoint) or in the host name
+    #[arg(long, global = true, env = "PGCAIRN_REPO_S3_URI_STYLE", value_name = "STYLE")]
+    repo_s3_uri_style: Option<UriStyle>,
+    /// Certificates to trust, PEM
+    #[arg(long, global = true, env = "PGCAIRN_REPO_STORAGE_CA_FILE", value_name = "FILE")]
+    repo_storage_ca_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum UriStyle {
+    Path,
+    Host,
+}
+
+/// Options of verbs that read backups.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Cache options")]
+pub struct Cache {
+    /// Directory of the disk cache of decompressed chunks
+    #[arg(long, env = "PGCAIRN_CACHE_PATH", value_name = "DIR")]
+    pub cache_path: Option<PathBuf>,
+    /// Bytes the disk cache may hold, e.g. 20G; 0 does without
+    #[arg(long, env = "PGCAIRN_CACHE_SIZE", value_name = "SIZE", default_value = "10G", value_parser = size)]
+    pub cache_size: u64,
+    /// Bytes of chunks kept in memory
+    #[arg(long, env = "PGCAIRN_CACHE_MEMORY", value_name = "SIZE", default_value = "64M", value_parser = size)]
+    pub cache_memory: u64,
+}
+
+/// How long output is for: people or programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// for people
+    Text,
+    /// for programs
+    Json,
+}
+
+impl Common {
+    /// The stanza, by its name.
+    pub fn repository(&self, create: bool) -> Result<Repository> {
+        let stanza = self.stanza.as_deref().ok_or_else(|| missing("stanza", "--stanza main"))?;
+        Repository::new(self.store(create)?, stanza)
+    }
+
+    /// The store alone.
+    pub fn store(&self, create: bool) -> Result<Arc<dyn store::Store>> {
+        let url = self.repo.as_deref().ok_or_else(|| missing("repo", "--repo /backups or --repo s3://bucket/prefix"))?;
+        let options = StoreOptions {
+            endpoint: self.s3.repo_s3_endpoint.clone(),
+            region: self.s3.repo_s3_region.clone(),
+            path_style: self.s3.repo_s3_uri_style.map(|style| style == UriStyle::Path),
+            key: self.s3.repo_s3_key.clone(),
+            key_secret: self.s3.repo_s3_key_secret.clone(),
+            ca_file: self.s3.repo_storage_ca_file.clone(),
+            ..StoreOptions::default()
+        };
+        store::open(url, &options, create)
+            .map_err(|error| Error::new(format!("cannot open the repository {url}")).source(error))
+    }
+
+    /// Options that a child process needs to open the same stanza; secrets go through the environment.
+    pub fn arguments(&self) -> Vec<String> {
+        let pairs = [
+            ("--config", self.config.as_ref().map(|path| path.display().to_string())),
+            ("--repo", self.repo.as_deref().map(absolute)),
+            ("--stanza", self.stanza.clone()),
+            ("--log-level", Some(self.log_level.clone())),
+            ("--repo-s3-endpoint", self.s3.repo_s3_endpoint.clone()),
+            ("--repo-s3-region", self.s3.repo_s3_region.clone()),
+            ("--repo-s3-key", self.s3.repo_s3_key.clone()),
+            ("--repo-s3-uri-style", self.s3.repo_s3_uri_style.map(|style| match style {
+                UriStyle::Path => "path".into(),
+                UriStyle::Host => "host".into(),
+            })),
+            ("--repo-storage-ca-file", self.s3.repo_storage_ca_file.as_ref().map(|path| path.display().to_string())),
+        ];
+        pairs.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?])).flatten().collect()
+    }
+
+    /// The secret, for a child's environment.
+    pub fn secret(&self) -> Option<(&'static str, &str)> {
+        self.s3.repo_s3_key_secret.as_deref().map(|secret| ("PGCAIRN_REPO_S3_KEY_SECRET", secret))
+    }
+}
+
+impl Cache {
+    /// A fetcher with these caches.
+    pub fn fetcher(&self, repository: Repository) -> Result<Arc<Fetcher>> {
+        let disk = match self.cache_size {
+            0 => None,
+            size => {
+                let path = self.cache_path.clone().unwrap_or_else(default_cache_path);
+                Some(DiskCache::open(&path, size)?)
+            }
+        };
+        Ok(Arc::new(Fetcher::new(repository, FetchOptions { memory_bytes: self.cache_memory as usize, disk })))
+    }
+
+    /// Options that a child process needs.
+    pub fn arguments(&self) -> Vec<String> {
+        let mut arguments =
+            vec![format!("--cache-size={}", self.cache_size), format!("--cache-memory={}", self.cache_memory)];
+        arguments.extend(self.cache_path.as_ref().map(|path| format!("--cache-path={}", path.display())));
+        arguments
+    }
+}
+
+fn missing(option: &str, example: &str) -> Error {
+    Error::new(format!("no --{option} is given"))
+        .hint(format!("give {example}, or set it in the configuration file or the environment"))
+}
+
+/// A path repository as an absolute path, so that it means the same to a daemon.
+fn absolute(url: &str) -> String {
+    match url.contains("://") {
+        true => url.to_owned(),
+        false => std::path::absolute(url).map_or_else(|_| url.to_owned(), |path| path.display().to_string()),
+    }
+}
+
+fn default_cache_path() -> PathBuf {
+    state_directory(Path::new("/var/cache/pgcairn"), "XDG_CACHE_HOME", ".cache/pgcairn")
+}
+
+/// A directory for root, or one below the user's home.
+pub fn state_directory(root: &Path, variable: &str, below_home: &str) -> PathBuf {
+    if nix::unistd::geteuid().is_root() {
+        return root.to_owned();
+    }
+    match std::env::var_os(variable) {
+        Some(base) => PathBuf::from(base).join("pgcairn"),
+        None => std::env::var_os("HOME").map_or_else(std::env::temp_dir, PathBuf::from).join(below_home),
+    }
+}
+
+/// Parses `10G`, `64M`, `0`.
+pub fn size(text: &str) -> std::result::Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" | "B" => 1,
+        "K" | "KB" | "KIB" => 1 << 10,
+        "M" | "MB" | "MIB" => 1 << 20,
+        "G" | "GB" | "GIB" => 1 << 30,
+        "T" | "TB" | "TIB" => 1u64 << 40,
+        other => return Err(format!("unknown unit \"{other}\"; use K, M, G or T")),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("\"{text}\" is no size; it reads like 512M or 10G"))?;
+    number.checked_mul(unit).ok_or_else(|| format!("{text} is too much"))
+}

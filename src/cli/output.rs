@@ -1,0 +1,143 @@
+//! The only place that prints: results, errors with hints, progress.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is where the program prints")]
+
+use std::error::Error as _;
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use parking_lot::Mutex;
+use tracing_subscriber::EnvFilter;
+
+use super::options::Common;
+use crate::error::Error;
+use crate::progress::Monitor;
+
+/// One line of a result.
+pub fn line(text: &str) {
+    // a reader that went away (head, less) is no failure of ours
+    _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// An error, its causes on the same line, its hint on the next.
+pub fn error(error: &Error) {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.ends_with(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    _ = writeln!(std::io::stderr(), "error: {text}");
+    if let Some(hint) = error.hint_text() {
+        _ = writeln!(std::io::stderr(), "hint: {hint}");
+    }
+}
+
+/// Begins logging to standard error.
+pub fn start_log(common: &Common) {
+    let filter = EnvFilter::try_new(format!("{0},aws_config={0},hyper=warn", common.log_level));
+    let filter = filter.unwrap_or_else(|_| EnvFilter::new("warn"));
+    _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .try_init();
+}
+
+/// Bytes for people.
+pub fn bytes(count: u64) -> String {
+    HumanBytes(count).to_string()
+}
+
+/// A bar on a terminal, a line every ten seconds elsewhere.
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    plain: Mutex<Plain>,
+}
+
+struct Plain {
+    stage: String,
+    total: u64,
+    done: u64,
+    started: Instant,
+    told: Instant,
+}
+
+/// Time between two lines of progress in a log.
+const TELL_EVERY: Duration = Duration::from_secs(10);
+
+impl Progress {
+    /// Progress on standard error; none with `quiet`.
+    pub fn new(quiet: bool) -> Self {
+        let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
+            let bar = ProgressBar::no_length();
+            bar.enable_steady_tick(Duration::from_millis(200));
+            bar
+        });
+        let now = Instant::now();
+        Self { bar, plain: Mutex::new(Plain { stage: String::new(), total: 0, done: 0, started: now, told: now }) }
+    }
+
+    /// Removes the bar.
+    pub fn clear(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+impl Monitor for Progress {
+    fn stage(&self, name: &str, bytes_total: u64) {
+        if let Some(bar) = &self.bar {
+            let template = match bytes_total {
+                0 => "{msg} {spinner}",
+                _ => "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+            };
+            bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_length(bytes_total);
+            bar.reset();
+            bar.set_message(name.to_owned());
+        }
+        tracing::info!("{name}");
+        let now = Instant::now();
+        *self.plain.lock() = Plain { stage: name.to_owned(), total: bytes_total, done: 0, started: now, told: now };
+    }
+
+    fn advance(&self, bytes: u64) {
+        if let Some(bar) = &self.bar {
+            bar.inc(bytes);
+            return;
+        }
+        let mut plain = self.plain.lock();
+        plain.done += bytes;
+        if plain.told.elapsed() >= TELL_EVERY {
+            plain.told = Instant::now();
+            let rate = plain.done as f64 / plain.started.elapsed().as_secs_f64();
+            let left = plain.total.saturating_sub(plain.done) as f64 / rate.max(1.0);
+            tracing::info!(
+                "{}: {} of {}, {}/s, {left:.0} s left",
+                plain.stage,
+                HumanBytes(plain.done),
+                HumanBytes(plain.total),
+                HumanBytes(rate as u64)
+            );
+        }
+    }
+
+    fn note(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => _ = writeln!(std::io::stderr(), "{text}"),
+        }
+    }
+}

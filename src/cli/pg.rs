@@ -1,0 +1,50 @@
+//! What verbs know of PostgreSQL on this machine: how to reach a server, where the programs of a version are.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use clap::Args;
+
+use crate::error::{Error, Result};
+
+/// How to reach the server.
+#[derive(Debug, Args)]
+pub struct ServerOptions {
+    /// The server, as a libpq conninfo string or URI; what it leaves out comes from PGHOST, PGPORT, PGUSER, ...
+    #[arg(long, env = "PGCAIRN_PG", value_name = "CONNINFO", default_value = "")]
+    pub pg: String,
+}
+
+/// The directory of `major`'s programs: the one given, or found where distributions put it.
+pub fn programs(major: u32, given: Option<&Path>) -> Result<PathBuf> {
+    let candidates: Vec<PathBuf> = match given {
+        Some(path) => vec![path.to_owned()],
+        None => [format!("/usr/lib/postgresql/{major}/bin"), format!("/usr/pgsql-{major}/bin"), format!("/usr/local/pgsql-{major}/bin")]
+            .into_iter()
+            .map(PathBuf::from)
+            .chain(std::env::var_os("PATH").iter().flat_map(std::env::split_paths))
+            .collect(),
+    };
+    for directory in &candidates {
+        match version_of(directory) {
+            Some(found) if found == major => return Ok(directory.clone()),
+            Some(found) if given.is_some() => {
+                return Err(Error::new(format!("{} has PostgreSQL {found}, the backup needs {major}", directory.display()))
+                    .hint(format!("give the directory of PostgreSQL {major} with --pg-bin")));
+            }
+            _ => {}
+        }
+    }
+    Err(Error::new(format!("PostgreSQL {major} is not installed, and the backup needs it"))
+        .hint(format!("install postgresql-{major}, or name its directory with --pg-bin")))
+}
+
+fn version_of(directory: &Path) -> Option<u32> {
+    if !directory.join("pg_ctl").exists() {
+        return None;
+    }
+    let output = Command::new(directory.join("postgres")).arg("--version").output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let version = text.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()))?;
+    version.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}

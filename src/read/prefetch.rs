@@ -1,0 +1,86 @@
+//! Reading ahead of sequential readers, with windows that grow.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use crossbeam_channel::{Sender, bounded};
+use lru::LruCache;
+use parking_lot::Mutex;
+
+use super::view::{NodeIndex, View};
+
+/// First and largest distance that is fetched ahead of a reader, in bytes of file.
+const WINDOW_MIN: u64 = 1024 * 1024;
+const WINDOW_MAX: u64 = 16 * 1024 * 1024;
+/// One piece of prefetch work.
+const PIECE: u64 = 4 * 1024 * 1024;
+/// Files whose readers are watched.
+const WATCHED: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
+
+/// Watches the readers of one view.
+#[derive(Debug)]
+pub struct Prefetcher {
+    queue: Sender<(Arc<View>, NodeIndex, u64, u64)>,
+    readers: Mutex<LruCache<NodeIndex, Reader>>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Reader {
+    /// where a sequential reader would go on
+    next: u64,
+    window: u64,
+    /// fetched or asked for up to here
+    ahead: u64,
+}
+
+impl Prefetcher {
+    /// Starts `threads` that fetch ahead.
+    pub fn start(threads: usize) -> Self {
+        let (queue, work) = bounded::<(Arc<View>, NodeIndex, u64, u64)>(64);
+        for _ in 0..threads {
+            let work = work.clone();
+            std::thread::spawn(move || {
+                while let Ok((view, node, offset, len)) = work.recv() {
+                    // whoever really reads this will meet the error
+                    _ = view.prefetch(node, offset, len);
+                }
+            });
+        }
+        Self { queue, readers: Mutex::new(LruCache::new(WATCHED)) }
+    }
+
+    /// Notes a read of a file of `size` bytes, and asks for what a sequential reader wants next.
+    pub fn note(&self, view: &Arc<View>, node: NodeIndex, size: u64, offset: u64, len: u64) {
+        let end = offset + len;
+        let (from, to) = {
+            let mut readers = self.readers.lock();
+            let reader = readers.get_or_insert_mut(node, Reader::default);
+            // several kernel requests of one reader may arrive out of order
+            let sequential = offset <= reader.next + WINDOW_MIN && end + WINDOW_MIN >= reader.next && end >= WINDOW_MIN / 4;
+            if !sequential {
+                *reader = Reader { next: end, window: 0, ahead: end };
+                return;
+            }
+            reader.window = (reader.window * 2).clamp(WINDOW_MIN, WINDOW_MAX);
+            reader.next = reader.next.max(end);
+            let (from, to) = (reader.ahead.max(end), (end + reader.window).min(size));
+            if to < from + PIECE.min(reader.window / 2) && to < size {
+                return;
+            }
+            reader.ahead = reader.ahead.max(to);
+            (from, to)
+        };
+        self.ask(view, node, from, to);
+    }
+
+    /// Asks for a range.
+    pub fn ask(&self, view: &Arc<View>, node: NodeIndex, mut from: u64, to: u64) {
+        while from < to {
+            let len = (to - from).min(PIECE);
+            if self.queue.try_send((view.clone(), node, from, len)).is_err() {
+                return;
+            }
+            from += len;
+        }
+    }
+}
