@@ -128,7 +128,8 @@ fn decorators() {
     conformance::run(&Retry::new(Record::new(Fault::new(shared)), quick(3)));
 }
 
-/// Over any server named in the environment, with the credentials of the AWS variables.
+/// Over any server named in the environment, with the credentials of the AWS variables, and with the certificates of
+/// `PGCAIRN_TEST_S3_CA_FILE` if that is given.
 #[test]
 fn external_s3_server() {
     let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
@@ -136,7 +137,8 @@ fn external_s3_server() {
         return;
     };
     let prefix = format!("conformance-{:016x}", getrandom::u64().unwrap());
-    let options = StoreOptions { endpoint: Some(endpoint), ..Default::default() };
+    let ca_file = set("PGCAIRN_TEST_S3_CA_FILE").map(Into::into);
+    let options = StoreOptions { endpoint: Some(endpoint), ca_file, ..Default::default() };
     let store = open(&format!("s3://{bucket}/{prefix}"), &options, false).unwrap();
     conformance::run(&store);
     let missing = open("s3://pgcairn-no-such-bucket", &options, false).unwrap();
