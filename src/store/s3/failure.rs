@@ -114,12 +114,29 @@ impl<E: ProvideErrorMetadata + Error + 'static> From<SdkError<E, HttpResponse>> 
             }
             SdkError::TimeoutError(_) => Self::transient(chain(&error)),
             SdkError::DispatchFailure(failure) => {
-                let kind = if failure.is_user() { ErrorKind::Other } else { ErrorKind::Transient };
-                Self::of(kind, chain(&error))
+                let hopeless = failure.is_user() || is_bad_certificate(&error);
+                Self::of(if hopeless { ErrorKind::Other } else { ErrorKind::Transient }, chain(&error))
             }
             _ => Self::other(chain(&error)),
         }
     }
+}
+
+/// A server that is not trusted will not be trusted at the next try.
+fn is_bad_certificate(error: &(dyn Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if matches!(error.downcast_ref::<rustls::Error>(), Some(rustls::Error::InvalidCertificate(_))) {
+            return true;
+        }
+        // an I/O error does not name the error it wraps among its causes
+        let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        next = match wrapped {
+            Some(wrapped) => Some(wrapped),
+            None => error.source(),
+        };
+    }
+    false
 }
 
 /// The messages of an error and its causes, the repeated ones once.
