@@ -108,7 +108,7 @@ fn a_part_that_fails_is_repeated_alone_and_nothing_stays_behind() {
     // created, five parts, completed
     assert_eq!(s3.server.requests() - before, 7);
 
-    s3.server.trouble(Trouble::Cut, 1);
+    s3.server.trouble(Trouble::Status(500, "InternalError"), 1);
     assert_eq!(kind(store.put("b", Body::File(source.path().into()))), ErrorKind::Transient);
     s3.server.trouble(Trouble::Pass, 1);
     s3.server.trouble(Trouble::Status(503, "SlowDown"), 2);
@@ -117,7 +117,8 @@ fn a_part_that_fails_is_repeated_alone_and_nothing_stays_behind() {
     assert_eq!(store.size("b").unwrap(), Some((64 << 20) + 1));
 
     s3.server.trouble(Trouble::Pass, 2);
-    s3.server.trouble(Trouble::Status(403, "AccessDenied"), 1);
+    // after it took the part: an answer that comes before is lost when the connection closes on what is still sent
+    s3.server.trouble(Trouble::StatusAfter(403, "AccessDenied"), 1);
     assert_eq!(kind(store.put("c", Body::File(source.path().into()))), ErrorKind::Denied);
     assert_eq!(store.size("c").unwrap(), None);
     let left = std::fs::read_dir(s3.directory())
