@@ -116,19 +116,28 @@ impl Upload {
         let mut waiting = (0..len.div_ceil(part_len)).map(|index| (index as i32 + 1, index * part_len));
         let mut running = JoinSet::new();
         let mut done = Vec::new();
+        let mut failed = None;
         loop {
-            while running.len() < PARALLEL
+            while failed.is_none()
+                && running.len() < PARALLEL
                 && let Some((number, offset)) = waiting.next()
             {
                 let (upload, source) = (self.clone(), Arc::clone(&source));
                 let part_len = part_len.min(len - offset);
                 running.spawn(async move { upload.part(source, number, offset, part_len).await });
             }
+            // after a failure, too: a part that arrives when the upload was aborted stays behind
             match running.join_next().await {
                 None => break,
-                Some(Ok(part)) => done.push(part?),
-                Some(Err(panic)) => return Err(Failure::other(format!("a part was not written: {panic}"))),
+                Some(Ok(Ok(part))) => done.push(part),
+                Some(Ok(Err(failure))) => failed = failed.or(Some(failure)),
+                Some(Err(panic)) => {
+                    failed = failed.or(Some(Failure::other(format!("a part was not written: {panic}"))))
+                }
             }
+        }
+        if let Some(failure) = failed {
+            return Err(failure);
         }
         done.sort_unstable_by_key(|part: &CompletedPart| part.part_number);
         Ok(done)
