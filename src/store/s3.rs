@@ -112,7 +112,16 @@ impl S3Store {
         }
     }
 
-    /// A HEAD request's 404 does not say whether the object or the bucket is missing.
+    /// A missing bucket must not look like a missing object.
+    fn found<T>(&self, outcome: std::result::Result<T, Failure>) -> std::result::Result<T, Failure> {
+        match outcome {
+            Err(failure) if failure.kind == ErrorKind::NotFound => self.check_bucket().and(Err(failure)),
+            outcome => outcome,
+        }
+    }
+
+    /// The answer to a HEAD request does not say whether the object or the bucket is missing, and some servers say of
+    /// every object in a missing bucket that it is missing. So the first time, the bucket is looked for.
     fn check_bucket(&self) -> std::result::Result<(), Failure> {
         if self.bucket_seen.load(Ordering::Relaxed) {
             return Ok(());
@@ -120,8 +129,12 @@ impl S3Store {
         self.bridge.run(0, async |client| {
             match client.head_bucket().bucket(&self.bucket).send().await.map_err(Failure::from) {
                 Err(failure) if failure.kind == ErrorKind::NotFound => Err(Failure::no_bucket(&self.bucket)),
+                Err(failure) if failure.kind == ErrorKind::Transient => Err(failure),
                 // not allowed to ask is no proof against the bucket
-                _ => Ok(()),
+                _ => {
+                    self.bucket_seen.store(true, Ordering::Relaxed);
+                    Ok(())
+                }
             }
         })
     }
@@ -156,7 +169,7 @@ impl Store for S3Store {
             let len = answer.content_length.and_then(|len| u64::try_from(len).ok());
             Ok((len.unwrap_or(0), async move { answer::whole(answer.body, len).await }))
         });
-        self.done("read", key, outcome)
+        self.done("read", key, self.found(outcome))
     }
 
     fn get_range(&self, key: &str, offset: u64, len: u64) -> Result<Bytes> {
@@ -173,7 +186,7 @@ impl Store for S3Store {
             answer::check_range(&answer, offset, len)?;
             Ok((len, async move { answer::whole(answer.body, Some(len)).await }))
         });
-        self.done("read", key, outcome)
+        self.done("read", key, self.found(outcome))
     }
 
     fn put(&self, key: &str, body: Body) -> Result<()> {

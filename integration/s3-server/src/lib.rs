@@ -28,6 +28,8 @@ pub const SECRET_KEY: &str = "pgcairn-test-secret-key";
 /// What happens to one request instead of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
+    /// none for this one: it lets a later request be met
+    Pass,
     /// this status, with S3's error code for it
     Status(u16, &'static str),
     /// the request is carried out, then answered with this status
@@ -162,7 +164,7 @@ impl hyper::service::Service<http::Request<Incoming>> for Handler {
             }
             let carry_out = || hyper::service::Service::call(&service, request);
             match trouble {
-                None => carry_out().await,
+                None | Some(Trouble::Pass) => carry_out().await,
                 Some(Trouble::Status(status, code)) => refusal(status, code),
                 Some(Trouble::StatusAfter(status, code)) => {
                     carry_out().await?;

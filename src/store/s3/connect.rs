@@ -20,7 +20,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
 use super::S3Options;
-use super::failure::Failure;
+use super::failure::{Failure, chain};
 use crate::store::ErrorKind;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -126,8 +126,9 @@ async fn check_credentials(config: &aws_config::SdkConfig) -> std::result::Resul
     let Some(provider) = config.credentials_provider() else {
         return Err(Failure::of(ErrorKind::Denied, "no credentials are configured for S3"));
     };
-    provider.provide_credentials().await.map(drop).map_err(|e| {
-        let why = aws_smithy_types::error::display::DisplayErrorContext(e);
-        Failure::of(ErrorKind::Denied, format!("no credentials for S3: {why}"))
-    })
+    provider
+        .provide_credentials()
+        .await
+        .map(drop)
+        .map_err(|e| Failure::of(ErrorKind::Denied, format!("no credentials for S3: {}", chain(&e))))
 }

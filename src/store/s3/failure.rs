@@ -15,6 +15,8 @@ pub(super) struct Failure {
     pub(super) kind: ErrorKind,
     /// S3's name for it, where the server gave one
     pub(super) code: Option<String>,
+    /// the HTTP status, where there was an answer
+    pub(super) status: Option<u16>,
     message: String,
 }
 
@@ -28,7 +30,7 @@ impl Error for Failure {}
 
 impl Failure {
     pub(super) fn of(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, code: None, message: message.into() }
+        Self { kind, code: None, status: None, message: message.into() }
     }
 
     pub(super) fn other(message: impl Into<String>) -> Self {
@@ -50,14 +52,14 @@ impl Failure {
     /// An answer's S3 code, or one key's in the answer to a batch.
     pub(super) fn of_code(status: Option<u16>, code: Option<&str>, message: Option<&str>) -> Self {
         let kind = kind_of(status.unwrap_or(0), code.unwrap_or(""));
-        let status = status.map(|status| status.to_string());
-        let words: Vec<&str> = [status.as_deref(), code].into_iter().flatten().collect();
+        let number = status.map(|status| status.to_string());
+        let words: Vec<&str> = [number.as_deref(), code].into_iter().flatten().collect();
         let head = if words.is_empty() { "the server refused".to_owned() } else { words.join(" ") };
         let message = match message {
             Some(message) if !message.is_empty() => format!("{head}: {message}"),
             _ => head,
         };
-        Self { kind, code: code.map(str::to_owned), message }
+        Self { kind, code: code.map(str::to_owned), status, message }
     }
 }
 
@@ -97,7 +99,12 @@ impl<E: ProvideErrorMetadata + Error + 'static> From<SdkError<E, HttpResponse>> 
         match &error {
             SdkError::ServiceError(answer) => {
                 let status = answer.raw().status().as_u16();
-                Self::of_code(Some(status), answer.err().code(), answer.err().message())
+                let (code, message) = (answer.err().code(), answer.err().message());
+                match (code, message) {
+                    // a body that is not understood has neither
+                    (None, None) => Self::of_code(Some(status), None, Some(&chain(answer.err()))),
+                    _ => Self::of_code(Some(status), code, message),
+                }
             }
             // an answer cut off, or not of S3: a proxy's page perhaps
             SdkError::ResponseError(answer) => {
@@ -107,12 +114,29 @@ impl<E: ProvideErrorMetadata + Error + 'static> From<SdkError<E, HttpResponse>> 
             }
             SdkError::TimeoutError(_) => Self::transient(chain(&error)),
             SdkError::DispatchFailure(failure) => {
-                let kind = if failure.is_user() { ErrorKind::Other } else { ErrorKind::Transient };
-                Self::of(kind, chain(&error))
+                let hopeless = failure.is_user() || is_bad_certificate(&error);
+                Self::of(if hopeless { ErrorKind::Other } else { ErrorKind::Transient }, chain(&error))
             }
             _ => Self::other(chain(&error)),
         }
     }
+}
+
+/// A server that is not trusted will not be trusted at the next try.
+fn is_bad_certificate(error: &(dyn Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if matches!(error.downcast_ref::<rustls::Error>(), Some(rustls::Error::InvalidCertificate(_))) {
+            return true;
+        }
+        // an I/O error does not name the error it wraps among its causes
+        let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        next = match wrapped {
+            Some(wrapped) => Some(wrapped),
+            None => error.source(),
+        };
+    }
+    false
 }
 
 /// The messages of an error and its causes, the repeated ones once.

@@ -40,8 +40,23 @@ pub(super) fn file(bridge: &Bridge, bucket: &str, key: &str, path: &Path) -> Out
     let source = File::open(path).map_err(|e| unreadable(path, &e))?;
     let len = source.metadata().map_err(|e| unreadable(path, &e))?.len();
     if len > SINGLE_LEN_MAX {
-        return parts(bridge, bucket, key, Arc::new(source), len);
+        match parts(bridge, bucket, key, Arc::new(source), len) {
+            Err(failure) if parts_unknown(&failure) && len <= super::PUT_LEN_MAX => {
+                tracing::debug!(key, %failure, "written with one request instead of in parts");
+            }
+            outcome => return outcome,
+        }
     }
+    single(bridge, bucket, key, path, len)
+}
+
+/// The server has no multipart uploads, or speaks of them in words of its own: rclone 1.75 names the answer's XML root
+/// otherwise than S3, and the SDK takes that for an error.
+fn parts_unknown(failure: &Failure) -> bool {
+    failure.code.as_deref() == Some("NotImplemented") || failure.code.is_none() && failure.status == Some(200)
+}
+
+fn single(bridge: &Bridge, bucket: &str, key: &str, path: &Path, len: u64) -> Outcome<()> {
     bridge.run(len, async |client| {
         let body = match len {
             0 => ByteStream::from_static(b""),
@@ -101,19 +116,28 @@ impl Upload {
         let mut waiting = (0..len.div_ceil(part_len)).map(|index| (index as i32 + 1, index * part_len));
         let mut running = JoinSet::new();
         let mut done = Vec::new();
+        let mut failed = None;
         loop {
-            while running.len() < PARALLEL
+            while failed.is_none()
+                && running.len() < PARALLEL
                 && let Some((number, offset)) = waiting.next()
             {
                 let (upload, source) = (self.clone(), Arc::clone(&source));
                 let part_len = part_len.min(len - offset);
                 running.spawn(async move { upload.part(source, number, offset, part_len).await });
             }
+            // after a failure, too: a part that arrives when the upload was aborted stays behind
             match running.join_next().await {
                 None => break,
-                Some(Ok(part)) => done.push(part?),
-                Some(Err(panic)) => return Err(Failure::other(format!("a part was not written: {panic}"))),
+                Some(Ok(Ok(part))) => done.push(part),
+                Some(Ok(Err(failure))) => failed = failed.or(Some(failure)),
+                Some(Err(panic)) => {
+                    failed = failed.or(Some(Failure::other(format!("a part was not written: {panic}"))))
+                }
             }
+        }
+        if let Some(failure) = failed {
+            return Err(failure);
         }
         done.sort_unstable_by_key(|part: &CompletedPart| part.part_number);
         Ok(done)
@@ -146,7 +170,7 @@ impl Upload {
             .retried(|| {
                 let complete = self.client.complete_multipart_upload().bucket(&self.bucket).key(&self.key);
                 let complete = complete.upload_id(&self.id).multipart_upload(parts.clone());
-                async move { Ok(drop(complete.send().await?)) }
+                async move { complete.send().await.map(drop).map_err(Failure::from) }
             })
             .await;
         match completed {

@@ -1,0 +1,208 @@
+//! Servers that refuse, hang, cut connections and lie.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::Instant;
+
+use pgcairn_s3_server::Trouble;
+
+use super::*;
+
+fn options(endpoint: String) -> S3Options {
+    S3Options {
+        bucket: "bucket".into(),
+        endpoint: Some(endpoint),
+        key: Some("a-long-enough-key".into()),
+        key_secret: Some("secret".into()),
+        attempt_timeout: Some(Duration::from_secs(1)),
+        connect_timeout: Some(Duration::from_millis(500)),
+        ..Default::default()
+    }
+}
+
+/// Answers every request with the same bytes, then closes the connection.
+fn liar(answer: &'static str) -> S3Store {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for connection in listener.incoming().flatten() {
+            let _ = lie(connection, answer);
+        }
+    });
+    S3Store::open(options(endpoint)).unwrap()
+}
+
+fn lie(mut connection: TcpStream, answer: &str) -> std::io::Result<()> {
+    let mut request = Vec::new();
+    let mut buffer = [0; 4096];
+    while !request.windows(4).any(|window| window == b"\r\n\r\n") {
+        let len = connection.read(&mut buffer)?;
+        if len == 0 {
+            return Ok(());
+        }
+        request.extend_from_slice(&buffer[..len]);
+    }
+    connection.write_all(answer.as_bytes())
+}
+
+#[test]
+fn a_server_in_trouble_is_waited_for() {
+    let s3 = TestS3::start();
+    let options = S3Options { attempt_timeout: Some(Duration::from_secs(1)), ..s3.options("") };
+    let store = Retry::new(S3Store::open(options).unwrap(), quick(5));
+    put(&store, "a", "x");
+    let troubles = [
+        Trouble::Status(503, "SlowDown"),
+        Trouble::Status(500, "InternalError"),
+        Trouble::Status(429, "TooManyRequests"),
+        Trouble::Status(409, "OperationAborted"),
+        Trouble::Status(400, "RequestTimeout"),
+        Trouble::StatusAfter(500, "InternalError"),
+        Trouble::Cut,
+        Trouble::CutAfter,
+    ];
+    for trouble in troubles {
+        for round in 0..6 {
+            // the code is in the body, and the answer to a HEAD request has none
+            if round == 3 && trouble == Trouble::Status(400, "RequestTimeout") {
+                continue;
+            }
+            s3.server.trouble(trouble, 3);
+            match round {
+                0 => put(&store, "a", "x"),
+                1 => assert_eq!(store.get("a").unwrap(), "x", "{trouble:?}"),
+                2 => assert_eq!(store.get_range("a", 0, 1).unwrap(), "x", "{trouble:?}"),
+                3 => assert_eq!(store.size("a").unwrap(), Some(1), "{trouble:?}"),
+                4 => assert_eq!(store.list("", None).unwrap().objects.len(), 1, "{trouble:?}"),
+                _ => store.delete(&["b".into(), "c".into()]).unwrap(),
+            }
+        }
+    }
+    s3.server.trouble(Trouble::Hang, 1);
+    assert_eq!(store.get("a").unwrap(), "x");
+}
+
+#[test]
+fn a_server_that_hangs_is_left_in_bounded_time() {
+    let s3 = TestS3::start();
+    let options = S3Options { attempt_timeout: Some(Duration::from_millis(300)), ..s3.options("") };
+    let store = S3Store::open(options).unwrap();
+    s3.server.trouble(Trouble::Hang, 2);
+    let start = Instant::now();
+    let error = store.get("a").unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Transient);
+    assert_eq!(shown(&error), "cannot read s3://bucket/a: no answer within 0.3 s");
+    assert_eq!(kind(store.put("a", Body::Bytes("x".into()))), ErrorKind::Transient);
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_part_that_fails_is_repeated_alone_and_nothing_stays_behind() {
+    let s3 = TestS3::start();
+    let store = s3.store();
+    let source = tempfile::NamedTempFile::new().unwrap();
+    source.as_file().set_len((64 << 20) + 1).unwrap();
+    put(&store, "first", "");
+    let before = s3.server.requests();
+    store.put("a", Body::File(source.path().into())).unwrap();
+    // created, five parts, completed
+    assert_eq!(s3.server.requests() - before, 7);
+
+    s3.server.trouble(Trouble::Status(500, "InternalError"), 1);
+    assert_eq!(kind(store.put("b", Body::File(source.path().into()))), ErrorKind::Transient);
+    s3.server.trouble(Trouble::Pass, 1);
+    s3.server.trouble(Trouble::Status(503, "SlowDown"), 2);
+    s3.server.trouble(Trouble::Cut, 1);
+    store.put("b", Body::File(source.path().into())).unwrap();
+    assert_eq!(store.size("b").unwrap(), Some((64 << 20) + 1));
+
+    s3.server.trouble(Trouble::Pass, 2);
+    // after it took the part: an answer that comes before is lost when the connection closes on what is still sent
+    s3.server.trouble(Trouble::StatusAfter(403, "AccessDenied"), 1);
+    assert_eq!(kind(store.put("c", Body::File(source.path().into()))), ErrorKind::Denied);
+    assert_eq!(store.size("c").unwrap(), None);
+    let left = std::fs::read_dir(s3.directory())
+        .unwrap()
+        .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().contains("upload"));
+    assert_eq!(left.count(), 0, "the parts of a failed upload are removed");
+}
+
+#[test]
+fn latency_is_per_request_not_per_server() {
+    let s3 = TestS3::start();
+    let store = s3.store();
+    put(&store, "a", "x");
+    s3.server.set_latency(Duration::from_millis(200));
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..20 {
+            scope.spawn(|| assert_eq!(store.get("a").unwrap(), "x"));
+        }
+    });
+    let elapsed = start.elapsed();
+    assert!(elapsed >= Duration::from_millis(200) && elapsed < Duration::from_secs(2), "{elapsed:?}");
+}
+
+#[test]
+fn refusals_say_what_to_look_at() {
+    let s3 = TestS3::start();
+    let wrong = S3Store::open(S3Options { key_secret: Some("wrong".into()), ..s3.options("") }).unwrap();
+    let error = wrong.get("a").unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Denied);
+    assert!(shown(&error).contains("403 SignatureDoesNotMatch"), "{}", shown(&error));
+
+    let missing = S3Store::open(S3Options { bucket: "missing".into(), ..s3.options("") }).unwrap();
+    for error in [missing.list("", None).unwrap_err(), missing.names("").unwrap_err(), missing.size("a").unwrap_err()] {
+        assert_eq!(error.kind, ErrorKind::Other);
+        assert!(shown(&error).contains("there is no bucket \"missing\""), "{}", shown(&error));
+    }
+
+    let gone = S3Store::open(options("http://127.0.0.1:1".into())).unwrap();
+    let error = gone.get("a").unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Transient);
+    assert!(shown(&error).contains("onnection refused"), "{}", shown(&error));
+}
+
+#[test]
+fn lies_are_seen() {
+    let full = "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n0123456789";
+    assert_eq!(liar(full).get("a").unwrap(), "0123456789");
+    assert_eq!(liar(full).get_range("a", 0, 10).unwrap(), "0123456789");
+    assert_eq!(kind(liar(full).get_range("a", 20, 2)), ErrorKind::Truncated);
+    assert_eq!(kind(liar(full).get_range("a", 2, 2)), ErrorKind::Other);
+
+    let cut = "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n01234";
+    assert_eq!(kind(liar(cut).get("a")), ErrorKind::Transient);
+    let cut_range = "HTTP/1.1 206 Partial\r\nContent-Range: bytes 0-9/20\r\nContent-Length: 10\r\n\r\n01234";
+    assert_eq!(kind(liar(cut_range).get_range("a", 0, 10)), ErrorKind::Transient);
+    let other_range = "HTTP/1.1 206 Partial\r\nContent-Range: bytes 5-14/20\r\nContent-Length: 10\r\n\r\n0123456789";
+    assert_eq!(kind(liar(other_range).get_range("a", 4, 10)), ErrorKind::Transient);
+
+    let page = "HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>";
+    liar(page).list("", None).unwrap_err();
+    let nonsense = "HTTP/1.1 404 Not Found\r\nContent-Length: 13\r\n\r\n<html></html>";
+    assert_eq!(kind(liar(nonsense).list("", None)), ErrorKind::Other);
+    assert_eq!(kind(liar("nonsense\r\n\r\n").get("a")), ErrorKind::Transient);
+}
+
+#[test]
+fn options_are_checked_before_anything_is_sent() {
+    let good = || options("http://127.0.0.1:1".into());
+    let certificates = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(certificates.path(), "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
+    let bad = [
+        S3Options { bucket: "".into(), ..good() },
+        S3Options { bucket: "a/b".into(), ..good() },
+        S3Options { prefix: "a//b".into(), ..good() },
+        S3Options { endpoint: Some("127.0.0.1:9000".into()), ..good() },
+        S3Options { endpoint: Some("https://".into()), ..good() },
+        S3Options { key_secret: None, ..good() },
+        S3Options { ca_file: Some("/missing".into()), ..good() },
+        S3Options { ca_file: Some("/dev/null".into()), ..good() },
+        S3Options { ca_file: Some(certificates.path().into()), ..good() },
+    ];
+    for bad in bad {
+        let shown = format!("{bad:?}");
+        assert_eq!(kind(S3Store::open(bad)), ErrorKind::Other, "{shown}");
+    }
+}
