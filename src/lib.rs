@@ -1,5 +1,6 @@
 //! pgcairn keeps a PostgreSQL cluster as content-addressed chunks, and mounts any backup of it.
 
+pub mod cli;
 pub mod error;
 pub mod format;
 pub mod postgres;

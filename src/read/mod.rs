@@ -10,6 +10,7 @@ pub mod pgmanifest;
 pub mod prefetch;
 pub mod recovery;
 pub mod restore;
+pub mod stanza;
 pub mod tree;
 pub mod view;
 pub mod wal;

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use pgcairn_mount::{Attributes, Entry, Kind, NodeId, ROOT, Tree};
 
+use super::fetch::Fetcher;
 use super::prefetch::Prefetcher;
 use super::recovery::HIDDEN;
 use super::view::{Content, NodeIndex, View};
@@ -43,20 +44,28 @@ impl ViewTree {
 
 /// The text of `.pgcairn/status`.
 pub fn status(view: &View) -> Vec<u8> {
-    use std::sync::atomic::Ordering::Relaxed;
-    let counters = &view.fetcher().counters;
-    let text = serde_json::json!({
-        "backup": view.description.label,
-        "stanza": view.fetcher().repository().stanza,
-        "repo": view.fetcher().repository().store.url(),
-        "requests": counters.requests.load(Relaxed),
-        "fetched-bytes": counters.fetched_bytes.load(Relaxed),
-        "memory-hits": counters.memory_hits.load(Relaxed),
-        "disk-cache-hits": counters.disk_hits.load(Relaxed),
-        "errors": counters.errors.load(Relaxed),
-        "pid": std::process::id(),
+    let repository = view.fetcher().repository();
+    let about = serde_json::json!({
+        "backup": view.description.label, "stanza": repository.stanza, "repo": repository.store.url(),
     });
-    format!("{text:#}\n").into_bytes()
+    counters_json(view.fetcher(), about)
+}
+
+/// `about` and what `fetcher` has done, as text.
+pub(super) fn counters_json(fetcher: &Fetcher, mut about: serde_json::Value) -> Vec<u8> {
+    use std::sync::atomic::Ordering::Relaxed;
+    let counters = &fetcher.counters;
+    for (name, counter) in [
+        ("requests", &counters.requests),
+        ("fetched-bytes", &counters.fetched_bytes),
+        ("memory-hits", &counters.memory_hits),
+        ("disk-cache-hits", &counters.disk_hits),
+        ("errors", &counters.errors),
+    ] {
+        about[name] = counter.load(Relaxed).into();
+    }
+    about["pid"] = std::process::id().into();
+    format!("{about:#}\n").into_bytes()
 }
 
 fn index(node: NodeId) -> NodeIndex {

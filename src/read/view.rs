@@ -35,6 +35,13 @@ pub struct ViewOptions {
     pub settings: Vec<(&'static str, String)>,
 }
 
+impl ViewOptions {
+    /// What every copy of a cluster gets: it must never archive into its source's stanza.
+    pub fn copy() -> Self {
+        Self { settings: vec![("archive_mode", "off".to_owned())] }
+    }
+}
+
 /// A backup, ready to be read.
 #[derive(Debug)]
 pub struct View {

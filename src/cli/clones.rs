@@ -1,0 +1,166 @@
+//! Running clones: where each keeps its things, and how its server is started and stopped.
+
+use std::fs;
+use std::os::unix::fs::{CommandExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde::{Deserialize, Serialize};
+
+use super::options::state_directory;
+use crate::error::{Error, Result};
+use crate::read::tree::Owner;
+
+/// What is kept of a clone while it exists.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Clone {
+    /// its name
+    pub name: String,
+    /// the stanza and backup it stands on
+    pub stanza: String,
+    /// the backup's label
+    pub label: String,
+    /// port, which names its socket
+    pub port: u16,
+    /// PostgreSQL's programs
+    pub programs: PathBuf,
+    /// user the server runs as
+    pub uid: u32,
+    /// and its group
+    pub gid: u32,
+}
+
+/// The directory of one clone and what is in it.
+#[derive(Clone, Debug)]
+pub struct Place {
+    root: PathBuf,
+}
+
+impl Place {
+    /// The place of the clone called `name`.
+    pub fn new(base: Option<&Path>, name: &str) -> Result<Self> {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if name.is_empty() || name.len() > 40 || name.starts_with(['.', '-']) || !name.chars().all(allowed) {
+            return Err(Error::new(format!("\"{name}\" cannot name a clone"))
+                .hint("use up to 40 letters, digits, \".\", \"_\" and \"-\""));
+        }
+        let base = base.map_or_else(default_base, Path::to_owned);
+        let base = std::path::absolute(&base).map_err(|error| Error::io("find", &base, error))?;
+        Ok(Self { root: base.join(name) })
+    }
+
+    /// All of it.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The mount, which is the data directory.
+    pub fn mount(&self) -> PathBuf {
+        self.root.join("data")
+    }
+
+    /// What was written.
+    pub fn scratch(&self) -> PathBuf {
+        self.root.join("scratch")
+    }
+
+    /// Socket, pg_hba.conf; only the server's user and root may enter.
+    pub fn run(&self) -> PathBuf {
+        self.root.join("run")
+    }
+
+    /// The server's log.
+    pub fn log(&self) -> PathBuf {
+        self.run().join("postgresql.log")
+    }
+
+    fn record(&self) -> PathBuf {
+        self.root.join("clone.json")
+    }
+
+    /// Creates the directories.
+    pub fn create(&self, owner: Owner) -> Result<()> {
+        for path in [self.root.clone(), self.mount(), self.run()] {
+            fs::create_dir_all(&path).map_err(|error| Error::io("create", &path, error))?;
+        }
+        let mode = |path: &Path, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(|error| Error::io("set the mode of", path, error))
+        };
+        mode(&self.root, 0o755)?;
+        mode(&self.run(), 0o700)?;
+        if nix::unistd::geteuid().is_root() {
+            let run = self.run();
+            chown(&run, Some(owner.uid), Some(owner.gid)).map_err(|error| Error::io("change the owner of", &run, error))?;
+        }
+        Ok(())
+    }
+
+    /// Writes what must be known to stop it.
+    pub fn save(&self, clone: &Clone) -> Result<()> {
+        let path = self.record();
+        fs::write(&path, serde_json::to_vec_pretty(clone)?).map_err(|error| Error::io("write", &path, error))
+    }
+
+    /// Reads it back; none where no clone is.
+    pub fn load(&self) -> Result<Option<Clone>> {
+        let path = self.record();
+        match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map(Some)
+                .map_err(|error| Error::new(format!("{} is damaged", path.display())).source(error)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("read", &path, error)),
+        }
+    }
+
+    /// Removes all of it but, with `keep_scratch`, what was written.
+    pub fn remove(&self, keep_scratch: bool) -> Result<()> {
+        let remove = |path: &Path| match fs::remove_dir_all(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path, error)),
+            _ => Ok(()),
+        };
+        if keep_scratch {
+            remove(&self.run())?;
+            // not remove_dir_all: should the mount still be there, nothing in it must be touched
+            return match fs::remove_dir(self.mount()) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &self.mount(), error)),
+                _ => Ok(()),
+            };
+        }
+        match fs::remove_dir(self.mount()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &self.mount(), error)),
+            _ => {}
+        }
+        remove(&self.root)
+    }
+}
+
+/// Where clones live unless told otherwise.
+pub fn default_base() -> PathBuf {
+    state_directory(Path::new("/var/lib/pgcairn/clones"), "XDG_STATE_HOME", ".local/state/pgcairn/clones")
+}
+
+impl Clone {
+    /// `pg_ctl` as the server's user.
+    pub fn pg_ctl(&self, place: &Place) -> Command {
+        let mut command = self.program("pg_ctl");
+        command.arg("-D").arg(place.mount());
+        command
+    }
+
+    /// A program of PostgreSQL as the server's user.
+    pub fn program(&self, name: &str) -> Command {
+        let mut command = Command::new(self.programs.join(name));
+        if nix::unistd::geteuid().is_root() {
+            command.uid(self.uid).gid(self.gid);
+        }
+        command.current_dir("/");
+        command
+    }
+
+    /// How to reach it.
+    pub fn conninfo(&self, place: &Place, user: &str) -> String {
+        format!("host={} port={} user={user} dbname=postgres", place.run().display(), self.port)
+    }
+}

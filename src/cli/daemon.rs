@@ -1,0 +1,81 @@
+//! A daemon that is ready when the command returns: the program starts itself again in the background, and waits for one
+//! line on the child's standard output.
+
+use std::fs::{self, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::error::{Error, Result};
+
+/// What the child writes when it is ready.
+const READY: &str = "ready";
+/// Set in the child's environment.
+const VARIABLE: &str = "PGCAIRN_DAEMON";
+
+/// True in the background child.
+pub(super) fn is_child() -> bool {
+    std::env::var_os(VARIABLE).is_some()
+}
+
+/// Starts this program with `arguments` in the background; returns when it is ready.
+///
+/// # Errors
+/// What the child failed of, in its own words.
+pub(super) fn spawn(arguments: &[String], secret: Option<(&str, &str)>, log: &Path) -> Result<u32> {
+    if let Some(parent) = log.parent() {
+        fs::create_dir_all(parent).map_err(|error| Error::io("create", parent, error))?;
+    }
+    let log_file = OpenOptions::new().create(true).append(true).open(log);
+    let log_file = log_file.map_err(|error| Error::io("open the log", log, error))?;
+    let program = std::env::current_exe().map_err(|error| Error::io("find", Path::new("pgcairn"), error))?;
+    let mut command = Command::new(&program);
+    command.args(arguments).env(VARIABLE, "1").envs(secret).current_dir("/");
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log_file).spawn();
+    let mut child = child.map_err(|error| Error::io("start", &program, error))?;
+    let mut answer = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        _ = BufReader::new(stdout).read_line(&mut answer);
+    }
+    if answer.trim_end() == READY {
+        return Ok(child.id());
+    }
+    _ = child.wait();
+    let mut told = answer.trim_end().split('\t');
+    let what = told.next().filter(|what| !what.is_empty()).unwrap_or("the mount daemon died");
+    let error = Error::new(what.to_owned());
+    Err(error.hint(told.next().map_or_else(|| format!("see {}", log.display()), str::to_owned)))
+}
+
+/// In the child: tells the parent that the daemon is ready, and lets go of the terminal.
+pub(super) fn ready() {
+    tell(READY);
+}
+
+/// In the child: tells the parent why it never will be.
+pub(super) fn failed(error: &Error) {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(next) = cause {
+        text = format!("{text}: {next}");
+        cause = next.source();
+    }
+    tell(&format!("{}\t{}", text.replace(['\n', '\t'], " "), error.hint_text().unwrap_or_default()));
+}
+
+/// In the child: leaves the session of the terminal, so that Ctrl-C there does not end the mount.
+pub(super) fn detach() {
+    _ = nix::unistd::setsid();
+}
+
+fn tell(line: &str) {
+    let mut stdout = std::io::stdout();
+    _ = writeln!(stdout, "{line}");
+    _ = stdout.flush();
+}
+
+/// Where daemons write what went wrong.
+pub(super) fn log_path(name: &str) -> PathBuf {
+    super::options::state_directory(Path::new("/var/log/pgcairn"), "XDG_STATE_HOME", ".local/state/pgcairn")
+        .join(format!("{name}.log"))
+}

@@ -1,0 +1,166 @@
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::options::{Common, Output};
+use super::output::{self, bytes};
+use crate::error::Result;
+use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary};
+use crate::format::manifest::Database;
+use crate::postgres::Lsn;
+use crate::repo::Repository;
+use crate::repo::catalog::stanzas;
+
+/// Show what backups there are, what they weigh, and which WAL is archived
+///
+/// The structure of --output json is pgBackRest's where the meaning is the same.
+#[derive(Debug, Args)]
+pub struct Info {
+    /// Only this backup
+    #[arg(long, value_name = "LABEL")]
+    set: Option<String>,
+    /// Output for people or programs
+    #[arg(long, env = "PGCAIRN_OUTPUT", default_value = "text")]
+    output: Output,
+}
+
+/// Everything known of one stanza.
+struct Stanza {
+    name: String,
+    archive: ArchiveInfo,
+    backups: BackupInfo,
+    /// oldest and newest segment, for each cluster of the stanza
+    wal: Vec<Option<(String, String)>>,
+}
+
+impl Info {
+    pub(super) fn run(self, common: &Common) -> Result<()> {
+        let store = common.store(false)?;
+        let names = match &common.stanza {
+            Some(name) => vec![name.clone()],
+            None => stanzas(&store)?,
+        };
+        let mut found = Vec::new();
+        for name in names {
+            found.push(self.stanza(&Repository::new(store.clone(), &name)?)?);
+        }
+        match self.output {
+            Output::Json => {
+                let all: Vec<Value> = found.iter().map(to_json).collect();
+                output::line(&serde_json::to_string(&all)?);
+            }
+            Output::Text if found.is_empty() => output::line(&format!("no stanza in {}", store.url())),
+            Output::Text => found.iter().for_each(to_text),
+        }
+        Ok(())
+    }
+
+    fn stanza(&self, repository: &Repository) -> Result<Stanza> {
+        let archive = repository.archive_info()?;
+        let mut backups = repository.backup_info()?;
+        if let Some(label) = &self.set {
+            repository.resolve(label)?;
+            backups.backups.retain(|known, _| known == label);
+        }
+        let range = |database: &Database| repository.archive(database).range();
+        let wal = archive.history.iter().map(range).collect::<Result<_>>()?;
+        Ok(Stanza { name: repository.stanza.clone(), archive, backups, wal })
+    }
+}
+
+fn to_text(stanza: &Stanza) {
+    output::line(&format!("stanza: {}", stanza.name));
+    for (database, wal) in stanza.archive.history.iter().zip(&stanza.wal) {
+        output::line(&format!("    PostgreSQL {}, system identifier {}", database.version, database.system_id));
+        output::line(&match wal {
+            Some((first, last)) => format!("    WAL archive: {first} to {last}"),
+            None => "    WAL archive: empty".to_owned(),
+        });
+    }
+    if stanza.backups.backups.is_empty() {
+        output::line("    no backup yet");
+    }
+    for (label, of) in &stanza.backups.backups {
+        let sizes = of.sizes;
+        output::line(&format!("\n    {} backup: {label}", of.kind));
+        output::line(&format!("        taken: {} to {}", time(of.start_time), time(of.stop_time)));
+        output::line(&format!("        WAL: {} to {}", of.wal_start, of.wal_stop));
+        output::line(&format!(
+            "        database: {} in {} files; newly stored: {}; stored in all: {}",
+            bytes(sizes.database),
+            sizes.files,
+            bytes(sizes.stored_new),
+            bytes(sizes.stored_all)
+        ));
+        if of.page_errors {
+            output::line("        some pages failed their checksum; see the manifest's page-errors");
+        }
+    }
+}
+
+fn time(seconds: i64) -> String {
+    jiff::Timestamp::from_second(seconds).map_or_else(|_| seconds.to_string(), |time| time.to_string())
+}
+
+fn to_json(stanza: &Stanza) -> Value {
+    let archive: Vec<Value> = stanza
+        .archive
+        .history
+        .iter()
+        .zip(&stanza.wal)
+        .map(|(database, wal)| {
+            let (min, max) = wal.clone().unzip();
+            json!({
+                "database": {"id": database.id, "repo-key": 1},
+                "id": format!("{}-{}", database.version, database.id),
+                "min": min,
+                "max": max,
+            })
+        })
+        .collect();
+    let db: Vec<Value> = stanza
+        .archive
+        .history
+        .iter()
+        .map(|database| {
+            json!({
+                "id": database.id, "repo-key": 1, "system-id": database.system_id,
+                "version": database.version.to_string(),
+            })
+        })
+        .collect();
+    let backup: Vec<Value> =
+        stanza.backups.backups.iter().map(|(label, of)| backup_json(stanza, label, of)).collect();
+    let (code, message) = if backup.is_empty() { (2, "no valid backups") } else { (0, "ok") };
+    json!({
+        "archive": archive,
+        "backup": backup,
+        "cipher": "none",
+        "db": db,
+        "name": stanza.name,
+        "repo": [{"cipher": "none", "key": 1, "status": {"code": code, "message": message}}],
+        "status": {"code": code, "lock": {"backup": {"held": false}}, "message": message},
+    })
+}
+
+fn backup_json(stanza: &Stanza, label: &str, of: &BackupSummary) -> Value {
+    let version = stanza.archive.history.iter().find(|database| database.id == of.database_id).map(|found| found.version);
+    let lsn = |text: &str| text.parse::<Lsn>().map_or_else(|_| text.to_owned(), |lsn| lsn.to_string());
+    json!({
+        "annotation": null,
+        "archive": {"start": of.wal_start, "stop": of.wal_stop},
+        "backrest": {"format": 0, "version": format!("pgcairn {}", of.pgcairn)},
+        "database": {"id": of.database_id, "repo-key": 1, "version": version.map(|number| number.to_string())},
+        "error": of.page_errors,
+        "info": {
+            "delta": of.sizes.read,
+            "repository": {"delta": of.sizes.stored_new, "size": of.sizes.stored_all},
+            "size": of.sizes.database,
+        },
+        "label": label,
+        "lsn": {"start": lsn(&of.start_lsn), "stop": lsn(&of.stop_lsn)},
+        "prior": of.prior,
+        "reference": null,
+        "timestamp": {"start": of.start_time, "stop": of.stop_time},
+        "type": of.kind,
+    })
+}

@@ -1,0 +1,187 @@
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::Args;
+use pgcairn_mount::{Options, Scratch, Tree};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::options::{Cache, Common};
+use super::{daemon, output};
+use crate::error::{Error, Result};
+use crate::read::prefetch::Prefetcher;
+use crate::read::stanza::StanzaTree;
+use crate::read::tree::{Owner, ViewTree};
+use crate::read::view::{View, ViewOptions};
+use crate::repo::Repository;
+
+/// Threads that fetch ahead of sequential readers.
+const PREFETCH_THREADS: usize = 8;
+
+/// Mount the stanza, or one backup of it, as a directory
+///
+/// Without --backup the mountpoint shows every backup below backups/ (read-only), links to the latest, and the WAL archive.
+/// With --backup it is itself a data directory; with --scratch that can be written to: PostgreSQL starts on it, and the backup
+/// stays as it is. The command returns when the mount is ready.
+#[derive(Debug, Args)]
+pub struct Mount {
+    /// Empty directory to mount on
+    mountpoint: PathBuf,
+    /// Show this backup alone: a label, or latest
+    #[arg(long, value_name = "LABEL")]
+    backup: Option<String>,
+    /// Make the mount writable; what is written is kept in this directory
+    #[arg(long, value_name = "DIR", requires = "backup")]
+    scratch: Option<PathBuf>,
+    /// Whose files these are [default: as root the owner of the backed up cluster, else yourself]
+    #[arg(long, env = "PGCAIRN_OWNER", value_name = "USER")]
+    owner: Option<String>,
+    /// Stay in the foreground
+    #[arg(long)]
+    foreground: bool,
+    #[command(flatten)]
+    cache: Cache,
+}
+
+impl Mount {
+    pub(super) fn run(self, common: &Common) -> Result<()> {
+        if daemon::is_child() {
+            daemon::detach();
+            return match self.prepare(common) {
+                Ok(mount) => {
+                    daemon::ready();
+                    serve(mount)
+                }
+                Err(error) => {
+                    daemon::failed(&error);
+                    Err(error)
+                }
+            };
+        }
+        if self.foreground {
+            let mount = self.prepare(common)?;
+            output::line(&format!("mounted on {}", self.mountpoint.display()));
+            return serve(mount);
+        }
+        // what can be found out here is said here
+        pgcairn_mount::mountpoint::check(&self.mountpoint).map_err(mount_error)?;
+        spawn(&self, common)?;
+        output::line(&format!("mounted on {}", self.mountpoint.display()));
+        Ok(())
+    }
+
+    /// A mount of one backup with a scratch, as `start` wants it.
+    pub(super) fn for_clone(label: &str, scratch: &Path, owner: Option<&str>, mountpoint: &Path, cache: &Cache) -> Self {
+        Self {
+            mountpoint: mountpoint.to_owned(),
+            backup: Some(label.to_owned()),
+            scratch: Some(scratch.to_owned()),
+            owner: owner.map(str::to_owned),
+            foreground: false,
+            cache: cache.clone(),
+        }
+    }
+
+    fn prepare(&self, common: &Common) -> Result<pgcairn_mount::Mount> {
+        pgcairn_mount::mountpoint::check(&self.mountpoint).map_err(mount_error)?;
+        let repository = common.repository(false)?;
+        let (tree, scratch) = match &self.backup {
+            Some(backup) => self.one(repository, backup)?,
+            None => (self.all(repository)?, None),
+        };
+        let mut options = Options::new(&self.mountpoint);
+        options.allow_other = nix::unistd::geteuid().is_root();
+        options.fs_name = "pgcairn".into();
+        pgcairn_mount::Mount::new(tree, scratch, &options).map_err(mount_error)
+    }
+
+    fn one(&self, repository: Repository, backup: &str) -> Result<(Arc<dyn Tree>, Option<Scratch>)> {
+        let label = repository.resolve(backup)?;
+        let stanza = repository.stanza.clone();
+        let fetcher = self.cache.fetcher(repository)?;
+        let view = Arc::new(View::load(fetcher, &label, &ViewOptions::copy())?);
+        let owner = owner(self.owner.as_deref(), &view.description.owner)?;
+        let identity = format!("{stanza}/{label}/{}", view.description.stop_lsn);
+        let scratch = match &self.scratch {
+            Some(directory) => Some(Scratch::open(directory, &identity).map_err(mount_error)?),
+            None => None,
+        };
+        let prefetcher = Arc::new(Prefetcher::start(PREFETCH_THREADS));
+        Ok((Arc::new(ViewTree::new(view, owner, prefetcher)), scratch))
+    }
+
+    fn all(&self, repository: Repository) -> Result<Arc<dyn Tree>> {
+        repository.archive_info()?;
+        let fetcher = self.cache.fetcher(repository)?;
+        let prefetcher = Arc::new(Prefetcher::start(PREFETCH_THREADS));
+        Ok(Arc::new(StanzaTree::new(fetcher, self.owner.clone(), owner, prefetcher)?))
+    }
+
+    fn arguments(&self, common: &Common) -> Result<Vec<String>> {
+        let mut arguments = common.arguments();
+        arguments.push("mount".into());
+        arguments.extend(self.cache.arguments());
+        let option = |name: &str, value: &str| format!("--{name}={value}");
+        arguments.extend(self.backup.as_deref().map(|backup| option("backup", backup)));
+        arguments.extend(self.owner.as_deref().map(|owner| option("owner", owner)));
+        if let Some(scratch) = &self.scratch {
+            arguments.push(option("scratch", &absolute(scratch)?));
+        }
+        arguments.push(absolute(&self.mountpoint)?);
+        Ok(arguments)
+    }
+}
+
+/// Mounts in the background; returns the daemon's process id when the mount is ready.
+pub(super) fn spawn(mount: &Mount, common: &Common) -> Result<u32> {
+    let name = absolute(&mount.mountpoint)?.replace('/', "-");
+    let log = daemon::log_path(&format!("mount{name}"));
+    daemon::spawn(&mount.arguments(common)?, common.secret(), &log)
+}
+
+/// Serves until unmounted, or until asked to end.
+fn serve(mount: pgcairn_mount::Mount) -> Result<()> {
+    let unmounter = mount.unmounter();
+    let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(|error| Error::new("cannot wait for signals").source(error))?;
+    std::thread::spawn(move || {
+        for _ in signals.forever() {
+            if let Err(error) = unmounter.unmount() {
+                tracing::error!(%error, "cannot unmount yet");
+            }
+        }
+    });
+    mount.wait().map_err(mount_error)
+}
+
+/// An error of the mount crate with its hint.
+pub(super) fn mount_error(error: pgcairn_mount::Error) -> Error {
+    let hint = error.hint();
+    let mut ours = Error::new(error.to_string());
+    if let Some(hint) = hint {
+        ours = ours.hint(hint);
+    }
+    match std::error::Error::source(&error) {
+        Some(_) => ours.source(error),
+        None => ours,
+    }
+}
+
+/// Whose the files are: the user named; as root the cluster's own user, if this machine has it; else ourselves.
+pub(super) fn owner(named: Option<&str>, of_cluster: &str) -> Result<Owner> {
+    use nix::unistd::{User, getegid, geteuid};
+    let find = |name: &str| User::from_name(name).ok().flatten();
+    if let Some(name) = named {
+        let user = find(name).ok_or_else(|| Error::new(format!("this machine has no user {name}")).hint("check --owner"))?;
+        return Ok(Owner { uid: user.uid.as_raw(), gid: user.gid.as_raw() });
+    }
+    let of_cluster = if geteuid().is_root() { find(of_cluster).or_else(|| find("postgres")) } else { None };
+    Ok(match of_cluster {
+        Some(user) => Owner { uid: user.uid.as_raw(), gid: user.gid.as_raw() },
+        None => Owner { uid: geteuid().as_raw(), gid: getegid().as_raw() },
+    })
+}
+
+fn absolute(path: &Path) -> Result<String> {
+    let path = std::path::absolute(path).map_err(|error| Error::io("find", path, error))?;
+    path.into_os_string().into_string().map_err(|path| Error::new(format!("{} is not UTF-8", path.display())))
+}

@@ -1,0 +1,255 @@
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::fs::chown;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+
+use super::clones::{Clone, Place};
+use super::mount::{self, Mount};
+use super::options::{Cache, Common, Output};
+use super::{output, pg};
+use crate::error::{Error, Result};
+use crate::format::manifest::Description;
+use crate::read::tree::Owner;
+
+/// Start PostgreSQL on a backup, in seconds, whatever its size
+///
+/// Mounts the backup with a scratch layer and starts a server on it that archives nothing, follows nobody and listens on a
+/// socket of its own. Only pages that are touched are fetched; what is written goes to the scratch and never to the backup.
+#[derive(Debug, Args)]
+pub struct Start {
+    /// Which backup: a label, or latest
+    #[arg(default_value = "latest")]
+    backup: String,
+    /// Name of the clone, by which it is stopped and continued [default: stanza and label]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Port, which names the socket [default: a free one]
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
+    /// Directory of PostgreSQL's programs of the backup's major version [default: looked for]
+    #[arg(long, env = "PGCAIRN_PG_BIN", value_name = "DIR")]
+    pg_bin: Option<PathBuf>,
+    /// User the server runs as; only for root [default: the owner of the backed up cluster]
+    #[arg(long, env = "PGCAIRN_OWNER", value_name = "USER")]
+    owner: Option<String>,
+    /// A setting of the clone's server, e.g. shared_buffers=1GB. May be repeated
+    #[arg(long = "option", value_name = "NAME=VALUE")]
+    options: Vec<String>,
+    /// Directory in which clones live
+    #[arg(long, env = "PGCAIRN_CLONE_PATH", value_name = "DIR")]
+    clone_path: Option<PathBuf>,
+    /// Seconds to wait for the server
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    start_timeout: u64,
+    /// Output for people or programs
+    #[arg(long, default_value = "text")]
+    output: Output,
+    #[command(flatten)]
+    cache: Cache,
+}
+
+impl Start {
+    pub(super) fn run(self, common: &Common) -> Result<()> {
+        let started = Instant::now();
+        let repository = common.repository(false)?;
+        let known = self.name.as_deref().map(|name| Place::new(self.clone_path.as_deref(), name)?.load()).transpose()?;
+        let (label, continued) = match known.flatten() {
+            Some(clone) => (self.continued(&clone, &repository.stanza)?, Some(clone)),
+            None => (repository.resolve(&self.backup)?, None),
+        };
+        let name = self.name.clone().unwrap_or_else(|| format!("{}-{label}", repository.stanza));
+        let place = Place::new(self.clone_path.as_deref(), &name)?;
+        if continued.is_none() && place.root().exists() {
+            return Err(Error::new(format!("a clone {name} exists already in {}", place.root().display()))
+                .hint(format!("give another --name, or \"pgcairn stop {name}\"")));
+        }
+        let description = repository.description(&label)?;
+        let programs = pg::programs(description.database.version, self.pg_bin.as_deref())?;
+        let owner = mount::owner(self.owner.as_deref(), &description.owner)?;
+        refuse_root(owner)?;
+        let clone = Clone {
+            name: name.clone(),
+            stanza: repository.stanza.clone(),
+            label: label.clone(),
+            port: self.port.map_or_else(free_port, Ok)?,
+            programs,
+            uid: owner.uid,
+            gid: owner.gid,
+        };
+        place.create(owner)?;
+        place.save(&clone)?;
+        let result = self.bring_up(common, &place, &clone, &description, owner);
+        let user = match result {
+            Ok(user) => user,
+            Err(error) => {
+                // whatever is up comes down again; a continued clone keeps what it had written
+                _ = super::stop::bring_down(&place, &clone, continued.is_some());
+                return Err(error);
+            }
+        };
+        report(&self, &clone, &place, &user, started.elapsed());
+        Ok(())
+    }
+
+    /// The label of a clone that is started again by name.
+    fn continued(&self, clone: &Clone, stanza: &str) -> Result<String> {
+        let place = Place::new(self.clone_path.as_deref(), &clone.name)?;
+        if pgcairn_mount::mountpoint::mounted_on(&place.mount()).map_err(mount::mount_error)?.is_some() {
+            return Err(Error::new(format!("clone {} runs already", clone.name))
+                .hint(format!("\"pgcairn stop {}\" ends it; another --name starts another", clone.name)));
+        }
+        let other = self.backup != "latest" && self.backup != clone.label;
+        match other || clone.stanza != stanza {
+            true => Err(Error::new(format!("clone {} stands on backup {} of {}", clone.name, clone.label, clone.stanza))
+                .hint("give another --name")),
+            false => Ok(clone.label.clone()),
+        }
+    }
+
+    fn bring_up(
+        &self,
+        common: &Common,
+        place: &Place,
+        clone: &Clone,
+        of: &Description,
+        owner: Owner,
+    ) -> Result<String> {
+        let mount = Mount::for_clone(&clone.label, &place.scratch(), self.owner.as_deref(), &place.mount(), &self.cache);
+        mount::spawn(&mount, common)?;
+        write_files(place, owner)?;
+        let mut command = clone.pg_ctl(place);
+        command.arg("start").arg("-s").arg("-w").arg("-t").arg(self.start_timeout.to_string());
+        command.arg("-l").arg(place.log()).arg("-o").arg(self.server_options(place, clone, of)?);
+        run(command, &place.log())?;
+        first_answer(&clone.conninfo(place, "postgres"), &of.owner, |user| clone.conninfo(place, user))
+    }
+
+    /// Settings on the server's command line, which beat every file and ALTER SYSTEM.
+    fn server_options(&self, place: &Place, clone: &Clone, of: &Description) -> Result<String> {
+        let run = place.run().display().to_string();
+        let version = of.database.version;
+        let mut settings: Vec<(String, String)> = [
+            ("port", clone.port.to_string()),
+            ("listen_addresses", String::new()),
+            ("unix_socket_directories", run.clone()),
+            ("hba_file", format!("{run}/pg_hba.conf")),
+            ("ident_file", format!("{run}/pg_ident.conf")),
+            ("external_pid_file", String::new()),
+            ("cluster_name", format!("pgcairn-{}", clone.name)),
+            ("archive_mode", "off".into()),
+            ("wal_recycle", "off".into()),
+            ("wal_init_zero", "off".into()),
+            ("primary_conninfo", String::new()),
+            ("synchronous_standby_names", String::new()),
+            ("logging_collector", "off".into()),
+            ("log_destination", "stderr".into()),
+            ("autovacuum", "off".into()),
+            ("shared_buffers", "128MB".into()),
+            ("huge_pages", "off".into()),
+            ("ssl", "off".into()),
+        ]
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect();
+        if version >= 14 {
+            settings.push(("recovery_init_sync_method".into(), "syncfs".into()));
+        }
+        if version >= 18 {
+            settings.push(("io_method".into(), "worker".into()));
+        }
+        for option in &self.options {
+            let (name, value) = option.split_once('=').ok_or_else(|| {
+                Error::new(format!("--option {option} is no setting")).hint("it reads like --option work_mem=64MB")
+            })?;
+            settings.push((name.trim().to_owned(), value.to_owned()));
+        }
+        Ok(settings.iter().map(|(name, value)| format!("-c {name}={}", shell_quote(value))).collect::<Vec<_>>().join(" "))
+    }
+}
+
+/// pg_ctl hands its options to a shell.
+fn shell_quote(value: &str) -> String {
+    format!("'{}'", value.replace('\'', r"'\''"))
+}
+
+fn refuse_root(owner: Owner) -> Result<()> {
+    match owner.uid {
+        0 => Err(Error::new("PostgreSQL refuses to run as root").hint("name the user it runs as with --owner")),
+        _ => Ok(()),
+    }
+}
+
+fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
+    Ok(listener.map_err(|error| Error::new("cannot find a free port").source(error))?.port())
+}
+
+/// Access rules of the clone's own, since only its user and root can reach the socket; and a postgresql.conf where the cluster
+/// keeps it outside the data directory.
+fn write_files(place: &Place, owner: Owner) -> Result<()> {
+    let write = |path: &Path, text: &str| -> Result<()> {
+        fs::write(path, text).map_err(|error| Error::io("write", path, error))?;
+        match nix::unistd::geteuid().is_root() {
+            true => chown(path, Some(owner.uid), Some(owner.gid))
+                .map_err(|error| Error::io("change the owner of", path, error)),
+            false => Ok(()),
+        }
+    };
+    write(&place.run().join("pg_hba.conf"), "local all all trust\n")?;
+    write(&place.run().join("pg_ident.conf"), "")?;
+    let conf = place.mount().join("postgresql.conf");
+    match conf.try_exists() {
+        Ok(true) => Ok(()),
+        Ok(false) => write(&conf, "# the backed up cluster keeps its configuration outside the data directory\n"),
+        Err(error) => Err(Error::io("look at", &conf, error)),
+    }
+}
+
+fn run(mut command: Command, log: &Path) -> Result<()> {
+    let output = command.output().map_err(|error| Error::new(format!("cannot run {command:?}")).source(error))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let log_text = fs::read_to_string(log).unwrap_or_default();
+    let tail: Vec<&str> = log_text.lines().rev().take(8).collect();
+    let tail: Vec<&str> = tail.into_iter().rev().collect();
+    Err(Error::new(format!("the clone's server did not start:\n  {}", tail.join("\n  ")))
+        .hint("the lines above are the end of its log; --option NAME=VALUE changes a setting"))
+}
+
+/// Waits for the answer to a first query; returns the user that could ask it.
+fn first_answer(conninfo: &str, owner: &str, with_user: impl Fn(&str) -> String) -> Result<String> {
+    let started = Instant::now();
+    loop {
+        let mut failed = None;
+        for (user, conninfo) in [("postgres", conninfo.to_owned()), (owner, with_user(owner))] {
+            let answer = postgres::Client::connect(&conninfo, postgres::NoTls).and_then(|mut client| client.simple_query("SELECT 1"));
+            match answer {
+                Ok(_) => return Ok(user.to_owned()),
+                Err(error) => failed = Some(error),
+            }
+        }
+        if let Some(error) = failed.filter(|_| started.elapsed() > Duration::from_secs(30)) {
+            return Err(Error::new("the clone's server does not answer").source(error));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn report(start: &Start, clone: &Clone, place: &Place, user: &str, took: Duration) {
+    let conninfo = clone.conninfo(place, user);
+    if start.output == Output::Json {
+        let json = serde_json::json!({
+            "name": clone.name, "backup": clone.label, "conninfo": conninfo, "port": clone.port,
+            "data-directory": place.mount(), "first-answer-ms": took.as_millis() as u64,
+        });
+        return output::line(&format!("{json:#}"));
+    }
+    output::line(&format!("clone {} of backup {}: first answer after {:.2} s", clone.name, clone.label, took.as_secs_f64()));
+    output::line(&format!("  psql \"{conninfo}\""));
+    output::line(&format!("  pgcairn stop {}", clone.name));
+}

@@ -1,0 +1,81 @@
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+
+use super::clones::{Clone, Place, default_base};
+use super::mount::mount_error;
+use super::output;
+use crate::error::{Error, Result};
+
+/// Stop a clone and remove all of it, or keep what was written
+#[derive(Debug, Args)]
+pub struct Stop {
+    /// Name of the clone
+    name: String,
+    /// Keep what was written; "pgcairn start --name NAME" continues it
+    #[arg(long)]
+    keep: bool,
+    /// Directory in which clones live
+    #[arg(long, env = "PGCAIRN_CLONE_PATH", value_name = "DIR")]
+    clone_path: Option<PathBuf>,
+}
+
+impl Stop {
+    pub(super) fn run(self) -> Result<()> {
+        let place = Place::new(self.clone_path.as_deref(), &self.name)?;
+        let clone = place.load()?.ok_or_else(|| self.unknown())?;
+        bring_down(&place, &clone, self.keep)?;
+        let kept = if self.keep { ", what was written is kept" } else { "" };
+        output::line(&format!("clone {} stopped{kept}", clone.name));
+        Ok(())
+    }
+
+    fn unknown(&self) -> Error {
+        let base = self.clone_path.clone().unwrap_or_else(default_base);
+        let names: Vec<String> = std::fs::read_dir(&base)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
+        let error = Error::new(format!("there is no clone {} in {}", self.name, base.display()));
+        match names.is_empty() {
+            true => error.hint("\"pgcairn start\" makes one"),
+            false => error.hint(format!("there are: {}", names.join(", "))),
+        }
+    }
+}
+
+/// Stops server and mount, then removes the clone's files.
+pub(super) fn bring_down(place: &Place, clone: &Clone, keep: bool) -> Result<()> {
+    if place.mount().join("postmaster.pid").exists() {
+        let stopped = |mode: &str| {
+            let mut command = clone.pg_ctl(place);
+            command.args(["stop", "-s", "-w", "-t", "60", "-m", mode]);
+            command.output().is_ok_and(|output| output.status.success())
+        };
+        if !stopped("fast") {
+            _ = stopped("immediate");
+        }
+    }
+    let mounted = || pgcairn_mount::mountpoint::mounted_on(&place.mount()).map_err(mount_error);
+    if mounted()?.is_some() {
+        pgcairn_mount::unmount(&place.mount()).map_err(mount_error)?;
+    }
+    let started = Instant::now();
+    while mounted()?.is_some() || scratch_is_held(place) {
+        if started.elapsed() > Duration::from_secs(30) {
+            return Err(Error::new(format!("{} is still in use", place.mount().display()))
+                .hint("see who uses it with \"fuser -vm\", then stop the clone again"));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    place.remove(keep)
+}
+
+/// True while the mount's daemon has not let go of the scratch.
+fn scratch_is_held(place: &Place) -> bool {
+    let Ok(lock) = std::fs::File::open(place.scratch().join("lock")) else { return false };
+    nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusiveNonblock).is_err()
+}

@@ -1,0 +1,352 @@
+//! A whole stanza as a tree: every backup below `backups/`, links to the latest, the WAL archive below `wal/`.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use pgcairn_mount::{Attributes, Entry, Kind, NodeId, ROOT, Tree};
+use parking_lot::Mutex;
+
+use super::fetch::Fetcher;
+use super::prefetch::Prefetcher;
+use super::tree::{Owner, ViewTree, eio};
+use super::view::{View, ViewOptions};
+use super::wal;
+use crate::error::Result;
+use crate::format::SLOT;
+use crate::format::chunk::ChunkRef;
+use crate::postgres::{BackupKind, Label};
+use crate::store::Listed;
+
+/// How long a listing of backups or WAL is believed.
+const LISTING_AGE: Duration = Duration::from_secs(2);
+/// Backups whose trees are kept; others are loaded again when they are touched.
+const VIEWS: usize = 16;
+/// Node numbers of one backup begin at its slot times this.
+const SLOT_SHIFT: u32 = 32;
+
+const BACKUPS: NodeId = NodeId(2);
+const WAL: NodeId = NodeId(3);
+const HIDDEN: NodeId = NodeId(4);
+const STATUS: NodeId = NodeId(5);
+/// Links to the newest backups: node, name, which kind.
+const LINKS: [(NodeId, &str, Option<BackupKind>); 4] = [
+    (NodeId(6), "latest", None),
+    (NodeId(7), "latest-full", Some(BackupKind::Full)),
+    (NodeId(8), "latest-diff", Some(BackupKind::Diff)),
+    (NodeId(9), "latest-incr", Some(BackupKind::Incr)),
+];
+/// Files of the archive have nodes from here on, below the first slot.
+const WAL_FIRST: u64 = 1 << 20;
+
+/// A stanza as a read-only tree.
+#[derive(Debug)]
+pub struct StanzaTree {
+    fetcher: Arc<Fetcher>,
+    prefetcher: Arc<Prefetcher>,
+    owner: Option<String>,
+    root_owner: Owner,
+    find_owner: fn(Option<&str>, &str) -> Result<Owner>,
+    labels: Mutex<Labels>,
+    views: Mutex<Vec<(u64, Arc<ViewTree>)>>,
+    archive: Mutex<Archived>,
+}
+
+/// Labels and their slots; a slot is never given to another label.
+#[derive(Debug, Default)]
+struct Labels {
+    listed: Option<Instant>,
+    present: Vec<Label>,
+    slots: HashMap<String, u64>,
+    names: Vec<String>,
+}
+
+/// Files of the archive; a file keeps its node.
+#[derive(Debug, Default)]
+struct Archived {
+    listed: Option<Instant>,
+    present: Vec<usize>,
+    files: Vec<(String, Listed)>,
+    numbers: HashMap<String, usize>,
+    chunks: HashMap<usize, Arc<Vec<ChunkRef>>>,
+}
+
+impl StanzaTree {
+    /// The stanza that `fetcher` reads. `find_owner` says whose the files of a backup are, from the user asked for and the
+    /// cluster's own.
+    pub fn new(
+        fetcher: Arc<Fetcher>,
+        owner: Option<String>,
+        find_owner: fn(Option<&str>, &str) -> Result<Owner>,
+        prefetcher: Arc<Prefetcher>,
+    ) -> Result<Self> {
+        let root_owner = find_owner(owner.as_deref(), "postgres")?;
+        Ok(Self {
+            fetcher,
+            prefetcher,
+            owner,
+            root_owner,
+            find_owner,
+            labels: Mutex::default(),
+            views: Mutex::default(),
+            archive: Mutex::default(),
+        })
+    }
+
+    /// Labels of the backups there are, oldest first.
+    fn labels(&self) -> io::Result<Vec<Label>> {
+        let mut labels = self.labels.lock();
+        if labels.listed.is_none_or(|at| at.elapsed() > LISTING_AGE) {
+            let names = self.fetcher.repository().labels().map_err(|error| eio(&error))?;
+            labels.present = names.iter().filter_map(|name| name.parse().ok()).collect();
+            labels.listed = Some(Instant::now());
+        }
+        Ok(labels.present.clone())
+    }
+
+    fn slot(&self, label: &str) -> u64 {
+        let mut labels = self.labels.lock();
+        if let Some(slot) = labels.slots.get(label) {
+            return *slot;
+        }
+        labels.names.push(label.to_owned());
+        let slot = labels.names.len() as u64;
+        labels.slots.insert(label.to_owned(), slot);
+        slot
+    }
+
+    /// The tree of the backup in `slot`, loaded when it is first touched.
+    fn view(&self, slot: u64) -> io::Result<Arc<ViewTree>> {
+        let mut views = self.views.lock();
+        if let Some(at) = views.iter().position(|(known, _)| *known == slot) {
+            let view = views.remove(at);
+            views.push(view.clone());
+            return Ok(view.1);
+        }
+        let label = self.labels.lock().names.get(slot as usize - 1).cloned();
+        let label = label.ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))?;
+        let load = || -> Result<ViewTree> {
+            let view = Arc::new(View::load(self.fetcher.clone(), &label, &ViewOptions::copy())?);
+            let owner = (self.find_owner)(self.owner.as_deref(), &view.description.owner)?;
+            Ok(ViewTree::new(view, owner, self.prefetcher.clone()))
+        };
+        let view = Arc::new(load().map_err(|error| eio(&error))?);
+        if views.len() >= VIEWS {
+            views.remove(0);
+        }
+        views.push((slot, view.clone()));
+        Ok(view)
+    }
+
+    fn lists_archive(&self) -> io::Result<()> {
+        let mut archive = self.archive.lock();
+        if archive.listed.is_some_and(|at| at.elapsed() < LISTING_AGE) {
+            return Ok(());
+        }
+        let repository = self.fetcher.repository();
+        let mut list = || -> Result<()> {
+            let info = repository.archive_info()?;
+            let mut present = Vec::new();
+            repository.archive(info.current()?).files(|name, object| {
+                let next = archive.files.len();
+                let number = *archive.numbers.entry(name.to_owned()).or_insert(next);
+                if number == next {
+                    archive.files.push((name.to_owned(), object.clone()));
+                }
+                present.push(number);
+            })?;
+            archive.present = present;
+            archive.listed = Some(Instant::now());
+            Ok(())
+        };
+        list().map_err(|error| eio(&error))
+    }
+
+    fn archived(&self, node: NodeId) -> io::Result<(usize, Listed, Arc<Vec<ChunkRef>>)> {
+        let number = (node.0 - WAL_FIRST) as usize;
+        let (object, chunks) = {
+            let archive = self.archive.lock();
+            let file = archive.files.get(number).ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))?;
+            (file.1.clone(), archive.chunks.get(&number).cloned())
+        };
+        let chunks = match chunks {
+            Some(chunks) => chunks,
+            None => {
+                let opened = wal::open(&self.fetcher, &object.key, object.size).map_err(|error| eio(&error))?;
+                let opened = Arc::new(opened);
+                self.archive.lock().chunks.insert(number, opened.clone());
+                opened
+            }
+        };
+        Ok((number, object, chunks))
+    }
+
+    fn link_target(&self, kind: Option<BackupKind>) -> io::Result<Option<String>> {
+        let newest = |label: &&Label| kind.is_none_or(|kind| label.kind() == kind);
+        Ok(self.labels()?.iter().rev().find(newest).map(|label| format!("backups/{label}")))
+    }
+
+    fn links(&self) -> io::Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for (node, name, kind) in LINKS {
+            if self.link_target(kind)?.is_some() {
+                entries.push(Entry { name: name.into(), node, kind: Kind::Symlink });
+            }
+        }
+        Ok(entries)
+    }
+
+    fn status(&self) -> Vec<u8> {
+        let repository = self.fetcher.repository();
+        super::tree::counters_json(&self.fetcher, serde_json::json!({
+            "stanza": repository.stanza, "repo": repository.store.url(),
+        }))
+    }
+
+    fn attributes_of(&self, kind: Kind, mode: u32, size: u64, volatile: bool) -> Attributes {
+        let Owner { uid, gid } = self.root_owner;
+        Attributes { kind, mode, uid, gid, size, mtime: SystemTime::UNIX_EPOCH, volatile }
+    }
+
+    fn read_archived(&self, node: NodeId, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let (_, _, chunks) = self.archived(node)?;
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let Some(chunk) = chunks.get((at / SLOT as u64) as usize) else { break };
+            let from = (at % SLOT as u64) as usize;
+            let len = (chunk.plain_len as usize).saturating_sub(from).min(buf.len() - done);
+            if len == 0 {
+                break;
+            }
+            let part = &mut buf[done..done + len];
+            if !self.fetcher.read_cached(chunk, from, part) {
+                let plain = self.fetcher.chunk(chunk).map_err(|error| eio(&error))?;
+                part.copy_from_slice(&plain[from..from + len]);
+            }
+            done += len;
+        }
+        Ok(done)
+    }
+}
+
+fn slot_of(node: NodeId) -> Option<(u64, NodeId)> {
+    let slot = node.0 >> SLOT_SHIFT;
+    (slot > 0).then_some((slot, NodeId(node.0 & ((1 << SLOT_SHIFT) - 1))))
+}
+
+fn in_slot(slot: u64, node: NodeId) -> NodeId {
+    NodeId(slot << SLOT_SHIFT | node.0)
+}
+
+impl Tree for StanzaTree {
+    fn lookup(&self, directory: NodeId, name: &OsStr) -> io::Result<Option<NodeId>> {
+        if let Some((slot, node)) = slot_of(directory) {
+            return Ok(self.view(slot)?.lookup(node, name)?.map(|node| in_slot(slot, node)));
+        }
+        let Some(name) = name.to_str() else { return Ok(None) };
+        match directory {
+            ROOT => Ok(match name {
+                "backups" => Some(BACKUPS),
+                "wal" => Some(WAL),
+                ".pgcairn" => Some(HIDDEN),
+                _ => self.links()?.into_iter().find(|entry| entry.name == name).map(|entry| entry.node),
+            }),
+            BACKUPS => {
+                let known = self.labels()?.iter().any(|label| label.to_string() == name);
+                Ok(known.then(|| in_slot(self.slot(name), ROOT)))
+            }
+            WAL => {
+                self.lists_archive()?;
+                Ok(self.archive.lock().numbers.get(name).map(|number| NodeId(WAL_FIRST + *number as u64)))
+            }
+            HIDDEN => Ok((name == "status").then_some(STATUS)),
+            _ => Ok(None),
+        }
+    }
+
+    fn attributes(&self, node: NodeId) -> io::Result<Attributes> {
+        if let Some((slot, node)) = slot_of(node) {
+            return self.view(slot)?.attributes(node);
+        }
+        Ok(match node {
+            ROOT | BACKUPS | WAL | HIDDEN => self.attributes_of(Kind::Directory, 0o755, 0, true),
+            STATUS => self.attributes_of(Kind::File, 0o444, self.status().len() as u64, true),
+            node if node.0 >= WAL_FIRST => {
+                let (_, object, chunks) = self.archived(node)?;
+                let size = chunks.iter().map(|chunk| u64::from(chunk.plain_len)).sum();
+                let mut attributes = self.attributes_of(Kind::File, 0o400, size, false);
+                attributes.mtime += Duration::from_secs(object.modified.max(0) as u64);
+                attributes
+            }
+            node => {
+                let size = self.read_link(node)?.len() as u64;
+                self.attributes_of(Kind::Symlink, 0o777, size, true)
+            }
+        })
+    }
+
+    fn list(&self, directory: NodeId, from: usize, limit: usize) -> io::Result<Vec<Entry>> {
+        if let Some((slot, node)) = slot_of(directory) {
+            let mut entries = self.view(slot)?.list(node, from, limit)?;
+            entries.iter_mut().for_each(|entry| entry.node = in_slot(slot, entry.node));
+            return Ok(entries);
+        }
+        let entry = |name: &str, node, kind| Entry { name: OsString::from(name), node, kind };
+        let all: Vec<Entry> = match directory {
+            ROOT => {
+                let mut all = vec![entry("backups", BACKUPS, Kind::Directory), entry("wal", WAL, Kind::Directory)];
+                all.extend(self.links()?);
+                all
+            }
+            BACKUPS => {
+                let names = self.labels()?.into_iter().map(|label| label.to_string());
+                names.map(|name| entry(&name, in_slot(self.slot(&name), ROOT), Kind::Directory)).collect()
+            }
+            WAL => {
+                self.lists_archive()?;
+                let archive = self.archive.lock();
+                let node = |number: &usize| NodeId(WAL_FIRST + *number as u64);
+                let page = archive.present.iter().skip(from).take(limit);
+                return Ok(page.map(|number| entry(&archive.files[*number].0, node(number), Kind::File)).collect());
+            }
+            HIDDEN => vec![entry("status", STATUS, Kind::File)],
+            _ => Vec::new(),
+        };
+        Ok(all.into_iter().skip(from).take(limit).collect())
+    }
+
+    fn read_link(&self, node: NodeId) -> io::Result<OsString> {
+        if let Some((slot, node)) = slot_of(node) {
+            return self.view(slot)?.read_link(node);
+        }
+        let link = LINKS.iter().find(|(known, ..)| *known == node);
+        let (_, _, kind) = link.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let target = self.link_target(*kind)?;
+        target.map(OsString::from).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))
+    }
+
+    fn read_at(&self, node: NodeId, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        if let Some((slot, node)) = slot_of(node) {
+            return self.view(slot)?.read_at(node, offset, buf);
+        }
+        if node.0 >= WAL_FIRST {
+            return self.read_archived(node, offset, buf);
+        }
+        let text = self.status();
+        let rest = text.get(offset as usize..).unwrap_or_default();
+        let len = rest.len().min(buf.len());
+        buf[..len].copy_from_slice(&rest[..len]);
+        Ok(len)
+    }
+
+    fn prefetch(&self, node: NodeId, offset: u64, len: u64) {
+        if let Some((slot, node)) = slot_of(node)
+            && let Ok(view) = self.view(slot)
+        {
+            view.prefetch(node, offset, len);
+        }
+    }
+}
