@@ -300,6 +300,11 @@ impl Fs {
         self.scratch.as_ref().ok_or_else(|| errno(libc::EROFS))
     }
 
+    #[cfg(test)]
+    pub(crate) fn scratch_for_tests(&self) -> &Scratch {
+        self.scratch.as_ref().expect("a scratch")
+    }
+
     /// Makes everything durable; called once nothing uses the mount any more.
     pub fn close(&self) -> io::Result<()> {
         self.scratch.as_ref().map_or(Ok(()), Scratch::close)

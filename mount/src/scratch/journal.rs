@@ -335,7 +335,8 @@ mod tests {
         let (dir, journal) = journal(1);
         let whole = fs::read(dir.path().join(NAME)).unwrap();
         let born = read(dir.path()).unwrap().unwrap().frames[1].0;
-        for length in born..journal.len() {
+        // the last seven bytes are padding
+        for length in born..journal.len() - 7 {
             fs::write(dir.path().join(NAME), &whole[..length as usize]).unwrap();
             assert_eq!(read(dir.path()).unwrap().unwrap().frames.len(), 1, "cut to {length}");
         }
@@ -358,7 +359,7 @@ mod tests {
             flip(dir.path(), offset);
             match read(dir.path()) {
                 Err(Error::ScratchDamaged { offset: at, .. }) => assert_eq!(at, third),
-                Ok(found) => panic!("flip at {offset} read as {} frames", found.frames.len()),
+                Ok(found) => panic!("flip at {offset} read as {} frames", found.unwrap().frames.len()),
                 Err(other) => panic!("{other}"),
             }
         }

@@ -23,6 +23,8 @@ mod journal;
 mod namespace;
 mod open;
 mod record;
+#[cfg(test)]
+mod tests;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
