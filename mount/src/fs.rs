@@ -1,11 +1,12 @@
 //! The filesystem proper, without FUSE: a tree, and over it the scratch if there is one.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::scratch::Scratch;
+use crate::scratch::{New, Scratch};
 use crate::tree::{Attributes, Entry, Kind, NodeId, Tree};
 
 /// An inode number: a [`NodeId`] of the tree, or one the scratch gave out, from [`FIRST_SCRATCH_INODE`] on.
@@ -40,6 +41,9 @@ pub struct Attr {
     /// nothing of this may stay in a cache
     pub volatile: bool,
 }
+
+/// A directory and a name in it.
+pub type Place<'a> = (Inode, &'a OsStr);
 
 /// Who asks for something to be created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,7 +146,11 @@ impl Fs {
     pub fn lookup(&self, directory: Inode, name: &OsStr) -> io::Result<Option<Attr>> {
         match &self.scratch {
             Some(scratch) => match scratch.child(&*self.tree, directory, name)? {
-                Some(inode) => Ok(Some(self.attributes(inode)?)),
+                Some(inode) => {
+                    let attr = self.attributes(inode)?;
+                    scratch.found(directory, &attr);
+                    Ok(Some(attr))
+                }
                 None => Ok(None),
             },
             None => match base_lookup(&*self.tree, directory, name)? {
@@ -205,9 +213,101 @@ impl Fs {
         }
     }
 
+    /// Creates a file and opens it.
+    pub fn create(&self, place: Place<'_>, mode: u32, owner: Caller) -> io::Result<(Attr, OpenFile)> {
+        let scratch = self.scratch()?;
+        let inode = self.make(place, New { kind: Kind::File, mode, owner, target: OsString::new() })?;
+        let file = scratch.open_created(inode);
+        Ok((self.attributes(inode)?, file))
+    }
+
+    /// Creates a file without opening it.
+    pub fn make_file(&self, place: Place<'_>, mode: u32, owner: Caller) -> io::Result<Attr> {
+        let inode = self.make(place, New { kind: Kind::File, mode, owner, target: OsString::new() })?;
+        self.attributes(inode)
+    }
+
+    /// Creates a directory.
+    pub fn make_directory(&self, place: Place<'_>, mode: u32, owner: Caller) -> io::Result<Attr> {
+        let inode = self.make(place, New { kind: Kind::Directory, mode, owner, target: OsString::new() })?;
+        self.attributes(inode)
+    }
+
+    /// Creates a symbolic link.
+    pub fn make_link(&self, place: Place<'_>, target: &OsStr, owner: Caller) -> io::Result<Attr> {
+        let new = New { kind: Kind::Symlink, mode: 0o777, owner, target: target.to_owned() };
+        let inode = self.make(place, new)?;
+        self.attributes(inode)
+    }
+
+    fn make(&self, place: Place<'_>, new: New) -> io::Result<Inode> {
+        self.scratch()?.create(&*self.tree, place, new)
+    }
+
+    /// Gives a file another name.
+    pub fn link(&self, inode: Inode, place: Place<'_>) -> io::Result<Attr> {
+        self.scratch()?.link(&*self.tree, inode, place)?;
+        self.attributes(inode)
+    }
+
+    /// Takes a file's name away; its content stays while it is open.
+    pub fn unlink(&self, place: Place<'_>) -> io::Result<()> {
+        self.scratch()?.unlink(&*self.tree, place)
+    }
+
+    /// Removes an empty directory.
+    pub fn remove_directory(&self, place: Place<'_>) -> io::Result<()> {
+        self.scratch()?.rmdir(&*self.tree, place)
+    }
+
+    /// Moves a name; without `replace`, EEXIST when the new one exists.
+    pub fn rename(&self, from: Place<'_>, to: Place<'_>, replace: bool) -> io::Result<()> {
+        self.scratch()?.rename(&*self.tree, from, to, replace)
+    }
+
+    /// chmod, chown, truncate, utimens.
+    pub fn change(&self, inode: Inode, change: &Change) -> io::Result<Attr> {
+        self.scratch()?.change(&*self.tree, inode, change)?;
+        self.attributes(inode)
+    }
+
+    /// Writes all of `data`.
+    pub fn write(&self, file: &OpenFile, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.scratch()?.write(&*self.tree, file, offset, data)
+    }
+
+    /// Takes space for a range; lengthens the file if need be, unless `keep_size`.
+    pub fn allocate(&self, file: &OpenFile, offset: u64, length: u64, keep_size: bool) -> io::Result<()> {
+        self.scratch()?.allocate(&*self.tree, file, offset, length, keep_size)
+    }
+
+    /// Makes a file or directory durable: content, attributes and names. Of an unchanged one there is nothing to do.
+    pub fn sync(&self, inode: Inode) -> io::Result<()> {
+        self.scratch.as_ref().map_or(Ok(()), |scratch| scratch.sync(inode))
+    }
+
+    /// The backing file of an own file, for the kernel to read and write by itself.
+    pub(crate) fn lend(&self, file: &OpenFile) -> io::Result<Option<Arc<File>>> {
+        self.scratch.as_ref().map_or(Ok(None), |scratch| scratch.lend(file))
+    }
+
+    /// Space for writes; none without a scratch.
+    pub fn space(&self) -> io::Result<Space> {
+        self.scratch.as_ref().map_or(Ok(Space { block_size: 4096, ..Space::default() }), Scratch::space)
+    }
+
+    fn scratch(&self) -> io::Result<&Scratch> {
+        self.scratch.as_ref().ok_or_else(|| errno(libc::EROFS))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn scratch_for_tests(&self) -> &Scratch {
+        self.scratch.as_ref().expect("a scratch")
+    }
+
     /// Makes everything durable; called once nothing uses the mount any more.
     pub fn close(&self) -> io::Result<()> {
-        Ok(())
+        self.scratch.as_ref().map_or(Ok(()), Scratch::close)
     }
 
     /// Tells the tree what will be read soon, if it is the tree that will be asked.

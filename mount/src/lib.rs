@@ -1,5 +1,9 @@
 //! A FUSE filesystem over any [`Tree`], with a copy-on-write scratch.
 
+// so that unit tests share the tests' tree, which names this crate
+#[cfg(test)]
+extern crate self as pgcairn_mount;
+
 mod error;
 pub mod fs;
 mod mount;

@@ -2,18 +2,20 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BackingId, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, Request,
+    TimeOrNow, WriteFlags,
 };
 use parking_lot::{Mutex, RwLock};
 
@@ -40,9 +42,19 @@ struct DirectorySlot {
     names: Mutex<Arc<Vec<Entry>>>,
 }
 
+/// The opens of one file. The kernel demands that all of them at one time go the same way.
+struct Opens {
+    count: u32,
+    /// the kernel reads and writes this file by itself
+    passthrough: Option<Arc<BackingId>>,
+}
+
 /// The filesystem as fuser sees it.
 pub(crate) struct Server {
     fs: Arc<Fs>,
+    /// own files may be handed to the kernel
+    passthrough: AtomicBool,
+    opens: Mutex<HashMap<Inode, Opens>>,
     files: RwLock<HashMap<u64, Arc<FileSlot>>>,
     directories: RwLock<HashMap<u64, Arc<DirectorySlot>>>,
     next_handle: AtomicU64,
@@ -66,8 +78,15 @@ fn guarded<T>(request: &'static str, work: impl FnOnce() -> io::Result<T>) -> Re
 }
 
 impl Server {
-    pub(crate) fn new(fs: Arc<Fs>, _passthrough: bool) -> Self {
-        Self { fs, files: RwLock::default(), directories: RwLock::default(), next_handle: AtomicU64::new(1) }
+    pub(crate) fn new(fs: Arc<Fs>, passthrough: bool) -> Self {
+        Self {
+            passthrough: AtomicBool::new(passthrough && fs.is_writable()),
+            opens: Mutex::default(),
+            fs,
+            files: RwLock::default(),
+            directories: RwLock::default(),
+            next_handle: AtomicU64::new(1),
+        }
     }
 
     fn handle(&self) -> u64 {
@@ -84,10 +103,36 @@ impl Server {
         FileHandle(handle)
     }
 
-    fn reply_entry(&self, reply: ReplyEntry, result: Result<Attr, Errno>) {
-        match result {
-            Ok(attr) => reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION),
-            Err(errno) => reply.error(errno),
+    /// Decides how an open file is read and written: as its other opens are, else by the kernel itself if the file is
+    /// all in one backing file and the kernel takes it, else through us.
+    fn way(&self, file: &OpenFile, register: impl FnOnce(&File) -> io::Result<BackingId>) -> Option<Arc<BackingId>> {
+        let mut opens = self.opens.lock();
+        if let Some(others) = opens.get_mut(&file.inode()) {
+            others.count += 1;
+            return others.passthrough.clone();
+        }
+        let wanted = file.caching() == Caching::Own && self.passthrough.load(Ordering::Relaxed);
+        let registered = match wanted.then(|| self.fs.lend(file)) {
+            Some(Ok(Some(backing))) => register(&backing).map(|id| Some(Arc::new(id))),
+            Some(Err(error)) => Err(error),
+            None | Some(Ok(None)) => Ok(None),
+        };
+        let passthrough = registered.unwrap_or_else(|error| {
+            tracing::info!(%error, "no passthrough: all reads and writes come to the daemon");
+            self.passthrough.store(false, Ordering::Relaxed);
+            None
+        });
+        opens.insert(file.inode(), Opens { count: 1, passthrough: passthrough.clone() });
+        passthrough
+    }
+
+    fn closed(&self, inode: Inode) {
+        let mut opens = self.opens.lock();
+        if let Some(open) = opens.get_mut(&inode) {
+            open.count -= 1;
+            if open.count == 0 {
+                opens.remove(&inode);
+            }
         }
     }
 
@@ -113,6 +158,13 @@ impl Server {
             self.fs.prefetch(slot.file.inode(), end, count as u64);
         }
         Ok(count)
+    }
+}
+
+fn reply_entry(reply: ReplyEntry, result: Result<Attr, Errno>) {
+    match result {
+        Ok(attr) => reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION),
+        Err(errno) => reply.error(errno),
     }
 }
 
@@ -169,7 +221,9 @@ fn time(value: Option<TimeOrNow>) -> Option<SystemTime> {
 /// The one place that says what the kernel may cache of an open file.
 fn open_flags(caching: Caching) -> FopenFlags {
     match caching {
-        Caching::Keep | Caching::Own => FopenFlags::FOPEN_KEEP_CACHE,
+        Caching::Keep => FopenFlags::FOPEN_KEEP_CACHE,
+        // an earlier open may have written past the kernel's cache
+        Caching::Own => FopenFlags::empty(),
         Caching::Direct => FopenFlags::FOPEN_DIRECT_IO,
     }
 }
@@ -194,6 +248,12 @@ impl Filesystem for Server {
             let _ = config.add_capabilities(flag);
         }
         let _ = config.set_max_background(64);
+        // one level: backing files on a stacked filesystem are served through us
+        let can_pass =
+            config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() && config.set_max_stack_depth(1).is_ok();
+        if !can_pass {
+            *self.passthrough.get_mut() = false;
+        }
         Ok(())
     }
 
@@ -219,6 +279,175 @@ impl Filesystem for Server {
         }
     }
 
+    fn setattr(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let change = Change { mode, uid, gid, size, atime: time(atime), mtime: time(mtime) };
+        match guarded("setattr", || self.fs.change(inode.0, &change)) {
+            Ok(attr) => reply.attr(&ttl(&attr), &file_attr(&attr)),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        if mode & libc::S_IFMT != libc::S_IFREG {
+            return reply.error(Errno::EPERM);
+        }
+        reply_entry(reply, guarded("mknod", || self.fs.make_file((parent.0, name), mode, caller(request))));
+    }
+
+    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+        reply_entry(reply, guarded("mkdir", || self.fs.make_directory((parent.0, name), mode, caller(request))));
+    }
+
+    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let made = guarded("symlink", || self.fs.make_link((parent.0, name), target.as_os_str(), caller(request)));
+        reply_entry(reply, made);
+    }
+
+    fn link(&self, _request: &Request, inode: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        reply_entry(reply, guarded("link", || self.fs.link(inode.0, (parent.0, name))));
+    }
+
+    fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(reply, guarded("unlink", || self.fs.unlink((parent.0, name))));
+    }
+
+    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(reply, guarded("rmdir", || self.fs.remove_directory((parent.0, name))));
+    }
+
+    fn rename(
+        &self,
+        _request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        if !RenameFlags::RENAME_NOREPLACE.contains(flags) {
+            return reply.error(Errno::EINVAL);
+        }
+        let result = guarded("rename", || self.fs.rename((parent.0, name), (new_parent.0, new_name), flags.is_empty()));
+        reply_empty(reply, result);
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        match guarded("create", || self.fs.create((parent.0, name), mode, caller(request))) {
+            Ok((attr, file)) => {
+                let way = self.way(&file, |backing| reply.open_backing(backing));
+                let flags = open_flags(file.caching());
+                let (handle, ttl, attr) = (self.keep(file), ttl(&attr), file_attr(&attr));
+                match way {
+                    Some(id) => {
+                        reply.created_passthrough(&ttl, &attr, GENERATION, handle, FopenFlags::empty(), &id);
+                    }
+                    None => reply.created(&ttl, &attr, GENERATION, handle, flags),
+                }
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn write(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        match guarded("write", || self.fs.write(&self.slot(handle)?.file, offset, data)) {
+            Ok(()) => reply.written(data.len() as u32),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    /// Nothing happens at close; the kernel takes this for "never ask again".
+    fn flush(&self, _request: &Request, _inode: INodeNo, _handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fsync(&self, _request: &Request, inode: INodeNo, _handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        reply_empty(reply, guarded("fsync", || self.fs.sync(inode.0)));
+    }
+
+    fn fsyncdir(&self, _request: &Request, inode: INodeNo, _handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        reply_empty(reply, guarded("fsyncdir", || self.fs.sync(inode.0)));
+    }
+
+    fn fallocate(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        if mode & !libc::FALLOC_FL_KEEP_SIZE != 0 {
+            return reply.error(Errno::EOPNOTSUPP);
+        }
+        let keep_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
+        let result = guarded("fallocate", || self.fs.allocate(&self.slot(handle)?.file, offset, length, keep_size));
+        reply_empty(reply, result);
+    }
+
+    fn statfs(&self, _request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
+        match guarded("statfs", || self.fs.space()) {
+            Ok(space) => {
+                let Space { block_size, blocks, blocks_free, blocks_available, files, files_free } = space;
+                reply.statfs(blocks, blocks_free, blocks_available, files, files_free, block_size, 255, block_size);
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    /// Where permissions matter the kernel checks them itself (default_permissions).
+    fn access(&self, _request: &Request, _inode: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
     fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
         match guarded("readlink", || self.fs.read_link(inode.0)) {
             Ok(target) => reply.data(target.as_bytes()),
@@ -230,8 +459,13 @@ impl Filesystem for Server {
         let writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
         match guarded("open", || self.fs.open(inode.0, writing)) {
             Ok(file) => {
+                let way = self.way(&file, |backing| reply.open_backing(backing));
                 let flags = open_flags(file.caching());
-                reply.opened(self.keep(file), flags);
+                let handle = self.keep(file);
+                match way {
+                    Some(id) => reply.opened_passthrough(handle, FopenFlags::empty(), &id),
+                    None => reply.opened(handle, flags),
+                }
             }
             Err(errno) => reply.error(errno),
         }
@@ -273,6 +507,7 @@ impl Filesystem for Server {
         let slot = self.files.write().remove(&handle.0);
         let result = guarded("release", || {
             if let Some(slot) = slot {
+                self.closed(slot.file.inode());
                 self.fs.release(&slot.file);
             }
             Ok(())

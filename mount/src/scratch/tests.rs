@@ -1,0 +1,638 @@
+//! Random operations against a plain reference, with crashes in between.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
+
+use super::bitmap::PAGE;
+use super::record::Record;
+use super::*;
+use crate::Error;
+use crate::fs::{Caller, Change, Fs};
+use crate::tree::ROOT;
+
+#[path = "../../tests/support/tree.rs"]
+#[allow(dead_code, reason = "shared with the tests through the kernel")]
+mod tree;
+
+type Paths = BTreeMap<String, u64>;
+
+/// Where an operation may go: few places, so that operations meet.
+const PLACES: [&str; 10] = ["a", "b", "c", "n", "d", "d/x", "d/e", "d/e/y", "d/n", "empty"];
+
+#[derive(Clone, Debug)]
+enum Op {
+    Create(usize),
+    Write(usize, u64, usize, u64),
+    Truncate(usize, u64),
+    Allocate(usize, u64, u64),
+    Unlink(usize),
+    Mkdir(usize),
+    Rmdir(usize),
+    Symlink(usize),
+    Link(usize, usize),
+    Rename(usize, usize, bool),
+    Chmod(usize, u32),
+    Sync(usize),
+    Hold(usize),
+    LetGo,
+    /// the daemon is killed and the scratch opened again
+    Crash,
+    Remount,
+    Rewrite,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let place = || 0..PLACES.len();
+    let offset = || prop_oneof![0u64..20_000, 280_000u64..320_000, (0u64..80).prop_map(|page| page * PAGE)];
+    prop_oneof![
+        3 => place().prop_map(Op::Create),
+        8 => (place(), offset(), 1usize..20_000, any::<u64>()).prop_map(|(p, o, l, s)| Op::Write(p, o, l, s)),
+        3 => (place(), prop_oneof![Just(0), offset()]).prop_map(|(p, o)| Op::Truncate(p, o)),
+        1 => (place(), offset(), 1u64..20_000).prop_map(|(p, o, l)| Op::Allocate(p, o, l)),
+        3 => place().prop_map(Op::Unlink),
+        2 => place().prop_map(Op::Mkdir),
+        2 => place().prop_map(Op::Rmdir),
+        1 => place().prop_map(Op::Symlink),
+        2 => (place(), place()).prop_map(|(a, b)| Op::Link(a, b)),
+        4 => (place(), place(), any::<bool>()).prop_map(|(a, b, r)| Op::Rename(a, b, r)),
+        1 => (place(), 0u32..0o1000).prop_map(|(p, m)| Op::Chmod(p, m)),
+        3 => place().prop_map(Op::Sync),
+        2 => place().prop_map(Op::Hold),
+        1 => Just(Op::LetGo),
+        1 => Just(Op::Crash),
+        1 => Just(Op::Remount),
+        1 => Just(Op::Rewrite),
+    ]
+}
+
+/// One node of the reference.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Plain {
+    kind: Kind,
+    mode: u32,
+    links: u32,
+    content: Vec<u8>,
+    children: Paths,
+}
+
+/// The reference: what a file system is, without any cleverness.
+#[derive(Clone, Debug, Default)]
+struct Model {
+    nodes: BTreeMap<u64, Plain>,
+    next: u64,
+}
+
+type Outcome<T> = std::result::Result<T, i32>;
+
+impl Model {
+    fn of(tree: &tree::MemoryTree) -> Self {
+        let mut model = Self { next: 1 << 40, ..Self::default() };
+        let mut todo = vec![ROOT];
+        while let Some(node) = todo.pop() {
+            let attributes = tree.attributes(node).unwrap();
+            let mut content = tree.content(node);
+            if attributes.kind == Kind::Symlink {
+                content = tree.read_link(node).unwrap().into_encoded_bytes();
+            }
+            let children = tree.list(node, 0, usize::MAX).unwrap();
+            todo.extend(children.iter().map(|entry| entry.node));
+            let children = children.into_iter().map(|e| (e.name.into_string().unwrap(), e.node.0)).collect();
+            let (kind, mode) = (attributes.kind, attributes.mode);
+            model.nodes.insert(node.0, Plain { kind, mode, links: 1, content, children });
+        }
+        model
+    }
+
+    fn split<'a>(&self, path: &'a str) -> Outcome<(u64, &'a str)> {
+        let (parents, name) = path.rsplit_once('/').map_or(("", path), |(parents, name)| (parents, name));
+        let mut at = ROOT.0;
+        for step in parents.split('/').filter(|step| !step.is_empty()) {
+            at = *self.nodes[&at].children.get(step).ok_or(libc::ENOENT)?;
+            if self.nodes[&at].kind != Kind::Directory {
+                return Err(libc::ENOTDIR);
+            }
+        }
+        Ok((at, name))
+    }
+
+    fn find(&self, path: &str) -> Outcome<u64> {
+        let (parent, name) = self.split(path)?;
+        self.nodes[&parent].children.get(name).copied().ok_or(libc::ENOENT)
+    }
+
+    fn make(&mut self, path: &str, kind: Kind, mode: u32, content: Vec<u8>) -> Outcome<()> {
+        let (parent, name) = self.split(path)?;
+        if self.nodes[&parent].children.contains_key(name) {
+            return Err(libc::EEXIST);
+        }
+        self.next += 1;
+        self.nodes.insert(self.next, Plain { kind, mode, links: 1, content, children: Paths::new() });
+        let next = self.next;
+        self.nodes.get_mut(&parent).unwrap().children.insert(name.to_owned(), next);
+        Ok(())
+    }
+
+    fn drop_name(&mut self, path: &str) -> Outcome<()> {
+        let (parent, name) = self.split(path)?;
+        let node = self.nodes.get_mut(&parent).unwrap().children.remove(name).ok_or(libc::ENOENT)?;
+        self.nodes.get_mut(&node).unwrap().links -= 1;
+        Ok(())
+    }
+
+    fn rename(&mut self, from: &str, to: &str, replace: bool) -> Outcome<()> {
+        let node = self.find(from)?;
+        let (parent, name) = self.split(to)?;
+        let name = name.to_owned();
+        if let Some(&target) = self.nodes[&parent].children.get(&name) {
+            if !replace {
+                return Err(libc::EEXIST);
+            }
+            if target == node {
+                return Ok(());
+            }
+        }
+        if self.nodes[&node].kind == Kind::Directory && (parent == node || to.starts_with(&format!("{from}/"))) {
+            return Err(libc::EINVAL);
+        }
+        if let Some(&target) = self.nodes[&parent].children.get(&name) {
+            let is_directory = |node: u64| self.nodes[&node].kind == Kind::Directory;
+            match (is_directory(node), is_directory(target)) {
+                (true, false) => return Err(libc::ENOTDIR),
+                (false, true) => return Err(libc::EISDIR),
+                (true, true) if !self.nodes[&target].children.is_empty() => return Err(libc::ENOTEMPTY),
+                _ => self.drop_name(to)?,
+            }
+        }
+        let (old_parent, old_name) = self.split(from)?;
+        self.nodes.get_mut(&old_parent).unwrap().children.remove(old_name);
+        self.nodes.get_mut(&parent).unwrap().children.insert(name, node);
+        Ok(())
+    }
+
+    fn file(&mut self, path: &str) -> Outcome<&mut Plain> {
+        let node = self.find(path)?;
+        let node = self.nodes.get_mut(&node).unwrap();
+        match node.kind {
+            Kind::File => Ok(node),
+            _ => Err(libc::EISDIR),
+        }
+    }
+
+    fn apply(&mut self, op: &Op) -> Outcome<()> {
+        match *op {
+            Op::Create(p) => self.make(PLACES[p], Kind::File, 0o600, Vec::new()),
+            Op::Mkdir(p) => self.make(PLACES[p], Kind::Directory, 0o700, Vec::new()),
+            Op::Symlink(p) => self.make(PLACES[p], Kind::Symlink, 0o777, b"elsewhere".to_vec()),
+            Op::Write(p, offset, len, seed) => self.file(PLACES[p]).map(|node| {
+                let end = offset as usize + len;
+                if node.content.len() < end {
+                    node.content.resize(end, 0);
+                }
+                node.content[offset as usize..end].copy_from_slice(&tree::noise(seed, len));
+            }),
+            Op::Truncate(p, size) => self.file(PLACES[p]).map(|node| node.content.resize(size as usize, 0)),
+            Op::Allocate(p, offset, len) => self.file(PLACES[p]).map(|node| {
+                let end = (offset + len) as usize;
+                node.content.resize(end.max(node.content.len()), 0);
+            }),
+            Op::Unlink(p) => {
+                let node = self.find(PLACES[p])?;
+                if self.nodes[&node].kind == Kind::Directory { Err(libc::EISDIR) } else { self.drop_name(PLACES[p]) }
+            }
+            Op::Rmdir(p) => match &self.nodes[&self.find(PLACES[p])?] {
+                node if node.kind != Kind::Directory => Err(libc::ENOTDIR),
+                node if !node.children.is_empty() => Err(libc::ENOTEMPTY),
+                _ => self.drop_name(PLACES[p]),
+            },
+            Op::Link(from, to) => {
+                let node = self.find(PLACES[from])?;
+                let (parent, name) = self.split(PLACES[to])?;
+                if self.nodes[&parent].children.contains_key(name) {
+                    return Err(libc::EEXIST);
+                }
+                if self.nodes[&node].kind == Kind::Directory {
+                    return Err(libc::EPERM);
+                }
+                self.nodes.get_mut(&parent).unwrap().children.insert(name.to_owned(), node);
+                self.nodes.get_mut(&node).unwrap().links += 1;
+                Ok(())
+            }
+            Op::Rename(from, to, replace) => self.rename(PLACES[from], PLACES[to], replace),
+            Op::Chmod(p, mode) => {
+                let node = self.find(PLACES[p])?;
+                self.nodes.get_mut(&node).unwrap().mode = mode;
+                Ok(())
+            }
+            Op::Sync(p) => self.find(PLACES[p]).map(drop),
+            Op::Hold(p) => self.file(PLACES[p]).map(drop),
+            Op::LetGo | Op::Crash | Op::Remount | Op::Rewrite => Ok(()),
+        }
+    }
+}
+
+/// The filesystem under test, addressed by path.
+struct Subject {
+    fs: Option<Fs>,
+    dir: tempfile::TempDir,
+    boot: String,
+    /// files held open, with the reference's node
+    held: Vec<(OpenFile, u64)>,
+}
+
+fn tree_of_sample() -> Arc<dyn Tree> {
+    Arc::new(tree::sample())
+}
+
+impl Subject {
+    fn new() -> Self {
+        let mut subject =
+            Self { fs: None, dir: tempfile::tempdir().unwrap(), boot: "first".to_owned(), held: Vec::new() };
+        subject.open().unwrap();
+        subject
+    }
+
+    fn open(&mut self) -> crate::Result<()> {
+        self.held.clear();
+        self.fs = None;
+        let scratch = open::open(self.dir.path(), "sample", &self.boot)?;
+        self.fs = Some(Fs::new(tree_of_sample(), Some(scratch)));
+        Ok(())
+    }
+
+    fn fs(&self) -> &Fs {
+        self.fs.as_ref().unwrap()
+    }
+
+    fn scratch(&self) -> &Scratch {
+        self.fs().scratch_for_tests()
+    }
+
+    fn split<'a>(&self, path: &'a str) -> Outcome<(Inode, &'a OsStr)> {
+        let (parents, name) = path.rsplit_once('/').map_or(("", path), |(parents, name)| (parents, name));
+        let mut at = ROOT.0;
+        for step in parents.split('/').filter(|step| !step.is_empty()) {
+            let attr = self.fs().lookup(at, OsStr::new(step)).map_err(code)?.ok_or(libc::ENOENT)?;
+            if attr.kind != Kind::Directory {
+                return Err(libc::ENOTDIR);
+            }
+            at = attr.inode;
+        }
+        Ok((at, OsStr::new(name)))
+    }
+
+    fn find(&self, path: &str) -> Outcome<Inode> {
+        let (parent, name) = self.split(path)?;
+        Ok(self.fs().lookup(parent, name).map_err(code)?.ok_or(libc::ENOENT)?.inode)
+    }
+
+    fn opened<T>(&self, path: &str, work: impl FnOnce(&OpenFile) -> io::Result<T>) -> Outcome<T> {
+        let inode = self.find(path)?;
+        let file = self.fs().open(inode, true).map_err(code)?;
+        let done = work(&file).map_err(code);
+        self.fs().release(&file);
+        done
+    }
+
+    fn apply(&mut self, op: &Op, model: &Model) -> Outcome<()> {
+        let owner = Caller { uid: 0, gid: 0 };
+        let change = |path, change: Change| self.fs().change(self.find(path)?, &change).map(drop).map_err(code);
+        match *op {
+            Op::Create(p) => {
+                let (_, file) = self.fs().create(self.split(PLACES[p])?, 0o600, owner).map_err(code)?;
+                self.fs().release(&file);
+                Ok(())
+            }
+            Op::Mkdir(p) => self.fs().make_directory(self.split(PLACES[p])?, 0o700, owner).map(drop).map_err(code),
+            Op::Symlink(p) => {
+                let made = self.fs().make_link(self.split(PLACES[p])?, OsStr::new("elsewhere"), owner);
+                made.map(drop).map_err(code)
+            }
+            Op::Write(p, offset, len, seed) => {
+                self.opened(PLACES[p], |file| self.fs().write(file, offset, &tree::noise(seed, len)))
+            }
+            Op::Truncate(p, size) => {
+                self.opened(PLACES[p], |_| Ok(()))?;
+                change(PLACES[p], Change { size: Some(size), ..Change::default() })
+            }
+            Op::Allocate(p, offset, len) => self.opened(PLACES[p], |file| self.fs().allocate(file, offset, len, false)),
+            Op::Unlink(p) => self.fs().unlink(self.split(PLACES[p])?).map_err(code),
+            Op::Rmdir(p) => self.fs().remove_directory(self.split(PLACES[p])?).map_err(code),
+            Op::Link(from, to) => {
+                let inode = self.find(PLACES[from])?;
+                self.fs().link(inode, self.split(PLACES[to])?).map(drop).map_err(code)
+            }
+            Op::Rename(from, to, replace) => {
+                self.find(PLACES[from])?;
+                self.fs().rename(self.split(PLACES[from])?, self.split(PLACES[to])?, replace).map_err(code)
+            }
+            Op::Chmod(p, mode) => change(PLACES[p], Change { mode: Some(mode), ..Change::default() }),
+            Op::Sync(p) => self.fs().sync(self.find(PLACES[p])?).map_err(code),
+            Op::Hold(p) => {
+                let file = self.fs().open(self.find(PLACES[p])?, true).map_err(code)?;
+                self.held.push((file, model.find(PLACES[p])?));
+                Ok(())
+            }
+            Op::LetGo => {
+                self.held.drain(..).for_each(|(file, _)| self.fs.as_ref().unwrap().release(&file));
+                Ok(())
+            }
+            Op::Crash => {
+                self.open().unwrap();
+                Ok(())
+            }
+            Op::Remount => {
+                self.fs().close().unwrap();
+                self.open().unwrap();
+                Ok(())
+            }
+            Op::Rewrite => self.scratch().inner.rewrite().map_err(code),
+        }
+    }
+
+    fn content(&self, file: &OpenFile) -> Vec<u8> {
+        let mut content = vec![0; self.fs().attributes(file.inode).unwrap().size as usize];
+        assert_eq!(self.fs().read(file, 0, &mut content).unwrap(), content.len());
+        assert_eq!(self.fs().read(file, content.len() as u64, &mut [0; 10]).unwrap(), 0);
+        content
+    }
+}
+
+fn code(error: io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+fn same(model: &Model, subject: &Subject) -> std::result::Result<(), TestCaseError> {
+    let mut todo = vec![(ROOT.0, ROOT.0, String::new())];
+    while let Some((plain, inode, path)) = todo.pop() {
+        let expected = &model.nodes[&plain];
+        let attr = subject.fs().attributes(inode).unwrap();
+        prop_assert_eq!((attr.kind, attr.mode), (expected.kind, expected.mode), "{}", &path);
+        match attr.kind {
+            Kind::File if path != "/harmed" => {
+                prop_assert_eq!(attr.links, expected.links, "links of {}", &path);
+                let file = subject.fs().open(inode, false).unwrap();
+                let content = subject.content(&file);
+                subject.fs().release(&file);
+                let differs = content.iter().zip(&expected.content).position(|(a, b)| a != b);
+                prop_assert_eq!((content.len(), differs), (expected.content.len(), None), "{}", &path);
+            }
+            Kind::File => {}
+            Kind::Symlink => {
+                let target = subject.fs().read_link(inode).unwrap().into_encoded_bytes();
+                prop_assert_eq!((&target, attr.size), (&expected.content, target.len() as u64), "{}", &path);
+            }
+            Kind::Directory if path == "/many" => {}
+            Kind::Directory => {
+                let entries = subject.fs().list(inode).unwrap();
+                let names: BTreeSet<_> = entries.iter().map(|entry| entry.name.to_str().unwrap()).collect();
+                prop_assert_eq!(names.len(), entries.len(), "a name twice in {}", &path);
+                prop_assert_eq!(names, expected.children.keys().map(String::as_str).collect(), "{}", &path);
+                for entry in &entries {
+                    let name = entry.name.to_str().unwrap();
+                    let child = expected.children[name];
+                    let found = subject.fs().lookup(inode, &entry.name).unwrap().unwrap();
+                    prop_assert_eq!((found.inode, found.kind), (entry.node.0, entry.kind));
+                    todo.push((child, entry.node.0, format!("{path}/{name}")));
+                }
+            }
+        }
+    }
+    for (file, plain) in &subject.held {
+        prop_assert_eq!(subject.content(file) == model.nodes[plain].content, true, "a held file");
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+
+    /// A killed daemon loses nothing at all: what was written is in the kernel's cache.
+    #[test]
+    fn behaves_like_a_plain_file_system(ops in prop::collection::vec(op(), 1..60)) {
+        let (mut model, mut subject) = (Model::of(&tree::sample()), Subject::new());
+        for op in &ops {
+            let actual = subject.apply(op, &model);
+            let expected = model.apply(op);
+            prop_assert_eq!(actual, expected, "{:?}", op);
+        }
+        same(&model, &subject)?;
+        subject.apply(&Op::Crash, &model).unwrap();
+        same(&model, &subject)?;
+        subject.apply(&Op::Remount, &model).unwrap();
+        same(&model, &subject)?;
+    }
+
+    #[test]
+    fn a_cut_journal_never_shows_holes(
+        ops in prop::collection::vec(op(), 1..40),
+        cut in 0.0f64..1.0,
+    ) {
+        let (mut model, mut subject) = (Model::of(&tree::sample()), Subject::new());
+        for op in ops.iter().filter(|op| !matches!(op, Op::Crash | Op::Remount | Op::Rewrite)) {
+            let _ = (subject.apply(op, &model), model.apply(op));
+        }
+        subject.held.clear();
+        subject.fs = None;
+        let journal = subject.dir.path().join("journal");
+        let length = std::fs::metadata(&journal).unwrap().len();
+        OpenOptions::new().write(true).open(&journal).unwrap().set_len((length as f64 * cut) as u64).unwrap();
+        match subject.open() {
+            // cut into what was durable from the start, or into what a deleted file needed
+            Err(Error::ScratchDamaged { .. }) => {}
+            Err(other) => prop_assert!(false, "{}", other),
+            Ok(()) => {
+                let root = subject.fs().list(ROOT.0).unwrap();
+                for entry in root.iter().filter(|entry| entry.kind == Kind::File && entry.name != "harmed") {
+                    let file = subject.fs().open(entry.node.0, false).unwrap();
+                    subject.content(&file);
+                }
+            }
+        }
+    }
+}
+
+/// All versions of one file since it was last fsynced, that one first.
+struct History {
+    path: &'static str,
+    versions: Vec<Vec<u8>>,
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write(usize, u64, usize, u64),
+    Truncate(usize, u64),
+    Sync(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let offset = || prop_oneof![0u64..30_000, (0u64..75).prop_map(|page| page * PAGE)];
+    prop_oneof![
+        5 => (0usize..3, offset(), 1usize..20_000, any::<u64>()).prop_map(|(p, o, l, s)| Step::Write(p, o, l, s)),
+        1 => (0usize..3, 1u64..300_000).prop_map(|(p, o)| Step::Truncate(p, o)),
+        2 => (0usize..3).prop_map(Step::Sync),
+    ]
+}
+
+/// Takes away what was never forced to disk: unsynced pages, and the journal behind a point that was synced.
+fn lose_power(subject: &mut Subject, keep: f64) {
+    let scratch = subject.scratch();
+    let mut lost = Vec::new();
+    for node in scratch.inner.namespace.read().nodes.values() {
+        let Body::File(body) = &node.body else { continue };
+        let mut records = Vec::new();
+        body.records(&body.freeze(), &mut records);
+        for record in records {
+            if let Record::Pages { durable: false, runs, .. } = record {
+                lost.push((scratch.inner.store.data.join(body.backing_needed().0), runs));
+            }
+        }
+    }
+    let durable = scratch.inner.store.journal.durable();
+    let journal = subject.dir.path().join("journal");
+    subject.held.clear();
+    subject.fs = None;
+    for (path, runs) in lost.into_iter().filter(|(path, _)| path.exists()) {
+        let file = OpenOptions::new().write(true).open(path).unwrap();
+        for run in runs {
+            file.write_all_at(&vec![0; (run.count * PAGE) as usize], run.first * PAGE).unwrap();
+        }
+    }
+    let length = std::fs::metadata(&journal).unwrap().len();
+    let kept = durable + ((length.saturating_sub(durable)) as f64 * keep) as u64;
+    OpenOptions::new().write(true).open(&journal).unwrap().set_len(kept.min(length)).unwrap();
+    subject.boot.push('+');
+}
+
+fn page(version: &[u8], index: usize, limit: usize) -> Vec<u8> {
+    let mut page: Vec<u8> = version.iter().copied().skip(index * PAGE as usize).take(PAGE as usize).collect();
+    page.resize(PAGE as usize, 0);
+    page.truncate(limit.saturating_sub(index * PAGE as usize));
+    page
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+
+    /// After a power loss every page is one that was there at the last fsync or since, never a hole.
+    #[test]
+    fn fsynced_data_survives_a_power_loss(
+        steps in prop::collection::vec(step(), 1..40),
+        keep in 0.0f64..=1.0,
+        again in prop::collection::vec(step(), 0..10),
+    ) {
+        let mut subject = Subject::new();
+        let tree = tree::sample();
+        let mut histories: Vec<History> = ["b", "c", "d/x"].into_iter().map(|path| {
+            let content = tree.content(NodeId(subject.find(path).unwrap()));
+            History { path, versions: vec![content] }
+        }).collect();
+        for steps in [steps, again] {
+            for step in steps {
+                play(&subject, &mut histories, &step);
+            }
+            lose_power(&mut subject, keep);
+            subject.open().unwrap();
+            for history in &mut histories {
+                let content = subject.opened(history.path, |file| Ok(subject.content(file))).unwrap();
+                let sizes: Vec<_> = history.versions.iter().map(Vec::len).collect();
+                prop_assert!(sizes.contains(&content.len()), "{} has {} bytes", history.path, content.len());
+                for index in 0..content.len().div_ceil(PAGE as usize) {
+                    let found = page(&content, index, content.len());
+                    let known = history.versions.iter().any(|version| page(version, index, content.len()) == found);
+                    prop_assert!(known, "page {} of {}", index, history.path);
+                }
+                history.versions = vec![content];
+            }
+        }
+    }
+}
+
+fn play(subject: &Subject, histories: &mut [History], step: &Step) {
+    match *step {
+        Step::Write(p, offset, len, seed) => {
+            let data = tree::noise(seed, len);
+            subject.opened(histories[p].path, |file| subject.fs().write(file, offset, &data)).unwrap();
+            let mut next = histories[p].versions.last().unwrap().clone();
+            next.resize(next.len().max(offset as usize + len), 0);
+            next[offset as usize..offset as usize + len].copy_from_slice(&data);
+            histories[p].versions.push(next);
+        }
+        Step::Truncate(p, size) => {
+            let inode = subject.find(histories[p].path).unwrap();
+            subject.fs().change(inode, &Change { size: Some(size), ..Change::default() }).unwrap();
+            let mut next = histories[p].versions.last().unwrap().clone();
+            next.resize(size as usize, 0);
+            histories[p].versions.push(next);
+        }
+        Step::Sync(p) => {
+            subject.fs().sync(subject.find(histories[p].path).unwrap()).unwrap();
+            histories[p].versions.drain(..histories[p].versions.len() - 1);
+        }
+    }
+}
+
+#[test]
+fn a_name_is_durable_with_its_file() {
+    let mut subject = Subject::new();
+    let model = Model::of(&tree::sample());
+    for op in [Op::Mkdir(3), Op::Rename(2, 8, true), Op::Write(8, 0, 9000, 1), Op::Unlink(1), Op::Sync(8)] {
+        subject.apply(&op, &model).unwrap();
+    }
+    subject.apply(&Op::Create(1), &model).unwrap();
+    lose_power(&mut subject, 0.0);
+    subject.open().unwrap();
+    assert!(subject.find("n").is_ok() && subject.find("b") == Err(libc::ENOENT));
+    assert_eq!(subject.find("c"), Err(libc::ENOENT));
+    let content = subject.opened("d/n", |file| Ok(subject.content(file))).unwrap();
+    assert_eq!((&content[..9000], content.len()), (&tree::noise(1, 9000)[..], 300_000));
+}
+
+#[test]
+fn opening_checks_who_and_what() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = Scratch::open(dir.path(), "one").unwrap();
+    assert!(matches!(Scratch::open(dir.path(), "one"), Err(Error::ScratchInUse { .. })));
+    drop(first);
+    match Scratch::open(dir.path(), "two") {
+        Err(Error::ScratchOfOtherBase { found, expected, .. }) => assert_eq!((&*found, &*expected), ("one", "two")),
+        _ => panic!("another base was accepted"),
+    }
+    std::fs::write(dir.path().join("stray"), b"").unwrap();
+    assert!(matches!(Scratch::open(dir.path(), "one"), Err(Error::NotAScratch { .. })));
+}
+
+#[test]
+fn a_missing_backing_file_is_damage_not_zeros() {
+    let mut subject = Subject::new();
+    let model = Model::of(&tree::sample());
+    subject.apply(&Op::Write(2, 0, 5000, 1), &model).unwrap();
+    subject.apply(&Op::Sync(2), &model).unwrap();
+    subject.fs = None;
+    let data = subject.dir.path().join("data");
+    std::fs::read_dir(&data).unwrap().for_each(|entry| std::fs::remove_file(entry.unwrap().path()).unwrap());
+    match subject.open() {
+        Err(Error::ScratchDamaged { path, .. }) => assert!(path.starts_with(Path::new(&data))),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_harmed_base_page_stops_a_partial_write_only() {
+    let subject = Subject::new();
+    let half = subject.opened("harmed", |file| subject.fs().write(file, tree::HARMED.start + 10, b"half"));
+    assert_eq!(half, Err(libc::EIO));
+    // whole pages need nothing of the base, and heal the range
+    let start = tree::HARMED.start / PAGE * PAGE;
+    let len = (tree::HARMED.end.div_ceil(PAGE) * PAGE - start) as usize;
+    let healed = tree::noise(5, len);
+    subject.opened("harmed", |file| subject.fs().write(file, start, &healed)).unwrap();
+    let content = subject.opened("harmed", |file| Ok(subject.content(file))).unwrap();
+    assert_eq!(content[start as usize..][..len], healed);
+}
