@@ -1,7 +1,8 @@
 //! Running clones: where each keeps its things, and how its server is started and stopped.
 
 use std::fs;
-use std::os::unix::fs::{CommandExt, PermissionsExt, chown};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
