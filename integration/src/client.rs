@@ -152,8 +152,9 @@ impl Session {
             let start = rows.len();
             let read = self.stdout.read_line(&mut rows).expect("psql writes text");
             assert!(read > 0, "psql ended while running: {sql}");
-            if rows[start..].trim_end() == DONE {
-                rows.truncate(start);
+            // not always on a line of its own: \pset can make rows end with something else
+            if let Some(last) = rows[start..].trim_end().strip_suffix(DONE) {
+                rows.truncate(start + last.len());
                 return rows.trim_end_matches('\n').to_owned();
             }
         }

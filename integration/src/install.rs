@@ -81,7 +81,16 @@ pub fn make_server_directory(path: &Path, mode: u32) {
     fs::create_dir(path).unwrap_or_else(|error| panic!("cannot make {}: {error}", path.display()));
     // not at creation: the umask would have a say
     fs::set_permissions(path, Permissions::from_mode(mode)).expect("an owner may change modes");
+    give_to_server_user(path);
+}
+
+/// Makes a file or directory, not what is below it, belong to [`server_user`]: what a test wrote into a data directory.
+///
+/// # Panics
+/// When it is not there.
+pub fn give_to_server_user(path: &Path) {
     if let Some(user) = server_user() {
-        chown(path, Some(user.uid.as_raw()), Some(user.gid.as_raw())).expect("root may give a directory away");
+        chown(path, Some(user.uid.as_raw()), Some(user.gid.as_raw()))
+            .unwrap_or_else(|error| panic!("cannot give {} away: {error}", path.display()));
     }
 }

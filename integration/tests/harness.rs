@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -175,16 +174,6 @@ fn a_session_stays_open_and_a_load_runs_beside() {
     load.finish();
     assert!(cluster.psql("SELECT count(*) > 0 FROM pgbench_history;") == "t");
     assert!(cluster.try_psql("SELECT * FROM mine;").unwrap_err().contains("does not exist"));
-}
-
-#[test]
-fn a_table_can_go_past_one_segment() {
-    let cluster = Cluster::builder().conf("max_wal_size", "4GB").start();
-    Data::tiny().past_one_segment().load(&cluster);
-    let path = cluster.psql("CHECKPOINT; SELECT pg_relation_filepath('past_one_segment');");
-    let first = cluster.data_directory().join(&path);
-    assert_eq!(first.metadata().unwrap().size(), 1 << 30);
-    assert!(first.with_extension("1").metadata().unwrap().size() > 0);
 }
 
 #[test]
