@@ -1,1 +1,32 @@
-//! The harness of the end-to-end tests: throwaway servers, mounts and repositories that clean up after themselves.
+//! The harness of the end-to-end tests: throwaway servers, mounts and commands that clean up after themselves.
+//!
+//! | module | gives |
+//! |---|---|
+//! | [`cluster`] | a PostgreSQL server in a temporary directory, of any installed major |
+//! | [`client`] | psql, pgbench, dumps and fingerprints over any connection string |
+//! | [`data`] | realistic contents for a database |
+//! | [`bin`] | the `pgcairn` under test, and what its runs must say |
+//! | [`mounts`] | the end of a mount and of its daemon |
+//! | [`wait`] | waiting for what happens elsewhere |
+//! | [`install`] | where servers, clients and users are found on this machine |
+//! | [`watchdog`] | cleaning up when the test itself is killed |
+//!
+//! A failure inside the harness panics with what was tried and what came back: there is no test to go on with.
+//! Everything it starts ends with the value that stands for it, also when the test panics or is killed.
+
+pub mod bin;
+pub mod client;
+pub mod cluster;
+pub mod data;
+pub mod install;
+pub mod mounts;
+pub mod process;
+pub mod wait;
+pub mod watchdog;
+
+pub use bin::{Output, pgcairn};
+pub use client::Client;
+pub use cluster::{Cluster, StopMode};
+pub use data::Data;
+pub use mounts::MountGuard;
+pub use wait::wait_until;
