@@ -200,6 +200,11 @@ impl FileBody {
         self.backing(store)?.set_times(times)
     }
 
+    pub(crate) fn is_dirty(&self) -> bool {
+        let state = self.state.read();
+        state.dirty || state.unseen
+    }
+
     pub(crate) fn is_own(&self) -> bool {
         self.state.read().own
     }

@@ -352,7 +352,7 @@ impl Subject {
                 self.open().unwrap();
                 Ok(())
             }
-            Op::Rewrite => self.scratch().inner.rewrite().map_err(code),
+            Op::Rewrite => self.scratch().inner.rewrite(Ending::Open).map_err(code),
         }
     }
 
