@@ -18,6 +18,7 @@
 
 mod bitmap;
 mod changes;
+mod content;
 mod file;
 mod journal;
 mod namespace;
@@ -130,7 +131,11 @@ impl Scratch {
             Body::File(body) => {
                 let body = Arc::clone(body);
                 drop(namespace);
-                let (size, atime, mtime, ctime) = body.stat(&self.inner.store)?;
+                let (size, atime, mtime, ctime) = body.stat(&self.inner.store).map_err(|error| {
+                    let gone = self.body(inode).is_none();
+                    // deleted since: the kernel then looks the name up again
+                    if gone { errno(libc::ESTALE) } else { content::not_absent(error) }
+                })?;
                 attr.size = size;
                 attr.mtime = to_time(mtime);
                 attr.ctime = attr.ctime.max(to_time(ctime));
