@@ -102,6 +102,16 @@ impl Tree for Directory {
     }
 }
 
+fn explain(error: pgcairn_mount::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    error.hint().map_or(text.clone(), |hint| format!("{text}\nhint: {hint}"))
+}
+
 fn serve(arguments: &[OsString]) -> Result<(), String> {
     let (source, mountpoint, scratch) = match arguments {
         [source, mountpoint] => (source, mountpoint, None),
@@ -110,10 +120,6 @@ fn serve(arguments: &[OsString]) -> Result<(), String> {
     };
     let tree = Directory::read(Path::new(source)).map_err(|error| error.to_string())?;
     let identity = format!("directory {}", source.display());
-    let explain = |error: pgcairn_mount::Error| match error.hint() {
-        Some(hint) => format!("{error}\nhint: {hint}"),
-        None => error.to_string(),
-    };
     let scratch = scratch.map(|dir| Scratch::open(Path::new(dir), &identity)).transpose().map_err(explain)?;
     let mut options = Options::new(mountpoint);
     options.allow_other = nix::unistd::geteuid().is_root();

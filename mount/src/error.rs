@@ -60,7 +60,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// `/dev/fuse` cannot be opened
-    #[error("cannot open /dev/fuse (mode {mode}): {source}")]
+    #[error("cannot open /dev/fuse (mode {mode})")]
     Device {
         /// permission bits in octal, or `absent`
         mode: String,
@@ -68,7 +68,7 @@ pub enum Error {
         source: io::Error,
     },
     /// the kernel or fusermount3 refused the mount
-    #[error("cannot mount on {}: {source}", path.display())]
+    #[error("cannot mount on {}", path.display())]
     Mount {
         /// the mountpoint
         path: PathBuf,
@@ -76,7 +76,7 @@ pub enum Error {
         source: io::Error,
     },
     /// the kernel or fusermount3 refused to unmount
-    #[error("cannot unmount {}: {source}", path.display())]
+    #[error("cannot unmount {}", path.display())]
     Unmount {
         /// the mountpoint
         path: PathBuf,
@@ -84,7 +84,7 @@ pub enum Error {
         source: io::Error,
     },
     /// the threads that serve the mount ended with an error
-    #[error("mount {} failed: {source}", path.display())]
+    #[error("mount {} failed", path.display())]
     Session {
         /// the mountpoint
         path: PathBuf,
@@ -134,7 +134,7 @@ pub enum Error {
         supported: u32,
     },
     /// an operation on a file failed
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}", path.display())]
     Io {
         /// a verb: open, read, write, sync
         action: &'static str,

@@ -1,4 +1,22 @@
 //! A FUSE filesystem over any [`Tree`], with a copy-on-write scratch.
+//!
+//! ```text
+//! kernel ──> serve ──> fs ──┬──> tree      the port: read-only files, from wherever
+//!            (fuser)        └──> scratch   what was changed: journal + pages, on a local disk
+//! ```
+//!
+//! - [`tree`]: the port to implement.
+//! - [`fs`]: the filesystem proper, which knows nothing of FUSE and is tested without it.
+//! - `scratch`: copy-on-write by page, durable as a local disk is.
+//! - `serve`: kernel requests to [`fs::Fs`] calls, and what the kernel may cache.
+//! - `mount`: [`Options`], [`Mount`], [`Unmounter`].
+//! - [`mountpoint`]: checks, and unmounting also after the daemon died.
+//!
+//! Invariants:
+//! - Nothing here knows PostgreSQL, object stores or an async runtime.
+//! - An error of the tree is an error of the program that read; it is never zeros, and never "no such file".
+//! - What was fsynced through the mount is there after the daemon was killed or the machine lost power.
+//! - No thread of the daemon touches files of its own mount.
 
 // so that unit tests share the tests' tree, which names this crate
 #[cfg(test)]

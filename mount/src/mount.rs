@@ -70,6 +70,7 @@ impl Mount {
     pub fn new(tree: Arc<dyn Tree>, scratch: Option<Scratch>, options: &Options) -> Result<Self> {
         mountpoint::check(&options.mountpoint)?;
         check_device()?;
+        raise_descriptor_limit();
         let fs = Arc::new(Fs::new(tree, scratch));
         let server = Server::new(Arc::clone(&fs), options.passthrough);
         let failed = |source| Error::Mount { path: options.mountpoint.clone(), source };
@@ -184,6 +185,22 @@ fn set_read_ahead(device: &str, kib: u32) {
     let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
     if let Err(error) = fs::write(&path, kib.to_string()) {
         tracing::debug!(%error, path, "read-ahead stays as it is");
+    }
+}
+
+/// Every open file of the scratch costs a descriptor, and PostgreSQL keeps a thousand of them per process.
+#[allow(unsafe_code, reason = "getrlimit and setrlimit")]
+fn raise_descriptor_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls read or write the struct on our stack, which outlives them.
+    let raised = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 && {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit) == 0
+        }
+    };
+    if !raised {
+        tracing::debug!(error = %io::Error::last_os_error(), "the limit of open files stays as it is");
     }
 }
 

@@ -173,6 +173,7 @@ fn parse_octal(digits: &[u8]) -> Option<u8> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 

@@ -342,7 +342,7 @@ impl Namespace {
     fn is_inside(&self, directory: Inode, ancestor: Inode) -> bool {
         let mut at = Some(directory);
         // a bound, should the parents ever form a ring
-        for _ in 0..=self.parents.len() {
+        for _ in 0..self.parents.len() + 2 {
             match at {
                 Some(inode) if inode == ancestor => return true,
                 Some(inode) => at = self.parents.get(&inode).copied(),

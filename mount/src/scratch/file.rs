@@ -9,13 +9,14 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
 use super::bitmap::{Bitmap, PAGE, Run, page_of, pages_in};
+use super::content::{FileState, Forced, open_backing, read_full, reserve};
 use super::journal::{Journal, Lsn};
 use super::record::{FileRecord, Record};
 use super::{now, to_nanos};
 use crate::fs::{Change, Inode, base, errno, tree_error};
 use crate::tree::Tree;
 
-/// Pages per record when a journal is written anew.
+/// Runs of pages per record: 64 KiB.
 const RUNS_PER_RECORD: usize = 4096;
 
 /// What a file needs from its scratch.
@@ -48,30 +49,6 @@ pub(crate) struct FileBody {
     /// one change of content at a time; the kernel does the same, except for writes through mmap
     writer: Mutex<()>,
     state: RwLock<FileState>,
-}
-
-/// See [`FileRecord`] for the words.
-#[derive(Default)]
-pub(crate) struct FileState {
-    generation: u32,
-    own: bool,
-    /// the backing file's name is durable
-    durable: bool,
-    size: u64,
-    base_size: u64,
-    /// length and pages as of the last fsync
-    confirmed_size: u64,
-    confirmed: Bitmap,
-    /// pages below `base_size` that are in the backing file
-    local: Bitmap,
-    mtime: i64,
-    backing: Option<Arc<File>>,
-    /// changed since the last fsync
-    dirty: bool,
-    /// the kernel may write without telling us
-    unseen: bool,
-    /// the last record about this content
-    lsn: Lsn,
 }
 
 /// Where the next bytes of a file are.
@@ -120,16 +97,10 @@ impl FileBody {
     /// Records that rebuild this state.
     pub(crate) fn records(&self, state: &FileState, out: &mut Vec<Record>) {
         out.push(Record::File(state.record(self.inode)));
-        let (inode, mtime) = (self.inode, state.mtime);
-        let mut put = |durable, size, runs: Vec<Run>| {
-            for some in runs.chunks(RUNS_PER_RECORD) {
-                out.push(Record::Pages { inode, durable, size, mtime, runs: some.to_vec() });
-            }
-            if runs.is_empty() {
-                out.push(Record::Pages { inode, durable, size, mtime, runs });
-            }
-        };
         if !state.own {
+            let mut put = |durable, size, runs: Vec<Run>| {
+                out.extend(pages_records(self.inode, durable, size, state.mtime, &runs));
+            };
             put(true, state.confirmed_size, state.confirmed.minus(&Bitmap::default()));
             put(false, state.size, state.local.minus(&state.confirmed));
         }
@@ -198,6 +169,11 @@ impl FileBody {
         }
         self.state.write().dirty = true;
         self.backing(store)?.set_times(times)
+    }
+
+    pub(crate) fn is_dirty(&self) -> bool {
+        let state = self.state.read();
+        state.dirty || state.unseen
     }
 
     pub(crate) fn is_own(&self) -> bool {
@@ -495,101 +471,27 @@ impl FileBody {
     fn confirm(&self, store: &Store, forced: Forced) -> io::Result<()> {
         let Forced { size, mtime, runs, has_backing } = forced;
         let mut state = self.state.write();
-        let mut records = Vec::new();
         if has_backing && !state.durable {
             state.durable = true;
             // that a mixed file's backing must exist is clear from its pages
             if state.own {
-                records.push(Record::File(state.record(self.inode)));
+                state.lsn = store.journal.append(&[Record::File(state.record(self.inode))])?;
             }
         }
-        if !state.own && (!runs.is_empty() || size != state.confirmed_size) {
-            records.push(Record::Pages { inode: self.inode, durable: true, size, mtime, runs: runs.clone() });
-        }
-        if records.is_empty() {
+        if state.own || (runs.is_empty() && size == state.confirmed_size) {
             return Ok(());
         }
-        state.lsn = store.journal.append(&records)?;
-        if !state.own {
-            runs.into_iter().for_each(|run| state.confirmed.insert(run));
-            state.confirmed_size = size;
+        for record in pages_records(self.inode, true, size, mtime, &runs) {
+            state.lsn = store.journal.append(&[record])?;
         }
+        runs.into_iter().for_each(|run| state.confirmed.insert(run));
+        state.confirmed_size = size;
         Ok(())
     }
 }
 
-/// What an fsync covers.
-struct Forced {
-    size: u64,
-    mtime: i64,
-    runs: Vec<Run>,
-    has_backing: bool,
-}
-
-impl FileState {
-    fn apply(&mut self, record: &FileRecord, lsn: Lsn) {
-        if self.generation != record.generation || self.own != record.own {
-            self.backing = None;
-        }
-        self.generation = record.generation;
-        self.own = record.own;
-        self.durable = record.durable;
-        self.size = record.size;
-        self.confirmed_size = record.size;
-        self.base_size = record.base_size;
-        let pages = pages_in(record.base_size);
-        self.local.truncate(pages);
-        self.confirmed.truncate(pages);
-        self.lsn = lsn;
-    }
-
-    fn record(&self, inode: Inode) -> FileRecord {
-        let Self { generation, own, durable, base_size, .. } = *self;
-        let size = if own { 0 } else { self.confirmed_size.max(base_size) };
-        FileRecord { inode, generation, own, durable, size, base_size }
-    }
-
-    /// The pages of `first..end` that are still the tree's, as runs.
-    fn missing(&self, first: u64, end: u64) -> Vec<Run> {
-        let end = end.min(pages_in(self.base_size));
-        let mut runs = Vec::new();
-        let mut page = first;
-        while page < end {
-            let count = self.local.same_from(page, end - page);
-            if !self.local.contains(page) {
-                runs.push(Run { first: page, count });
-            }
-            page += count;
-        }
-        runs
-    }
-}
-
-fn open_backing(path: &Path, create: bool) -> io::Result<File> {
-    let opened = OpenOptions::new().read(true).write(true).create(create).truncate(false).open(path);
-    opened.map_err(|error| match error.kind() {
-        // a backing file that vanished must not look like a file that is not there
-        io::ErrorKind::NotFound => errno(libc::EIO),
-        _ => error,
-    })
-}
-
-pub(crate) fn read_full(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
-    let mut done = 0;
-    while done < buf.len() {
-        match file.read_at(&mut buf[done..], offset + done as u64) {
-            Ok(0) => break,
-            Ok(count) => done += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(done)
-}
-
-fn reserve(file: &File, offset: u64, length: u64, keep_size: bool) -> io::Result<()> {
-    use nix::fcntl::FallocateFlags;
-    let flags = if keep_size { FallocateFlags::FALLOC_FL_KEEP_SIZE } else { FallocateFlags::empty() };
-    let signed = |value: u64| i64::try_from(value).map_err(|_| errno(libc::EFBIG));
-    Ok(nix::fcntl::fallocate(file, flags, signed(offset)?, signed(length)?)?)
+/// At least one record, and none too long for a frame.
+fn pages_records(inode: Inode, durable: bool, size: u64, mtime: i64, runs: &[Run]) -> Vec<Record> {
+    let record = |some: &[Run]| Record::Pages { inode, durable, size, mtime, runs: some.to_vec() };
+    if runs.is_empty() { vec![record(&[])] } else { runs.chunks(RUNS_PER_RECORD).map(record).collect() }
 }

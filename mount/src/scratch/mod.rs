@@ -18,14 +18,17 @@
 
 mod bitmap;
 mod changes;
+mod content;
 mod file;
 mod journal;
 mod namespace;
 mod open;
 mod record;
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests;
 
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -61,6 +64,18 @@ struct Inner {
     wake: Condvar,
     /// until this is closed, nobody else opens this scratch
     lock: File,
+}
+
+/// Above this many unsynced files, one sync of the whole disk is quicker at the end.
+const SYNC_ONE_BY_ONE_MAX: usize = 200;
+
+/// What a rewritten journal says about what follows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    /// a daemon goes on with it
+    Open,
+    /// all is on disk, and nothing comes after
+    Clean,
 }
 
 /// How often the tidier looks.
@@ -116,7 +131,11 @@ impl Scratch {
             Body::File(body) => {
                 let body = Arc::clone(body);
                 drop(namespace);
-                let (size, atime, mtime, ctime) = body.stat(&self.inner.store)?;
+                let (size, atime, mtime, ctime) = body.stat(&self.inner.store).map_err(|error| {
+                    let gone = self.body(inode).is_none();
+                    // deleted since: the kernel then looks the name up again
+                    if gone { errno(libc::ESTALE) } else { content::not_absent(error) }
+                })?;
                 attr.size = size;
                 attr.mtime = to_time(mtime);
                 attr.ctime = attr.ctime.max(to_time(ctime));
@@ -240,16 +259,20 @@ impl Scratch {
         })
     }
 
-    /// Makes everything durable and leaves a short journal.
+    /// Makes everything durable and leaves a short journal that says so.
     pub(crate) fn close(&self) -> io::Result<()> {
         self.inner.lock.write_all_at(open::CLOSING, 0)?;
-        sync_filesystem(&self.inner.store.data)?;
-        for node in self.inner.namespace.read().nodes.values() {
-            if let Body::File(body) = &node.body {
-                body.confirm_all();
-            }
+        let namespace = self.inner.namespace.read();
+        let dirty = namespace.files().filter(|body| body.is_dirty()).cloned().collect::<Vec<_>>();
+        if dirty.len() > SYNC_ONE_BY_ONE_MAX {
+            sync_filesystem(&self.inner.store.data)?;
+            namespace.files().for_each(|body| body.confirm_all());
         }
-        self.inner.rewrite()?;
+        drop(namespace);
+        for body in dirty {
+            body.sync(&self.inner.store)?;
+        }
+        self.inner.rewrite(Ending::Clean)?;
         self.inner.reap();
         Ok(())
     }
@@ -257,22 +280,17 @@ impl Scratch {
 
 impl Inner {
     /// Writes the journal anew, as short as the state allows, while nothing changes.
-    fn rewrite(&self) -> io::Result<()> {
+    fn rewrite(&self, ending: Ending) -> io::Result<()> {
         let namespace = self.namespace.read();
-        let frozen: std::collections::HashMap<_, _> = namespace
-            .nodes
-            .values()
-            .filter_map(|node| match &node.body {
-                Body::File(body) => Some((Arc::as_ptr(body), body.freeze())),
-                _ => None,
-            })
-            .collect();
+        let frozen: HashMap<_, _> = namespace.files().map(|body| (Arc::as_ptr(body), body.freeze())).collect();
         let mut records = namespace.records(|body, out| {
             if let Some(state) = frozen.get(&std::ptr::from_ref(body)) {
                 body.records(state, out);
             }
         });
-        records.insert(0, Record::Boot { id: self.store.boot.clone() });
+        if ending == Ending::Open {
+            records.insert(0, Record::Boot { id: self.store.boot.clone() });
+        }
         self.store.journal.rewrite(&records)
     }
 
@@ -310,7 +328,7 @@ impl Inner {
             let done = journal.sync(journal.end()).and_then(|()| {
                 self.reap();
                 if journal.len() > JOURNAL_MAX.max(2 * shortest) {
-                    self.rewrite()?;
+                    self.rewrite(Ending::Open)?;
                     shortest = journal.len();
                 }
                 // so that damage to what is durable now is told from a torn tail

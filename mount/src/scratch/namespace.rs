@@ -68,6 +68,13 @@ impl Namespace {
         }
     }
 
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Arc<FileBody>> {
+        self.nodes.values().filter_map(|node| match &node.body {
+            Body::File(body) => Some(body),
+            _ => None,
+        })
+    }
+
     pub(crate) fn is_open(&self, inode: Inode) -> bool {
         self.opens.contains_key(&inode)
     }

@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::file::Store;
 use super::journal::{self, Found, Journal};
-use super::namespace::{Body, Namespace};
+use super::namespace::Namespace;
 use super::record::Record;
 use super::{Inner, Scratch, sync_filesystem};
 use crate::error::{Error, Result};
@@ -42,7 +42,10 @@ pub(super) fn open(directory: &Path, identity: &str, boot: &str) -> Result<Scrat
     fs::create_dir_all(&data).map_err(at("create", &data))?;
 
     let found = journal::read(directory)?;
-    let used_before = found.is_some();
+    // a journal that ends a mount cleanly names no boot
+    let was_killed = found.as_ref().is_some_and(|found| {
+        found.frames.iter().flat_map(|(_, records)| records).any(|record| matches!(record, Record::Boot { .. }))
+    });
     let namespace = match found {
         None => Namespace::new(),
         Some(found) => {
@@ -53,13 +56,13 @@ pub(super) fn open(directory: &Path, identity: &str, boot: &str) -> Result<Scrat
             replay(directory, &data, found, boot)?
         }
     };
-    for body in files(&namespace) {
+    for body in namespace.files() {
         body.trim(&data).map_err(at("write", &data))?;
     }
-    if used_before {
+    if was_killed {
         // what a dead server had written but not fsynced must not be taken for durable by its next recovery
         sync_filesystem(&data).map_err(at("sync", &data))?;
-        files(&namespace).for_each(|body| body.confirm_all());
+        namespace.files().for_each(|body| body.confirm_all());
     }
     let journal = Journal::create(directory, identity, &starting_records(&namespace, boot))?;
     delete_unreferenced(&namespace, &data).map_err(at("clean", &data))?;
@@ -141,7 +144,7 @@ fn replay(directory: &Path, data: &Path, found: Found, boot: &str) -> Result<Nam
     if let Some(name) = namespace.dangling() {
         return Err(damaged(found.end, format!("{} names a file that is not described", name.display())));
     }
-    for body in files(&namespace) {
+    for body in namespace.files() {
         let (name, needed) = body.backing_needed();
         if needed && !data.join(&name).exists() {
             return Err(Error::ScratchDamaged {
@@ -154,13 +157,6 @@ fn replay(directory: &Path, data: &Path, found: Found, boot: &str) -> Result<Nam
     Ok(namespace)
 }
 
-fn files(namespace: &Namespace) -> impl Iterator<Item = &Arc<super::file::FileBody>> {
-    namespace.nodes.values().filter_map(|node| match &node.body {
-        Body::File(body) => Some(body),
-        _ => None,
-    })
-}
-
 fn starting_records(namespace: &Namespace, boot: &str) -> Vec<Record> {
     let mut records = vec![Record::Boot { id: boot.to_owned() }];
     records.extend(namespace.records(|body, out| body.records(&body.freeze(), out)));
@@ -168,7 +164,7 @@ fn starting_records(namespace: &Namespace, boot: &str) -> Vec<Record> {
 }
 
 fn delete_unreferenced(namespace: &Namespace, data: &Path) -> io::Result<()> {
-    let kept: HashSet<String> = files(namespace).map(|body| body.backing_needed().0).collect();
+    let kept: HashSet<String> = namespace.files().map(|body| body.backing_needed().0).collect();
     for entry in fs::read_dir(data)? {
         let entry = entry?;
         if !entry.file_name().to_str().is_some_and(|name| kept.contains(name)) {

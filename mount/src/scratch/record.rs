@@ -304,6 +304,7 @@ fn take_name(bytes: &mut &[u8]) -> Result<OsString, Malformed> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
     use proptest::prelude::*;

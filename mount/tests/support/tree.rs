@@ -7,9 +7,9 @@ use std::time::{Duration, SystemTime};
 use pgcairn_mount::{Attributes, Entry, Kind, NodeId, ROOT, Tree};
 
 /// Reading any byte of this range of `harmed` is EIO.
-pub const HARMED: std::ops::Range<u64> = 300_000..310_000;
+pub(crate) const HARMED: std::ops::Range<u64> = 300_000..310_000;
 /// Names in `many`.
-pub const MANY: usize = 5000;
+pub(crate) const MANY: usize = 5000;
 
 struct Node {
     attributes: Attributes,
@@ -20,12 +20,12 @@ struct Node {
 }
 
 /// See [`sample`].
-pub struct MemoryTree {
+pub(crate) struct MemoryTree {
     nodes: Vec<Node>,
 }
 
 /// Bytes that differ everywhere and between seeds.
-pub fn noise(seed: u64, len: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut next = || {
         state ^= state << 13;
@@ -39,7 +39,7 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
 
 /// `/a` to `/c`: files of 0, 10000 and 300000 bytes; `/harmed`; `/link -> a`; `/d/x`, `/d/e/y`; `/empty/`; `/many/`;
 /// `/now`, volatile; `/.hidden/inside`, found but not listed.
-pub fn sample() -> MemoryTree {
+pub(crate) fn sample() -> MemoryTree {
     let mut tree = MemoryTree { nodes: Vec::new() };
     let root = tree.add(None, "", Kind::Directory, Vec::new());
     for (name, len) in [("a", 0), ("b", 10_000), ("c", 300_000), ("harmed", 1_000_000)] {
@@ -74,7 +74,11 @@ impl MemoryTree {
             self.nodes[parent].children.push(Entry { name: name.into(), node, kind });
         }
         let mtime = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000 + index as u64);
-        let mode = if kind == Kind::Directory { 0o755 } else { 0o644 };
+        let mode = match kind {
+            Kind::File => 0o644,
+            Kind::Directory => 0o755,
+            Kind::Symlink => 0o777,
+        };
         let size = content.len() as u64;
         let attributes = Attributes { kind, mode, uid: 0, gid: 0, size, mtime, volatile: false };
         self.nodes.push(Node { attributes, content, target: OsString::new(), children: vec![], hidden: vec![] });
@@ -87,7 +91,7 @@ impl MemoryTree {
     }
 
     /// The content of a file, without faults.
-    pub fn content(&self, node: NodeId) -> Vec<u8> {
+    pub(crate) fn content(&self, node: NodeId) -> Vec<u8> {
         self.node(node).unwrap().content.clone()
     }
 }

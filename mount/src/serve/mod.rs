@@ -1,5 +1,7 @@
 //! The adapter between the kernel's requests and [`Fs`]. It holds no rules of its own beyond what the kernel may cache.
 
+mod convert;
+
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
@@ -19,16 +21,12 @@ use fuser::{
 };
 use parking_lot::{Mutex, RwLock};
 
-use crate::fs::{Attr, Caching, Caller, Change, Fs, Inode, OpenFile, Space};
-use crate::tree::{Entry, Kind};
+use self::convert::{absent, caller, file_attr, file_type, time, ttl};
+use crate::fs::{Attr, Caching, Change, Fs, Inode, OpenFile, Space};
+use crate::tree::Entry;
 
-/// How long the kernel may keep names and attributes of what never changes behind its back.
-const FOREVER: Duration = Duration::from_secs(3600);
 /// Inodes are never reused, so every one is of the first generation.
 const GENERATION: Generation = Generation(0);
-/// `stat` counts in these.
-const STAT_BLOCK: u64 = 512;
-
 /// One open of a file, as the kernel's handle names it.
 struct FileSlot {
     file: OpenFile,
@@ -54,6 +52,8 @@ pub(crate) struct Server {
     fs: Arc<Fs>,
     /// own files may be handed to the kernel
     passthrough: AtomicBool,
+    /// some were: the kernel's cache may be behind the backing files
+    passed: AtomicBool,
     opens: Mutex<HashMap<Inode, Opens>>,
     files: RwLock<HashMap<u64, Arc<FileSlot>>>,
     directories: RwLock<HashMap<u64, Arc<DirectorySlot>>>,
@@ -81,6 +81,7 @@ impl Server {
     pub(crate) fn new(fs: Arc<Fs>, passthrough: bool) -> Self {
         Self {
             passthrough: AtomicBool::new(passthrough && fs.is_writable()),
+            passed: AtomicBool::new(false),
             opens: Mutex::default(),
             fs,
             files: RwLock::default(),
@@ -122,8 +123,18 @@ impl Server {
             self.passthrough.store(false, Ordering::Relaxed);
             None
         });
+        self.passed.fetch_or(passthrough.is_some(), Ordering::Relaxed);
         opens.insert(file.inode(), Opens { count: 1, passthrough: passthrough.clone() });
         passthrough
+    }
+
+    /// The one place that says what the kernel may cache of a file it reads through us.
+    fn cache_flags(&self, caching: Caching) -> FopenFlags {
+        match caching {
+            Caching::Direct => FopenFlags::FOPEN_DIRECT_IO,
+            Caching::Own if self.passed.load(Ordering::Relaxed) => FopenFlags::empty(),
+            Caching::Keep | Caching::Own => FopenFlags::FOPEN_KEEP_CACHE,
+        }
     }
 
     fn closed(&self, inode: Inode) {
@@ -134,6 +145,11 @@ impl Server {
                 opens.remove(&inode);
             }
         }
+    }
+
+    /// How long names of a directory may be remembered.
+    fn name_ttl(&self, directory: Inode) -> io::Result<Duration> {
+        Ok(ttl(&self.fs.attributes(directory)?))
     }
 
     /// Names of a directory; the list is taken anew whenever reading (re)starts, as rewinddir demands.
@@ -175,59 +191,6 @@ fn reply_empty(reply: ReplyEmpty, result: Result<(), Errno>) {
     }
 }
 
-fn ttl(attr: &Attr) -> Duration {
-    if attr.volatile { Duration::ZERO } else { FOREVER }
-}
-
-fn file_type(kind: Kind) -> FileType {
-    match kind {
-        Kind::File => FileType::RegularFile,
-        Kind::Directory => FileType::Directory,
-        Kind::Symlink => FileType::Symlink,
-    }
-}
-
-fn file_attr(attr: &Attr) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(attr.inode),
-        size: attr.size,
-        blocks: attr.size.div_ceil(STAT_BLOCK),
-        atime: attr.atime,
-        mtime: attr.mtime,
-        ctime: attr.ctime,
-        crtime: attr.ctime,
-        kind: file_type(attr.kind),
-        perm: attr.mode as u16,
-        nlink: attr.links,
-        uid: attr.uid,
-        gid: attr.gid,
-        rdev: 0,
-        blksize: 4096,
-        flags: 0,
-    }
-}
-
-fn caller(request: &Request) -> Caller {
-    Caller { uid: request.uid(), gid: request.gid() }
-}
-
-fn time(value: Option<TimeOrNow>) -> Option<SystemTime> {
-    value.map(|value| match value {
-        TimeOrNow::SpecificTime(time) => time,
-        TimeOrNow::Now => SystemTime::now(),
-    })
-}
-
-/// The one place that says what the kernel may cache of an open file.
-fn open_flags(caching: Caching) -> FopenFlags {
-    match caching {
-        Caching::Keep => FopenFlags::FOPEN_KEEP_CACHE,
-        // an earlier open may have written past the kernel's cache
-        Caching::Own => FopenFlags::empty(),
-        Caching::Direct => FopenFlags::FOPEN_DIRECT_IO,
-    }
-}
-
 thread_local! {
     /// Replies are built here, so that a read costs no allocation.
     static BUFFER: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
@@ -240,7 +203,6 @@ impl Filesystem for Server {
             InitFlags::FUSE_READDIRPLUS_AUTO,
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_CACHE_SYMLINKS,
             // nothing changes but through the kernel: a size learnt anew is no reason to drop its cached pages
             InitFlags::FUSE_EXPLICIT_INVAL_DATA,
         ] {
@@ -258,16 +220,14 @@ impl Filesystem for Server {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let found = guarded("lookup", || match self.fs.lookup(parent.0, name)? {
-            Some(attr) => Ok(Ok(attr)),
-            // with a scratch, the name may come to exist
-            None if self.fs.is_writable() => Ok(Err(false)),
-            None => Ok(Err(!self.fs.attributes(parent.0)?.volatile)),
-        });
+        let found = guarded("lookup", || Ok((self.fs.lookup(parent.0, name)?, self.name_ttl(parent.0)?)));
         match found {
-            Ok(Ok(attr)) => reply.entry(&ttl(&attr), &file_attr(&attr), GENERATION),
-            Ok(Err(true)) => reply.entry(&FOREVER, &absent(), GENERATION),
-            Ok(Err(false)) => reply.error(Errno::ENOENT),
+            Ok((Some(attr), name_ttl)) => {
+                reply.entry_with_ttls(&ttl(&attr), &name_ttl.min(ttl(&attr)), &file_attr(&attr), GENERATION);
+            }
+            // with a scratch, the name may come to exist
+            Ok((None, name_ttl)) if name_ttl.is_zero() || self.fs.is_writable() => reply.error(Errno::ENOENT),
+            Ok((None, name_ttl)) => reply.entry(&name_ttl, &absent(), GENERATION),
             Err(errno) => reply.error(errno),
         }
     }
@@ -371,7 +331,7 @@ impl Filesystem for Server {
         match guarded("create", || self.fs.create((parent.0, name), mode, caller(request))) {
             Ok((attr, file)) => {
                 let way = self.way(&file, |backing| reply.open_backing(backing));
-                let flags = open_flags(file.caching());
+                let flags = self.cache_flags(file.caching());
                 let (handle, ttl, attr) = (self.keep(file), ttl(&attr), file_attr(&attr));
                 match way {
                     Some(id) => {
@@ -460,7 +420,7 @@ impl Filesystem for Server {
         match guarded("open", || self.fs.open(inode.0, writing)) {
             Ok(file) => {
                 let way = self.way(&file, |backing| reply.open_backing(backing));
-                let flags = open_flags(file.caching());
+                let flags = self.cache_flags(file.caching());
                 let handle = self.keep(file);
                 match way {
                     Some(id) => reply.opened_passthrough(handle, FopenFlags::empty(), &id),
@@ -550,8 +510,9 @@ impl Filesystem for Server {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        let names = match guarded("readdirplus", || self.names(inode.0, handle, offset)) {
-            Ok(names) => names,
+        let listed = guarded("readdirplus", || Ok((self.names(inode.0, handle, offset)?, self.name_ttl(inode.0)?)));
+        let (names, name_ttl) = match listed {
+            Ok(listed) => listed,
             Err(errno) => return reply.error(errno),
         };
         for position in offset..names.len() as u64 + 2 {
@@ -570,7 +531,7 @@ impl Filesystem for Server {
                         Err(errno) if position == offset => return reply.error(errno),
                         Err(_) => break,
                     };
-                    let (inode, ttl) = (INodeNo(attr.inode), ttl(&attr));
+                    let (inode, ttl) = (INodeNo(attr.inode), name_ttl.min(ttl(&attr)));
                     reply.add(inode, position + 1, &entry.name, &ttl, &file_attr(&attr), GENERATION)
                 }
             };
@@ -591,26 +552,5 @@ impl Filesystem for Server {
     ) {
         self.directories.write().remove(&handle.0);
         reply.ok();
-    }
-}
-
-/// The answer "no such name, and you may remember that": inode 0.
-fn absent() -> FileAttr {
-    FileAttr {
-        ino: INodeNo(0),
-        size: 0,
-        blocks: 0,
-        atime: SystemTime::UNIX_EPOCH,
-        mtime: SystemTime::UNIX_EPOCH,
-        ctime: SystemTime::UNIX_EPOCH,
-        crtime: SystemTime::UNIX_EPOCH,
-        kind: FileType::RegularFile,
-        perm: 0,
-        nlink: 0,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        blksize: 0,
-        flags: 0,
     }
 }
