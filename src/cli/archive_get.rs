@@ -16,7 +16,7 @@ const FAILED: u8 = 250;
 /// Exit status: 0 delivered; 1 the archive has no such file, which ends PostgreSQL's recovery; 250 anything else, which makes
 /// PostgreSQL stop rather than take a failing store for the end of WAL.
 #[derive(Debug, Args)]
-pub struct ArchiveGet {
+pub(super) struct ArchiveGet {
     /// Name of the file (%f)
     name: String,
     /// Where to write it (%p)

@@ -11,7 +11,7 @@ use crate::write::push::{Pushed, push};
 /// Succeeds only when the repository has confirmed the file. The same content again succeeds with a warning; other content
 /// under the same name, or another cluster's WAL, is refused.
 #[derive(Debug, Args)]
-pub struct ArchivePush {
+pub(super) struct ArchivePush {
     /// Path of the file (%p)
     path: PathBuf,
     /// zstd level

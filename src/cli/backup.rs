@@ -13,7 +13,7 @@ use crate::write::backup::{BackupOptions, WalChoice, backup};
 /// Reads the data directory of the server on this machine; the server goes on working. A backup is complete in itself and
 /// becomes visible only when every byte of it, and all WAL it needs, is in the repository.
 #[derive(Debug, Args)]
-pub struct Backup {
+pub(super) struct Backup {
     #[command(flatten)]
     server: super::pg::ServerOptions,
     /// Kind of backup
@@ -110,13 +110,18 @@ fn report(of: &Description, took: Duration) {
         took.as_secs_f64()
     ));
     for errors in &of.page_errors {
-        let warning = Error::new(format!("{} pages of {} fail their checksum: {:?}", errors.blocks.len(), errors.file, errors.blocks))
-            .hint("the server's own data is damaged; run pg_checksums or pg_amcheck there");
+        let warning = Error::new(format!(
+            "{} pages of {} fail their checksum: {:?}",
+            errors.blocks.len(),
+            errors.file,
+            errors.blocks
+        ))
+        .hint("the server's own data is damaged; run pg_checksums or pg_amcheck there");
         output::error(&warning);
     }
 }
 
 /// As many threads as CPUs, so that a server is not starved: at most 8.
-pub fn default_process_max() -> usize {
+pub(super) fn default_process_max() -> usize {
     std::thread::available_parallelism().map_or(2, |cpus| cpus.get().min(8))
 }

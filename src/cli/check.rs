@@ -11,7 +11,7 @@ use crate::write::server::{Archiving, Server};
 
 /// Check that backups can work: the server, the stanza, and that WAL arrives in the archive
 #[derive(Debug, Args)]
-pub struct Check {
+pub(super) struct Check {
     #[command(flatten)]
     server: super::pg::ServerOptions,
     /// Seconds to wait for a WAL segment to be archived
@@ -30,7 +30,9 @@ impl Check {
         let ok = format!("stanza {} is PostgreSQL {}, {}", repository.stanza, database.version, database.system_id);
         output::line(&ok);
         if server.archiving == Archiving::Off {
-            output::line("archive_mode is off: backups store the WAL they need, a point in time between them is not kept");
+            output::line(
+                "archive_mode is off: backups store the WAL they need, a point in time between them is not kept",
+            );
             return Ok(());
         }
         let size = SegmentSize::new(database.wal_segment_size).context(|| "pg_control".into())?;

@@ -86,13 +86,15 @@ impl Place {
             fs::create_dir_all(&path).map_err(|error| Error::io("create", &path, error))?;
         }
         let mode = |path: &Path, mode| {
-            fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(|error| Error::io("set the mode of", path, error))
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))
+                .map_err(|error| Error::io("set the mode of", path, error))
         };
         mode(&self.root, 0o755)?;
         mode(&self.run(), 0o700)?;
         if nix::unistd::geteuid().is_root() {
             let run = self.run();
-            chown(&run, Some(owner.uid), Some(owner.gid)).map_err(|error| Error::io("change the owner of", &run, error))?;
+            chown(&run, Some(owner.uid), Some(owner.gid))
+                .map_err(|error| Error::io("change the owner of", &run, error))?;
         }
         Ok(())
     }
@@ -125,12 +127,16 @@ impl Place {
             remove(&self.run())?;
             // not remove_dir_all: should the mount still be there, nothing in it must be touched
             return match fs::remove_dir(self.mount()) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &self.mount(), error)),
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    Err(Error::io("remove", &self.mount(), error))
+                }
                 _ => Ok(()),
             };
         }
         match fs::remove_dir(self.mount()) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &self.mount(), error)),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", &self.mount(), error));
+            }
             _ => {}
         }
         remove(&self.root)

@@ -12,7 +12,7 @@ use crate::error::{Context, Error, Result};
 const DEFAULT_PATH: &str = "/etc/pgcairn.toml";
 
 /// The command with the file's values as defaults: what stands on the command line or in the environment wins.
-pub fn with_defaults(command: Command, arguments: &[OsString]) -> Result<Command> {
+pub(super) fn with_defaults(command: Command, arguments: &[OsString]) -> Result<Command> {
     let named = named(arguments, "--config").or_else(|| std::env::var_os("PGCAIRN_CONFIG"));
     let path = named.clone().map_or_else(|| PathBuf::from(DEFAULT_PATH), PathBuf::from);
     let text = match std::fs::read_to_string(&path) {

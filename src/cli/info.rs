@@ -14,7 +14,7 @@ use crate::repo::catalog::stanzas;
 ///
 /// The structure of --output json is pgBackRest's where the meaning is the same.
 #[derive(Debug, Args)]
-pub struct Info {
+pub(super) struct Info {
     /// Only this backup
     #[arg(long, value_name = "LABEL")]
     set: Option<String>,
@@ -128,8 +128,7 @@ fn to_json(stanza: &Stanza) -> Value {
             })
         })
         .collect();
-    let backup: Vec<Value> =
-        stanza.backups.backups.iter().map(|(label, of)| backup_json(stanza, label, of)).collect();
+    let backup: Vec<Value> = stanza.backups.backups.iter().map(|(label, of)| backup_json(stanza, label, of)).collect();
     let (code, message) = if backup.is_empty() { (2, "no valid backups") } else { (0, "ok") };
     json!({
         "archive": archive,
@@ -143,7 +142,8 @@ fn to_json(stanza: &Stanza) -> Value {
 }
 
 fn backup_json(stanza: &Stanza, label: &str, of: &BackupSummary) -> Value {
-    let version = stanza.archive.history.iter().find(|database| database.id == of.database_id).map(|found| found.version);
+    let version =
+        stanza.archive.history.iter().find(|database| database.id == of.database_id).map(|found| found.version);
     let lsn = |text: &str| text.parse::<Lsn>().map_or_else(|_| text.to_owned(), |lsn| lsn.to_string());
     json!({
         "annotation": null,

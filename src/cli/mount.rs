@@ -24,7 +24,7 @@ const PREFETCH_THREADS: usize = 8;
 /// With --backup it is itself a data directory; with --scratch that can be written to: PostgreSQL starts on it, and the backup
 /// stays as it is. The command returns when the mount is ready.
 #[derive(Debug, Args)]
-pub struct Mount {
+pub(super) struct Mount {
     /// Empty directory to mount on
     mountpoint: PathBuf,
     /// Show this backup alone: a label, or latest
@@ -71,7 +71,13 @@ impl Mount {
     }
 
     /// A mount of one backup with a scratch, as `start` wants it.
-    pub(super) fn for_clone(label: &str, scratch: &Path, owner: Option<&str>, mountpoint: &Path, cache: &Cache) -> Self {
+    pub(super) fn for_clone(
+        label: &str,
+        scratch: &Path,
+        owner: Option<&str>,
+        mountpoint: &Path,
+        cache: &Cache,
+    ) -> Self {
         Self {
             mountpoint: mountpoint.to_owned(),
             backup: Some(label.to_owned()),
@@ -142,7 +148,8 @@ pub(super) fn spawn(mount: &Mount, common: &Common) -> Result<u32> {
 /// Serves until unmounted, or until asked to end.
 fn serve(mount: pgcairn_mount::Mount) -> Result<()> {
     let unmounter = mount.unmounter();
-    let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(|error| Error::new("cannot wait for signals").source(error))?;
+    let mut signals =
+        Signals::new([SIGTERM, SIGINT]).map_err(|error| Error::new("cannot wait for signals").source(error))?;
     std::thread::spawn(move || {
         for _ in signals.forever() {
             if let Err(error) = unmounter.unmount() {
@@ -171,7 +178,8 @@ pub(super) fn owner(named: Option<&str>, of_cluster: &str) -> Result<Owner> {
     use nix::unistd::{User, getegid, geteuid};
     let find = |name: &str| User::from_name(name).ok().flatten();
     if let Some(name) = named {
-        let user = find(name).ok_or_else(|| Error::new(format!("this machine has no user {name}")).hint("check --owner"))?;
+        let user =
+            find(name).ok_or_else(|| Error::new(format!("this machine has no user {name}")).hint("check --owner"))?;
         return Ok(Owner { uid: user.uid.as_raw(), gid: user.gid.as_raw() });
     }
     let of_cluster = if geteuid().is_root() { find(of_cluster).or_else(|| find("postgres")) } else { None };

@@ -13,19 +13,19 @@ use crate::store::{self, StoreOptions};
 
 /// Options of every verb.
 #[derive(Clone, Debug, Args)]
-pub struct Common {
+pub(super) struct Common {
     /// Configuration file (TOML); its keys are the names of the options
     #[arg(long, global = true, env = "PGCAIRN_CONFIG", value_name = "FILE", help_heading = "Common options")]
-    pub config: Option<PathBuf>,
+    pub(super) config: Option<PathBuf>,
     /// Repository: s3://BUCKET/PREFIX, file:///PATH or a path
     #[arg(long, global = true, env = "PGCAIRN_REPO", value_name = "URL", help_heading = "Common options")]
-    pub repo: Option<String>,
+    pub(super) repo: Option<String>,
     /// Name of the cluster in the repository
     #[arg(long, global = true, env = "PGCAIRN_STANZA", value_name = "NAME", help_heading = "Common options")]
-    pub stanza: Option<String>,
+    pub(super) stanza: Option<String>,
     /// What to log: error, warn, info, debug, trace
     #[arg(long, global = true, env = "PGCAIRN_LOG_LEVEL", default_value = "warn", help_heading = "Common options")]
-    pub log_level: String,
+    pub(super) log_level: String,
     #[command(flatten)]
     pub(super) s3: S3,
 }
@@ -62,21 +62,21 @@ enum UriStyle {
 /// Options of verbs that read backups.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Cache options")]
-pub struct Cache {
+pub(super) struct Cache {
     /// Directory of the disk cache of decompressed chunks
     #[arg(long, env = "PGCAIRN_CACHE_PATH", value_name = "DIR")]
-    pub cache_path: Option<PathBuf>,
+    pub(super) cache_path: Option<PathBuf>,
     /// Bytes the disk cache may hold, e.g. 20G; 0 does without
     #[arg(long, env = "PGCAIRN_CACHE_SIZE", value_name = "SIZE", default_value = "10G", value_parser = size)]
-    pub cache_size: u64,
+    pub(super) cache_size: u64,
     /// Bytes of chunks kept in memory
     #[arg(long, env = "PGCAIRN_CACHE_MEMORY", value_name = "SIZE", default_value = "64M", value_parser = size)]
-    pub cache_memory: u64,
+    pub(super) cache_memory: u64,
 }
 
 /// How long output is for: people or programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Output {
+pub(super) enum Output {
     /// for people
     Text,
     /// for programs
@@ -85,14 +85,15 @@ pub enum Output {
 
 impl Common {
     /// The stanza, by its name.
-    pub fn repository(&self, create: bool) -> Result<Repository> {
+    pub(super) fn repository(&self, create: bool) -> Result<Repository> {
         let stanza = self.stanza.as_deref().ok_or_else(|| missing("stanza", "--stanza main"))?;
         Repository::new(self.store(create)?, stanza)
     }
 
     /// The store alone.
-    pub fn store(&self, create: bool) -> Result<Arc<dyn store::Store>> {
-        let url = self.repo.as_deref().ok_or_else(|| missing("repo", "--repo /backups or --repo s3://bucket/prefix"))?;
+    pub(super) fn store(&self, create: bool) -> Result<Arc<dyn store::Store>> {
+        let url =
+            self.repo.as_deref().ok_or_else(|| missing("repo", "--repo /backups or --repo s3://bucket/prefix"))?;
         let options = StoreOptions {
             endpoint: self.s3.repo_s3_endpoint.clone(),
             region: self.s3.repo_s3_region.clone(),
@@ -107,7 +108,7 @@ impl Common {
     }
 
     /// Options that a child process needs to open the same stanza; secrets go through the environment.
-    pub fn arguments(&self) -> Vec<String> {
+    pub(super) fn arguments(&self) -> Vec<String> {
         let pairs = [
             ("--config", self.config.as_ref().map(|path| path.display().to_string())),
             ("--repo", self.repo.as_deref().map(absolute)),
@@ -116,24 +117,27 @@ impl Common {
             ("--repo-s3-endpoint", self.s3.repo_s3_endpoint.clone()),
             ("--repo-s3-region", self.s3.repo_s3_region.clone()),
             ("--repo-s3-key", self.s3.repo_s3_key.clone()),
-            ("--repo-s3-uri-style", self.s3.repo_s3_uri_style.map(|style| match style {
-                UriStyle::Path => "path".into(),
-                UriStyle::Host => "host".into(),
-            })),
+            (
+                "--repo-s3-uri-style",
+                self.s3.repo_s3_uri_style.map(|style| match style {
+                    UriStyle::Path => "path".into(),
+                    UriStyle::Host => "host".into(),
+                }),
+            ),
             ("--repo-storage-ca-file", self.s3.repo_storage_ca_file.as_ref().map(|path| path.display().to_string())),
         ];
         pairs.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?])).flatten().collect()
     }
 
     /// The secret, for a child's environment.
-    pub fn secret(&self) -> Option<(&'static str, &str)> {
+    pub(super) fn secret(&self) -> Option<(&'static str, &str)> {
         self.s3.repo_s3_key_secret.as_deref().map(|secret| ("PGCAIRN_REPO_S3_KEY_SECRET", secret))
     }
 }
 
 impl Cache {
     /// A fetcher with these caches.
-    pub fn fetcher(&self, repository: Repository) -> Result<Arc<Fetcher>> {
+    pub(super) fn fetcher(&self, repository: Repository) -> Result<Arc<Fetcher>> {
         let disk = match self.cache_size {
             0 => None,
             size => {
@@ -145,7 +149,7 @@ impl Cache {
     }
 
     /// Options that a child process needs.
-    pub fn arguments(&self) -> Vec<String> {
+    pub(super) fn arguments(&self) -> Vec<String> {
         let mut arguments =
             vec![format!("--cache-size={}", self.cache_size), format!("--cache-memory={}", self.cache_memory)];
         arguments.extend(self.cache_path.as_ref().map(|path| format!("--cache-path={}", path.display())));
@@ -171,7 +175,7 @@ fn default_cache_path() -> PathBuf {
 }
 
 /// A directory for root, or one below the user's home.
-pub fn state_directory(root: &Path, variable: &str, below_home: &str) -> PathBuf {
+pub(super) fn state_directory(root: &Path, variable: &str, below_home: &str) -> PathBuf {
     if nix::unistd::geteuid().is_root() {
         return root.to_owned();
     }
@@ -182,7 +186,7 @@ pub fn state_directory(root: &Path, variable: &str, below_home: &str) -> PathBuf
 }
 
 /// Parses `10G`, `64M`, `0`.
-pub fn size(text: &str) -> std::result::Result<u64, String> {
+pub(super) fn size(text: &str) -> std::result::Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
         "" | "B" => 1,

@@ -14,13 +14,13 @@ use crate::error::Error;
 use crate::progress::Monitor;
 
 /// One line of a result.
-pub fn line(text: &str) {
+pub(super) fn line(text: &str) {
     // a reader that went away (head, less) is no failure of ours
     _ = writeln!(std::io::stdout(), "{text}");
 }
 
 /// An error, its causes on the same line, its hint on the next.
-pub fn error(error: &Error) {
+pub(super) fn error(error: &Error) {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -37,7 +37,7 @@ pub fn error(error: &Error) {
 }
 
 /// Begins logging to standard error.
-pub fn start_log(common: &Common) {
+pub(super) fn start_log(common: &Common) {
     let filter = EnvFilter::try_new(format!("{0},aws_config={0},hyper=warn", common.log_level));
     let filter = filter.unwrap_or_else(|_| EnvFilter::new("warn"));
     _ = tracing_subscriber::fmt()
@@ -49,12 +49,12 @@ pub fn start_log(common: &Common) {
 }
 
 /// Bytes for people.
-pub fn bytes(count: u64) -> String {
+pub(super) fn bytes(count: u64) -> String {
     HumanBytes(count).to_string()
 }
 
 /// A bar on a terminal, a line every ten seconds elsewhere.
-pub struct Progress {
+pub(super) struct Progress {
     bar: Option<ProgressBar>,
     plain: Mutex<Plain>,
 }
@@ -72,7 +72,7 @@ const TELL_EVERY: Duration = Duration::from_secs(10);
 
 impl Progress {
     /// Progress on standard error; none with `quiet`.
-    pub fn new(quiet: bool) -> Self {
+    pub(super) fn new(quiet: bool) -> Self {
         let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
             let bar = ProgressBar::no_length();
             bar.enable_steady_tick(Duration::from_millis(200));
@@ -83,7 +83,7 @@ impl Progress {
     }
 
     /// Removes the bar.
-    pub fn clear(&self) {
+    pub(super) fn clear(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }

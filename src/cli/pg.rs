@@ -9,28 +9,35 @@ use crate::error::{Error, Result};
 
 /// How to reach the server.
 #[derive(Debug, Args)]
-pub struct ServerOptions {
+pub(super) struct ServerOptions {
     /// The server, as a libpq conninfo string or URI; what it leaves out comes from PGHOST, PGPORT, PGUSER, ...
     #[arg(long, env = "PGCAIRN_PG", value_name = "CONNINFO", default_value = "")]
-    pub pg: String,
+    pub(super) pg: String,
 }
 
 /// The directory of `major`'s programs: the one given, or found where distributions put it.
-pub fn programs(major: u32, given: Option<&Path>) -> Result<PathBuf> {
+pub(super) fn programs(major: u32, given: Option<&Path>) -> Result<PathBuf> {
     let candidates: Vec<PathBuf> = match given {
         Some(path) => vec![path.to_owned()],
-        None => [format!("/usr/lib/postgresql/{major}/bin"), format!("/usr/pgsql-{major}/bin"), format!("/usr/local/pgsql-{major}/bin")]
-            .into_iter()
-            .map(PathBuf::from)
-            .chain(std::env::var_os("PATH").iter().flat_map(std::env::split_paths))
-            .collect(),
+        None => [
+            format!("/usr/lib/postgresql/{major}/bin"),
+            format!("/usr/pgsql-{major}/bin"),
+            format!("/usr/local/pgsql-{major}/bin"),
+        ]
+        .into_iter()
+        .map(PathBuf::from)
+        .chain(std::env::var_os("PATH").iter().flat_map(std::env::split_paths))
+        .collect(),
     };
     for directory in &candidates {
         match version_of(directory) {
             Some(found) if found == major => return Ok(directory.clone()),
             Some(found) if given.is_some() => {
-                return Err(Error::new(format!("{} has PostgreSQL {found}, the backup needs {major}", directory.display()))
-                    .hint(format!("give the directory of PostgreSQL {major} with --pg-bin")));
+                return Err(Error::new(format!(
+                    "{} has PostgreSQL {found}, the backup needs {major}",
+                    directory.display()
+                ))
+                .hint(format!("give the directory of PostgreSQL {major} with --pg-bin")));
             }
             _ => {}
         }

@@ -16,7 +16,7 @@ use crate::read::view::{View, ViewOptions};
 /// Every byte is checked. Until all of it is durable the directory has no pg_control, so that nothing starts on a half of it.
 /// The copy does not archive WAL unless --archive-mode=preserve: it is on its source's timeline.
 #[derive(Debug, Args)]
-pub struct Restore {
+pub(super) struct Restore {
     /// Directory to write to: empty, or not there yet
     directory: PathBuf,
     /// Which backup: a label, or latest

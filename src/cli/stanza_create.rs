@@ -8,7 +8,7 @@ use crate::write::server::Server;
 
 /// Create a stanza for a running cluster: enters its system identifier and version into the repository
 #[derive(Debug, Args)]
-pub struct StanzaCreate {
+pub(super) struct StanzaCreate {
     #[command(flatten)]
     server: super::pg::ServerOptions,
 }

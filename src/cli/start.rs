@@ -20,7 +20,7 @@ use crate::read::tree::Owner;
 /// Mounts the backup with a scratch layer and starts a server on it that archives nothing, follows nobody and listens on a
 /// socket of its own. Only pages that are touched are fetched; what is written goes to the scratch and never to the backup.
 #[derive(Debug, Args)]
-pub struct Start {
+pub(super) struct Start {
     /// Which backup: a label, or latest
     #[arg(default_value = "latest")]
     backup: String,
@@ -56,7 +56,8 @@ impl Start {
     pub(super) fn run(self, common: &Common) -> Result<()> {
         let started = Instant::now();
         let repository = common.repository(false)?;
-        let known = self.name.as_deref().map(|name| Place::new(self.clone_path.as_deref(), name)?.load()).transpose()?;
+        let known =
+            self.name.as_deref().map(|name| Place::new(self.clone_path.as_deref(), name)?.load()).transpose()?;
         let (label, continued) = match known.flatten() {
             Some(clone) => (self.continued(&clone, &repository.stanza)?, Some(clone)),
             None => (repository.resolve(&self.backup)?, None),
@@ -104,8 +105,10 @@ impl Start {
         }
         let other = self.backup != "latest" && self.backup != clone.label;
         match other || clone.stanza != stanza {
-            true => Err(Error::new(format!("clone {} stands on backup {} of {}", clone.name, clone.label, clone.stanza))
-                .hint("give another --name")),
+            true => {
+                Err(Error::new(format!("clone {} stands on backup {} of {}", clone.name, clone.label, clone.stanza))
+                    .hint("give another --name"))
+            }
             false => Ok(clone.label.clone()),
         }
     }
@@ -118,7 +121,8 @@ impl Start {
         of: &Description,
         owner: Owner,
     ) -> Result<String> {
-        let mount = Mount::for_clone(&clone.label, &place.scratch(), self.owner.as_deref(), &place.mount(), &self.cache);
+        let mount =
+            Mount::for_clone(&clone.label, &place.scratch(), self.owner.as_deref(), &place.mount(), &self.cache);
         mount::spawn(&mount, common)?;
         write_files(place, owner)?;
         let mut command = clone.pg_ctl(place);
@@ -167,7 +171,11 @@ impl Start {
             })?;
             settings.push((name.trim().to_owned(), value.to_owned()));
         }
-        Ok(settings.iter().map(|(name, value)| format!("-c {name}={}", shell_quote(value))).collect::<Vec<_>>().join(" "))
+        Ok(settings
+            .iter()
+            .map(|(name, value)| format!("-c {name}={}", shell_quote(value)))
+            .collect::<Vec<_>>()
+            .join(" "))
     }
 }
 
@@ -227,7 +235,8 @@ fn first_answer(conninfo: &str, owner: &str, with_user: impl Fn(&str) -> String)
     loop {
         let mut failed = None;
         for (user, conninfo) in [("postgres", conninfo.to_owned()), (owner, with_user(owner))] {
-            let answer = postgres::Client::connect(&conninfo, postgres::NoTls).and_then(|mut client| client.simple_query("SELECT 1"));
+            let answer = postgres::Client::connect(&conninfo, postgres::NoTls)
+                .and_then(|mut client| client.simple_query("SELECT 1"));
             match answer {
                 Ok(_) => return Ok(user.to_owned()),
                 Err(error) => failed = Some(error),
@@ -249,7 +258,12 @@ fn report(start: &Start, clone: &Clone, place: &Place, user: &str, took: Duratio
         });
         return output::line(&format!("{json:#}"));
     }
-    output::line(&format!("clone {} of backup {}: first answer after {:.2} s", clone.name, clone.label, took.as_secs_f64()));
+    output::line(&format!(
+        "clone {} of backup {}: first answer after {:.2} s",
+        clone.name,
+        clone.label,
+        took.as_secs_f64()
+    ));
     output::line(&format!("  psql \"{conninfo}\""));
     output::line(&format!("  pgcairn stop {}", clone.name));
 }

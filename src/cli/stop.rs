@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 
 /// Stop a clone and remove all of it, or keep what was written
 #[derive(Debug, Args)]
-pub struct Stop {
+pub(super) struct Stop {
     /// Name of the clone
     name: String,
     /// Keep what was written; "pgcairn start --name NAME" continues it

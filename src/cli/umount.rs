@@ -8,7 +8,7 @@ use crate::error::Result;
 
 /// Unmount what "pgcairn mount" mounted, also when its daemon died
 #[derive(Debug, Args)]
-pub struct Umount {
+pub(super) struct Umount {
     /// The mountpoint
     mountpoint: PathBuf,
 }

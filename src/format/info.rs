@@ -12,8 +12,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::manifest::{Database, Sizes};
-use crate::postgres::BackupKind;
 use super::{FormatError, Result, VERSION};
+use crate::postgres::BackupKind;
 
 /// `backup.info`: what backups there are. Can be rebuilt from the manifests.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -236,9 +236,10 @@ fn read_tail(file: &File, chunk: &ChunkRef) -> Option<Vec<GrainHash>> {
 
 /// Marks a file as used, for the sweep; best effort.
 fn mark_used(file: &File) {
-    let old = file.metadata().and_then(|metadata| metadata.modified()).is_ok_and(|mark| {
-        mark.elapsed().is_ok_and(|age| age > MARK_AGE)
-    });
+    let old = file
+        .metadata()
+        .and_then(|metadata| metadata.modified())
+        .is_ok_and(|mark| mark.elapsed().is_ok_and(|age| age > MARK_AGE));
     if old {
         _ = file.set_modified(SystemTime::now());
     }

@@ -125,7 +125,7 @@ impl Fetcher {
 
     /// Copies `buf.len()` bytes from `offset` of a chunk's plaintext, if memory or the disk cache has it.
     pub fn read_cached(&self, chunk: &ChunkRef, offset: usize, buf: &mut [u8]) -> bool {
-        if let Some(plain) = self.from_memory(&chunk.id) {
+        if let Some(plain) = self.in_memory(&chunk.id) {
             buf.copy_from_slice(&plain[offset..offset + buf.len()]);
             return true;
         }
@@ -148,7 +148,7 @@ impl Fetcher {
     pub fn chunks(&self, wanted: &[ChunkRef], mut each: impl FnMut(usize, Plain)) -> Result<()> {
         let mut missing = Vec::new();
         for (number, chunk) in wanted.iter().enumerate() {
-            match self.from_caches(chunk) {
+            match self.in_caches(chunk) {
                 Some(plain) => each(number, plain),
                 None => missing.push(number),
             }
@@ -179,7 +179,7 @@ impl Fetcher {
         self.memory.lock().insert(chunk.id, plain);
     }
 
-    fn from_memory(&self, id: &ChunkId) -> Option<Plain> {
+    fn in_memory(&self, id: &ChunkId) -> Option<Plain> {
         let plain = self.memory.lock().chunks.get(id).cloned();
         if plain.is_some() {
             self.counters.memory_hits.fetch_add(1, Ordering::Relaxed);
@@ -187,8 +187,8 @@ impl Fetcher {
         plain
     }
 
-    fn from_caches(&self, chunk: &ChunkRef) -> Option<Plain> {
-        if let Some(plain) = self.from_memory(&chunk.id) {
+    fn in_caches(&self, chunk: &ChunkRef) -> Option<Plain> {
+        if let Some(plain) = self.in_memory(&chunk.id) {
             return Some(plain);
         }
         let mut plain = vec![0; chunk.plain_len as usize];

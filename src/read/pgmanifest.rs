@@ -36,8 +36,7 @@ pub fn write(view: &View, out: &mut impl Write) -> io::Result<()> {
         out.put(&file.line(std::mem::take(&mut first)))
     })?;
     let lsn = |text: &str| text.parse::<Lsn>().map_err(io::Error::other);
-    let range =
-        WalRange { timeline: Timeline(of.timeline), start: lsn(&of.start_lsn)?, end: lsn(&of.stop_lsn)? };
+    let range = WalRange { timeline: Timeline(of.timeline), start: lsn(&of.start_lsn)?, end: lsn(&of.stop_lsn)? };
     out.put(&wal_ranges(&[range]))?;
     let Hashed { out, sha } = out;
     out.write_all(closing(&sha.finalize().into()).as_bytes())

@@ -56,7 +56,8 @@ impl Prefetcher {
             let mut readers = self.readers.lock();
             let reader = readers.get_or_insert_mut(node, Reader::default);
             // several kernel requests of one reader may arrive out of order
-            let sequential = offset <= reader.next + WINDOW_MIN && end + WINDOW_MIN >= reader.next && end >= WINDOW_MIN / 4;
+            let sequential =
+                offset <= reader.next + WINDOW_MIN && end + WINDOW_MIN >= reader.next && end >= WINDOW_MIN / 4;
             if !sequential {
                 *reader = Reader { next: end, window: 0, ahead: end };
                 return;

@@ -36,12 +36,7 @@ pub fn stored_path(path: &[u8]) -> Vec<u8> {
 }
 
 /// Adds everything that is not in the manifest.
-pub fn complete(
-    builder: &mut Builder,
-    repository: &Repository,
-    of: &Description,
-    options: &ViewOptions,
-) -> Result<()> {
+pub fn complete(builder: &mut Builder, repository: &Repository, of: &Description, options: &ViewOptions) -> Result<()> {
     let mut text = |path: &[u8], text: Vec<u8>| {
         builder.add(path, 0o600, of.stop_time, Content::Text(Bytes::from(text)));
     };

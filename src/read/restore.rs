@@ -252,12 +252,7 @@ fn cut(files: &[Target], send: impl Fn(Piece) -> bool) {
     send(Piece::Whole(small));
 }
 
-fn write_pieces(
-    view: &View,
-    pieces: &Receiver<Piece>,
-    options: &RestoreOptions,
-    monitor: &dyn Monitor,
-) -> Result<()> {
+fn write_pieces(view: &View, pieces: &Receiver<Piece>, options: &RestoreOptions, monitor: &dyn Monitor) -> Result<()> {
     while let Ok(piece) = pieces.recv() {
         let ranges = match piece {
             Piece::Part(file, part) => {
@@ -265,7 +260,9 @@ fn write_pieces(
                 let to = file.size.min(from + LEAF_BYTES);
                 vec![(file, from, to)]
             }
-            Piece::Whole(files) => files.into_iter().map(|file| (file.size, file)).map(|(to, file)| (file, 0, to)).collect(),
+            Piece::Whole(files) => {
+                files.into_iter().map(|file| (file.size, file)).map(|(to, file)| (file, 0, to)).collect()
+            }
         };
         for (file, from, to) in ranges {
             write_range(view, &file, from, to, options.owner)?;
@@ -277,7 +274,8 @@ fn write_pieces(
 
 fn write_range(view: &View, target: &Target, from: u64, to: u64, owner: Option<Owner>) -> Result<()> {
     let fail = |error| Error::io("write", &target.path, error);
-    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&target.path).map_err(fail)?;
+    let file =
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&target.path).map_err(fail)?;
     let mut failed = None;
     view.each_range(target.node, from, to, &mut |at, bytes| {
         if let (None, Err(error)) = (&failed, file.write_all_at(bytes, at)) {

@@ -6,8 +6,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use pgcairn_mount::{Attributes, Entry, Kind, NodeId, ROOT, Tree};
 use parking_lot::Mutex;
+use pgcairn_mount::{Attributes, Entry, Kind, NodeId, ROOT, Tree};
 
 use super::fetch::Fetcher;
 use super::prefetch::Prefetcher;
@@ -200,9 +200,12 @@ impl StanzaTree {
 
     fn status(&self) -> Vec<u8> {
         let repository = self.fetcher.repository();
-        super::tree::counters_json(&self.fetcher, serde_json::json!({
-            "stanza": repository.stanza, "repo": repository.store.url(),
-        }))
+        super::tree::counters_json(
+            &self.fetcher,
+            serde_json::json!({
+                "stanza": repository.stanza, "repo": repository.store.url(),
+            }),
+        )
     }
 
     fn attributes_of(&self, kind: Kind, mode: u32, size: u64, volatile: bool) -> Attributes {

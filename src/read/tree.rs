@@ -121,9 +121,8 @@ impl Tree for ViewTree {
     }
 
     fn list(&self, directory: NodeId, from: usize, limit: usize) -> io::Result<Vec<Entry>> {
-        let shown = |child: &&NodeIndex| {
-            self.view.node(**child).is_ok_and(|node| directory != ROOT || *node.name != *HIDDEN)
-        };
+        let shown =
+            |child: &&NodeIndex| self.view.node(**child).is_ok_and(|node| directory != ROOT || *node.name != *HIDDEN);
         let entry = |child: &NodeIndex| {
             let node = self.view.node(*child).map_err(|error| eio(&error))?;
             Ok(Entry { name: OsString::from_vec(node.name.to_vec()), node: id(*child), kind: kind(&node.content) })

@@ -144,6 +144,9 @@ struct Window {
     chunks: Vec<u32>,
 }
 
+/// What a walk calls with path and number of each node.
+pub type Visit<'a, E> = dyn FnMut(&[u8], NodeIndex) -> std::result::Result<(), E> + 'a;
+
 #[derive(Debug)]
 struct LeafCache {
     leaves: LruCache<ChunkId, Arc<Leaf>>,
@@ -420,10 +423,7 @@ impl View {
     }
 
     /// Calls `each` with the path and number of every node, in path order; directories before what they contain.
-    pub fn walk<E>(
-        &self,
-        each: &mut dyn FnMut(&[u8], NodeIndex) -> std::result::Result<(), E>,
-    ) -> std::result::Result<(), E> {
+    pub fn walk<E>(&self, each: &mut Visit<'_, E>) -> std::result::Result<(), E> {
         let mut stack: Vec<(NodeIndex, usize)> = self.children(0).iter().rev().map(|child| (*child, 0)).collect();
         let mut path = Vec::new();
         while let Some((node, parent_len)) = stack.pop() {
@@ -621,12 +621,7 @@ impl Builder {
 }
 
 /// The directory a path lies in: on the stack of directories that are open at this point of the walk.
-fn parent_of(
-    open: &mut Vec<(usize, NodeIndex)>,
-    previous: &[u8],
-    path: &[u8],
-    name_at: usize,
-) -> Result<NodeIndex> {
+fn parent_of(open: &mut Vec<(usize, NodeIndex)>, previous: &[u8], path: &[u8], name_at: usize) -> Result<NodeIndex> {
     let shared = previous.iter().zip(path).take_while(|(a, b)| a == b).count();
     let directory_len = name_at.saturating_sub(1);
     while let Some((len, node)) = open.last().copied() {

@@ -75,9 +75,8 @@ fn deliver(repository: &Repository, key: &str, target: &Path) -> Result<()> {
     let write = || -> Result<()> {
         let file = File::create(&temporary).map_err(|error| Error::io("create", &temporary, error))?;
         let mut out = std::io::BufWriter::with_capacity(1 << 20, file);
-        repository.read_pack(key, |plain| {
-            out.write_all(plain).map_err(|error| Error::io("write", &temporary, error))
-        })?;
+        repository
+            .read_pack(key, |plain| out.write_all(plain).map_err(|error| Error::io("write", &temporary, error)))?;
         let file = out.into_inner().map_err(|error| Error::io("write", &temporary, error.into_error()))?;
         file.sync_all().map_err(|error| Error::io("sync", &temporary, error))?;
         std::fs::rename(&temporary, target).map_err(|error| Error::io("rename to", target, error))

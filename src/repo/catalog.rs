@@ -1,11 +1,12 @@
 //! What backups and clusters a stanza has. The manifests are the truth; `backup.info` is their summary.
 
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use super::{Repository, keys};
 use crate::error::{Error, Result};
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, Info, Latest, decode, encode};
-use crate::format::manifest::{Database, Description, Entry, ManifestReader};
+use crate::format::manifest::{Database, Description, Entry as FileEntry, ManifestReader};
 use crate::postgres::BackupKind;
 use crate::store::{Body, ErrorKind, Store};
 
@@ -24,12 +25,11 @@ impl Repository {
         let labels = self.labels()?;
         info.backups.retain(|label, _| labels.contains(label));
         for label in labels {
-            if !info.backups.contains_key(&label) {
-                match self.description(&label) {
-                    Ok(description) => _ = info.backups.insert(label, summary(&description)),
-                    Err(error) if error.is_not_found() => {}
-                    Err(error) => tracing::warn!(%label, %error, "a manifest cannot be read"),
-                }
+            let Entry::Vacant(place) = info.backups.entry(label) else { continue };
+            match self.description(place.key()) {
+                Ok(description) => _ = place.insert(summary(&description)),
+                Err(error) if error.is_not_found() => {}
+                Err(error) => tracing::warn!(label = place.key(), %error, "a manifest cannot be read"),
             }
         }
         Ok(info)
@@ -61,7 +61,7 @@ impl Repository {
     }
 
     /// Reads a manifest, handing its entries to `each` in path order.
-    pub fn manifest(&self, label: &str, mut each: impl FnMut(Entry)) -> Result<Description> {
+    pub fn manifest(&self, label: &str, mut each: impl FnMut(FileEntry)) -> Result<Description> {
         let key = keys::manifest(&self.stanza, label);
         let mut reader = ManifestReader::new(&key);
         self.read_pack(&key, |plain| Ok(reader.chunk(plain, &mut each)?))?;

@@ -1,17 +1,18 @@
 //! Results of the workers, which come in any order, into a manifest, which is in path order.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::cut::{Cut, LeafPart, SmallFile};
 use super::packer::{Stored, random_pack_id};
 use super::scan::{Scanned, ScannedKind};
 use crate::error::{Error, Result};
+use crate::format::LEAF_BYTES;
 use crate::format::chunk::{ChunkRef, Encoder, HashKeys};
-use crate::format::manifest::{BlockWriter, Description, ENTRY_LEAVES, Entry, File, Node, PageErrors, Place};
 use crate::format::manifest::encode_description;
+use crate::format::manifest::{BlockWriter, Description, ENTRY_LEAVES, Entry, File, Node, PageErrors, Place};
 use crate::format::map::{INDEX_LEAVES, LeafRef, encode_index};
 use crate::format::pack::{PackKind, PackWriter};
-use crate::format::LEAF_BYTES;
 
 /// What one job of a worker gave. Jobs are numbered in path order.
 #[derive(Debug)]
@@ -21,7 +22,7 @@ pub enum Done {
     /// one leaf of a large file; the last one completes it
     Leaf {
         /// the file
-        file: Scanned,
+        file: Arc<Scanned>,
         /// the leaf's number
         number: u64,
         /// what was read
@@ -125,7 +126,7 @@ impl Assembler {
         self.entry(&found, node)
     }
 
-    fn leaf(&mut self, found: Scanned, number: u64, part: Cut<LeafPart>, index: StoreIndex<'_>) -> Result<()> {
+    fn leaf(&mut self, found: Arc<Scanned>, number: u64, part: Cut<LeafPart>, index: StoreIndex<'_>) -> Result<()> {
         let partial = self.partial.get_or_insert_with(|| Partial {
             leaves: Vec::new(),
             crc: 0,
@@ -146,21 +147,25 @@ impl Assembler {
             return Ok(());
         }
         match self.partial.take() {
-            Some(partial) if !partial.vanished => self.large(found, partial, index),
+            Some(partial) if !partial.vanished => self.large(&found, partial, index),
             _ => Ok(()),
         }
     }
 
-    fn large(&mut self, found: Scanned, partial: Partial, index: StoreIndex<'_>) -> Result<()> {
-        self.totals.bad_pages(&found, partial.bad_blocks);
+    fn large(&mut self, found: &Scanned, partial: Partial, index: StoreIndex<'_>) -> Result<()> {
+        self.totals.bad_pages(found, partial.bad_blocks);
         let place = match partial.leaves.len() <= ENTRY_LEAVES {
             true => Place::Leaves(partial.leaves),
             false => Place::Index(
-                partial.leaves.chunks(INDEX_LEAVES).map(|leaves| index(&encode_index(leaves))).collect::<Result<_>>()?,
+                partial
+                    .leaves
+                    .chunks(INDEX_LEAVES)
+                    .map(|leaves| index(&encode_index(leaves)))
+                    .collect::<Result<_>>()?,
             ),
         };
         let node = Node::File(File { size: found.size, crc: partial.crc, place });
-        self.entry(&found, node)
+        self.entry(found, node)
     }
 
     fn entry(&mut self, found: &Scanned, node: Node) -> Result<()> {

@@ -1,5 +1,6 @@
 //! A backup from the first question to the commit.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -64,7 +65,7 @@ const JOBS_AHEAD: usize = 64;
 /// One piece of work for a worker.
 enum Job {
     Batch(Vec<Scanned>),
-    Leaf(Scanned, u64),
+    Leaf(Arc<Scanned>, u64),
     Later(Later),
 }
 
@@ -303,6 +304,7 @@ fn hand_out(found: Vec<Scanned>, control: &Mutex<Option<Scanned>>, send: impl Fn
         }
         if large {
             let leaves = file.size.div_ceil(LEAF_BYTES);
+            let file = Arc::new(file);
             if !(0..leaves).all(|leaf| send(Job::Leaf(file.clone(), leaf))) {
                 return number;
             }
@@ -419,6 +421,7 @@ fn read_wal(worker: &mut Worker<'_>, started: &Started, segments: &[SegmentName]
             done.push(Done::Small(vec![(file, cut)]));
             continue;
         }
+        let file = Arc::new(file);
         for number in 0..size.div_ceil(LEAF_BYTES) {
             match worker.leaf(&file, number)? {
                 Cut::Vanished => return Err(Error::new(format!("{} vanished", path.display()))),
@@ -429,7 +432,11 @@ fn read_wal(worker: &mut Worker<'_>, started: &Started, segments: &[SegmentName]
     Ok(done)
 }
 
-fn check_wal_header(path: &std::path::Path, segment: SegmentName, identity: crate::postgres::WalIdentity) -> Result<()> {
+fn check_wal_header(
+    path: &std::path::Path,
+    segment: SegmentName,
+    identity: crate::postgres::WalIdentity,
+) -> Result<()> {
     use std::io::Read;
     let mut header = [0; 64];
     let read = std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut header));

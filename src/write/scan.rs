@@ -159,11 +159,10 @@ impl Scanner<'_> {
     fn link(&mut self, path: &[u8], class: FileClass, linked: bool) -> Result<()> {
         let on_disk = self.on_disk(path);
         match fs::metadata(&on_disk) {
-            Ok(target) if target.is_dir() && linked => Err(Error::new(format!(
-                "{} is a link to a directory inside a linked directory",
-                on_disk.display()
-            ))
-            .hint("move it out of the data directory; only one level of links is followed")),
+            Ok(target) if target.is_dir() && linked => {
+                Err(Error::new(format!("{} is a link to a directory inside a linked directory", on_disk.display()))
+                    .hint("move it out of the data directory; only one level of links is followed"))
+            }
             Ok(target) if target.is_dir() => {
                 self.push(path, &target, ScannedKind::Directory, None);
                 self.directory(path, true)

@@ -59,7 +59,9 @@ impl Server {
                 .source(error)
         })?;
         // a DBA's defaults must not end a long backup
-        for setting in ["statement_timeout", "lock_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"] {
+        for setting in
+            ["statement_timeout", "lock_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"]
+        {
             let sql = format!("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = '{setting}'");
             client.simple_query(&sql).context(|| format!("cannot set {setting}"))?;
         }
@@ -73,7 +75,8 @@ impl Server {
         }
         let data_directory = PathBuf::from(value(&mut client, "SHOW data_directory")?);
         let system_id = value(&mut client, "SELECT system_identifier FROM pg_control_system()")?;
-        let system_id = system_id.parse::<i64>().map(|id| id as u64).context(|| format!("system identifier {system_id}"))?;
+        let system_id =
+            system_id.parse::<i64>().map(|id| id as u64).context(|| format!("system identifier {system_id}"))?;
         let archiving = archiving(&mut client, major)?;
         Ok(Self { client, major, data_directory, system_id, archiving })
     }
@@ -130,9 +133,9 @@ impl Server {
 
     /// Fails when the session is gone: a backup whose session died is void.
     pub fn alive(&mut self) -> Result<()> {
-        self.value("SELECT 1").map(drop).map_err(|error| {
-            error.hint("the server was stopped or the connection was cut; run the backup again")
-        })
+        self.value("SELECT 1")
+            .map(drop)
+            .map_err(|error| error.hint("the server was stopped or the connection was cut; run the backup again"))
     }
 
     fn value(&mut self, sql: &str) -> Result<String> {
@@ -220,6 +223,9 @@ fn without_password(conninfo: &str) -> String {
 
 impl std::fmt::Debug for Server {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Server").field("major", &self.major).field("data_directory", &self.data_directory).finish_non_exhaustive()
+        f.debug_struct("Server")
+            .field("major", &self.major)
+            .field("data_directory", &self.data_directory)
+            .finish_non_exhaustive()
     }
 }
