@@ -297,6 +297,7 @@ impl View {
         let mut wanted: Vec<ChunkRef> = spans.iter().map(|span| span.chunk).collect();
         let neighbours: Vec<ChunkRef> = spans
             .iter()
+            .filter(|span| self.windows.contains_key(&span.chunk.pack) && !self.fetcher.has(&span.chunk))
             .flat_map(|span| self.neighbours(&span.chunk))
             .filter(|chunk| !wanted.contains(chunk) && !self.fetcher.has(chunk))
             .collect();

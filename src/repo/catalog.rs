@@ -21,7 +21,13 @@ impl Repository {
 
     /// `backup.info`, brought up to date with the manifests that are there: a backup exists when its manifest does.
     pub fn backup_info(&self) -> Result<BackupInfo> {
+        self.backup_info_with(None)
+    }
+
+    /// The same, with a backup that was just committed and need not be read.
+    fn backup_info_with(&self, fresh: Option<&Description>) -> Result<BackupInfo> {
         let mut info: BackupInfo = self.read_info(&keys::backup_info(&self.stanza))?.unwrap_or_default();
+        info.backups.extend(fresh.map(|of| (of.label.clone(), summary(of))));
         let labels = self.labels()?;
         info.backups.retain(|label, _| labels.contains(label));
         for label in labels {
@@ -96,8 +102,7 @@ impl Repository {
 
     /// Enters a committed backup into the catalog and moves the pointers.
     pub fn enter(&self, description: &Description) -> Result<()> {
-        let mut info = self.backup_info()?;
-        info.backups.insert(description.label.clone(), summary(description));
+        let info = self.backup_info_with(Some(description))?;
         self.write_info(&keys::backup_info(&self.stanza), &info)?;
         let mut pointers = vec!["latest"];
         pointers.push(match description.kind {
