@@ -107,6 +107,15 @@ impl Common {
             .map_err(|error| Error::new(format!("cannot open the repository {url}")).source(error))
     }
 
+    /// The directory of a repository that is one.
+    pub(super) fn repository_directory(&self) -> Option<PathBuf> {
+        let url = self.repo.as_deref()?;
+        match url.strip_prefix("file://") {
+            Some(path) => Some(PathBuf::from(path)),
+            None => (!url.contains("://")).then(|| PathBuf::from(url)),
+        }
+    }
+
     /// Options that a child process needs to open the same stanza; secrets go through the environment.
     pub(super) fn arguments(&self) -> Vec<String> {
         let pairs = [

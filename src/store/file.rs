@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -42,6 +42,15 @@ pub struct DirectoryStore {
     url: String,
     /// directories, relative to the root, that this process has synced together with all their parents
     durable: Mutex<HashSet<PathBuf>>,
+    /// whose everything below the root is, where that is not simply whoever writes it: what root writes belongs to the
+    /// owner of the root directory, so that the server's user can archive into what root created
+    owner: Option<Owner>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Owner {
+    uid: u32,
+    gid: u32,
 }
 
 impl DirectoryStore {
@@ -57,7 +66,8 @@ impl DirectoryStore {
             return Err(StoreError::new(ErrorKind::Other, "open", &shown, "", "not a directory"));
         }
         let url = root.display().to_string();
-        let store = Self { root, url, durable: Mutex::default() };
+        let owner = owner_for_root(&root).map_err(failed)?;
+        let store = Self { root, url, durable: Mutex::default(), owner };
         store.remove_old_temp_files();
         Ok(store)
     }
@@ -109,6 +119,9 @@ impl DirectoryStore {
     fn write(&self, root: &File, key: &Path, body: &Body) -> io::Result<()> {
         let temp_directory = self.temp_directory(root)?;
         let temp = TempFile::create(&temp_directory, &self.root)?;
+        if let Some(owner) = self.owner {
+            fchown(&temp.file, Some(owner.uid), Some(owner.gid))?;
+        }
         match body {
             Body::Bytes(bytes) => (&temp.file).write_all(bytes)?,
             Body::File(path) => {
@@ -155,9 +168,13 @@ impl DirectoryStore {
         }
         self.make_directories(root, parent)?;
         let parent = open_directory(root, parent)?;
-        match mkdirat(&parent, name, DIRECTORY_MODE) {
-            Ok(()) | Err(Errno::EEXIST) => {}
-            Err(e) => return Err(e.into()),
+        match (mkdirat(&parent, name, DIRECTORY_MODE), self.owner) {
+            (Ok(()), Some(owner)) => {
+                let made = open_beneath(&parent, Path::new(name), OFlag::O_DIRECTORY)?;
+                fchown(&made, Some(owner.uid), Some(owner.gid))?;
+            }
+            (Ok(()), None) | (Err(Errno::EEXIST), _) => {}
+            (Err(e), _) => return Err(e.into()),
         }
         sync_directory(&parent)?;
         let mut durable = self.durable.lock();
@@ -270,6 +287,13 @@ impl Drop for TempFile<'_> {
             let _ = std::fs::remove_file(&self.path);
         }
     }
+}
+
+/// The owner of the root directory, if we are root and it is somebody else's.
+fn owner_for_root(root: &Path) -> io::Result<Option<Owner>> {
+    let metadata = root.metadata()?;
+    let differs = nix::unistd::geteuid().is_root() && metadata.uid() != 0;
+    Ok(differs.then_some(Owner { uid: metadata.uid(), gid: metadata.gid() }))
 }
 
 /// Makes the root with its parents and makes durable that it exists.
