@@ -42,9 +42,9 @@ impl Place {
     /// The place of the clone called `name`.
     pub fn new(base: Option<&Path>, name: &str) -> Result<Self> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-        if name.is_empty() || name.len() > 40 || name.starts_with(['.', '-']) || !name.chars().all(allowed) {
+        if name.is_empty() || name.len() > 100 || name.starts_with(['.', '-']) || !name.chars().all(allowed) {
             return Err(Error::new(format!("\"{name}\" cannot name a clone"))
-                .hint("use up to 40 letters, digits, \".\", \"_\" and \"-\""));
+                .hint("use up to 100 letters, digits, \".\", \"_\" and \"-\""));
         }
         let base = base.map_or_else(default_base, Path::to_owned);
         let base = std::path::absolute(&base).map_err(|error| Error::io("find", &base, error))?;
@@ -74,6 +74,11 @@ impl Place {
     /// The server's log.
     pub fn log(&self) -> PathBuf {
         self.run().join("postgresql.log")
+    }
+
+    /// Where the server notes its process id, readable also when the mount is dead.
+    pub fn pid_file(&self) -> PathBuf {
+        self.run().join("postmaster.pid")
     }
 
     fn record(&self) -> PathBuf {

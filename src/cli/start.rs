@@ -62,7 +62,10 @@ impl Start {
             Some(clone) => (self.continued(&clone, &repository.stanza)?, Some(clone)),
             None => (repository.resolve(&self.backup)?, None),
         };
-        let name = self.name.clone().unwrap_or_else(|| format!("{}-{label}", repository.stanza));
+        let name = match &self.name {
+            Some(name) => name.clone(),
+            None => self.free_name(&format!("{}-{label}", repository.stanza))?,
+        };
         let place = Place::new(self.clone_path.as_deref(), &name)?;
         if continued.is_none() && place.root().exists() {
             return Err(Error::new(format!("a clone {name} exists already in {}", place.root().display()))
@@ -94,6 +97,17 @@ impl Start {
         };
         report(&self, &clone, &place, &user, started.elapsed());
         Ok(())
+    }
+
+    /// `name`, or with a number behind it, so that one backup can be started several times.
+    fn free_name(&self, name: &str) -> Result<String> {
+        let numbered = (2..).map(|number| format!("{name}-{number}"));
+        for candidate in std::iter::once(name.to_owned()).chain(numbered) {
+            if !Place::new(self.clone_path.as_deref(), &candidate)?.root().exists() {
+                return Ok(candidate);
+            }
+        }
+        Ok(name.to_owned())
     }
 
     /// The label of a clone that is started again by name.
@@ -142,7 +156,7 @@ impl Start {
             ("unix_socket_directories", run.clone()),
             ("hba_file", format!("{run}/pg_hba.conf")),
             ("ident_file", format!("{run}/pg_ident.conf")),
-            ("external_pid_file", String::new()),
+            ("external_pid_file", place.pid_file().display().to_string()),
             ("cluster_name", format!("pgcairn-{}", clone.name)),
             ("archive_mode", "off".into()),
             ("wal_recycle", "off".into()),

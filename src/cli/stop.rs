@@ -1,7 +1,10 @@
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::clones::{Clone, Place, default_base};
 use super::mount::mount_error;
@@ -50,15 +53,11 @@ impl Stop {
 /// Stops server and mount, then removes the clone's files.
 pub(super) fn bring_down(place: &Place, clone: &Clone, keep: bool) -> Result<()> {
     if place.mount().join("postmaster.pid").exists() {
-        let stopped = |mode: &str| {
-            let mut command = clone.pg_ctl(place);
-            command.args(["stop", "-s", "-w", "-t", "60", "-m", mode]);
-            command.output().is_ok_and(|output| output.status.success())
-        };
-        if !stopped("fast") {
-            _ = stopped("immediate");
-        }
+        let mut command = clone.pg_ctl(place);
+        command.args(["stop", "-s", "-w", "-t", "60", "-m", "fast"]);
+        _ = command.output();
     }
+    end_server(place)?;
     let mounted = || pgcairn_mount::mountpoint::mounted_on(&place.mount()).map_err(mount_error);
     if mounted()?.is_some() {
         pgcairn_mount::unmount(&place.mount()).map_err(mount_error)?;
@@ -72,6 +71,30 @@ pub(super) fn bring_down(place: &Place, clone: &Clone, keep: bool) -> Result<()>
         std::thread::sleep(Duration::from_millis(20));
     }
     place.remove(keep)
+}
+
+/// Ends a server that pg_ctl could not: its mount may be dead, and its data directory with it.
+fn end_server(place: &Place) -> Result<()> {
+    for (signal, patience) in [(Signal::SIGQUIT, Duration::from_secs(10)), (Signal::SIGKILL, Duration::from_secs(10))] {
+        let started = Instant::now();
+        let Some(pid) = running_server(place) else { return Ok(()) };
+        _ = kill(pid, signal);
+        while running_server(place).is_some() && started.elapsed() < patience {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    match running_server(place) {
+        None => Ok(()),
+        Some(pid) => Err(Error::new(format!("the clone's server, process {pid}, does not end"))),
+    }
+}
+
+/// The process of the clone's server, if it is still that: process ids are used again.
+fn running_server(place: &Place) -> Option<Pid> {
+    let pid: i32 = std::fs::read_to_string(place.pid_file()).ok()?.trim().parse().ok()?;
+    let command_line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let directory = place.mount().into_os_string().into_vec();
+    command_line.windows(directory.len()).any(|part| part == directory).then(|| Pid::from_raw(pid))
 }
 
 /// True while the mount's daemon has not let go of the scratch.
