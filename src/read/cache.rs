@@ -244,3 +244,6 @@ fn mark_used(file: &File) {
         _ = file.set_modified(SystemTime::now());
     }
 }
+
+#[cfg(test)]
+mod tests;

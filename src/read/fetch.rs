@@ -359,3 +359,6 @@ impl Flight {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,151 @@
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Barrier;
+use std::time::Duration;
+
+use super::*;
+use crate::format::SLOT;
+use crate::format::chunk::Encoder;
+use crate::format::pack::{PackKind, PackWriter};
+use crate::store::{Body, Effect, Fault, FaultPlan, MemoryStore, Operation, Record, Recording};
+
+/// A pack of incompressible chunks in a store that counts and fails on request.
+struct Fixture {
+    fetcher: Fetcher,
+    chunks: Vec<ChunkRef>,
+    plain: Vec<Vec<u8>>,
+    recording: Arc<Recording>,
+    faults: Arc<FaultPlan>,
+}
+
+fn fixture(count: usize, options: FetchOptions) -> Fixture {
+    let fault = Fault::new(MemoryStore::new());
+    let faults = fault.plan();
+    let record = Record::new(fault);
+    let recording = record.recording();
+    let repository = Repository::new(Arc::new(record), "main").unwrap();
+    let id = PackId([7; 16]);
+    let mut pack = PackWriter::new(PackKind::Data, id, 0);
+    let (mut encoder, mut chunks, mut plain) = (Encoder::new(3).unwrap(), Vec::new(), Vec::new());
+    for number in 0..count {
+        let bytes = noise(number as u64 + 1, SLOT);
+        let mut stored = Vec::new();
+        encoder.encode(&bytes, &mut stored).unwrap();
+        chunks.push(pack.add(repository.keys.digest(&bytes).id, SLOT, &stored));
+        plain.push(bytes);
+    }
+    repository.store.put(&keys::pack("main", id), Body::Bytes(pack.finish().into())).unwrap();
+    recording.reset();
+    Fixture { fetcher: Fetcher::new(repository, options), chunks, plain, recording, faults }
+}
+
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn in_memory(bytes: usize) -> FetchOptions {
+    FetchOptions { memory_bytes: bytes, disk: None }
+}
+
+fn read_all(fixture: &Fixture) -> Result<Vec<(usize, Plain)>> {
+    let mut found = Vec::new();
+    fixture.fetcher.chunks(&fixture.chunks, |number, plain| found.push((number, plain)))?;
+    found.sort_by_key(|(number, _)| *number);
+    Ok(found)
+}
+
+#[test]
+fn neighbours_come_in_one_request_and_then_from_memory() {
+    let fixture = fixture(16, in_memory(64 << 20));
+    for _ in 0..2 {
+        let found = read_all(&fixture).unwrap();
+        assert!(found.iter().all(|(number, plain)| **plain == fixture.plain[*number]));
+        assert_eq!(found.len(), 16);
+        assert_eq!(fixture.recording.gets().calls, 1);
+    }
+}
+
+#[test]
+fn requests_are_bounded_and_gaps_split_them() {
+    let fixture = fixture(80, in_memory(64 << 20));
+    let far = [fixture.chunks[0], fixture.chunks[9]];
+    fixture.fetcher.chunks(&far, |_, _| {}).unwrap();
+    assert_eq!(fixture.recording.gets().calls, 2, "nine chunks lie between them");
+    read_all(&fixture).unwrap();
+    let longest = fixture.fetcher.counters.fetched_bytes.load(Ordering::Relaxed);
+    assert!(fixture.recording.gets().calls >= 2 + longest / (REQUEST_BYTES + SLOT as u64));
+}
+
+#[test]
+fn memory_stays_inside_its_bound() {
+    let fixture = fixture(40, in_memory(8 * SLOT));
+    read_all(&fixture).unwrap();
+    let memory = fixture.fetcher.memory.lock();
+    assert!(memory.bytes <= 8 * SLOT, "{} bytes", memory.bytes);
+    assert_eq!(memory.bytes, memory.chunks.iter().map(|(_, plain)| plain.len()).sum::<usize>());
+}
+
+#[test]
+fn many_readers_of_one_chunk_cost_one_request() {
+    let fixture = fixture(1, in_memory(64 << 20));
+    fixture.faults.add(|call| call.operation == Operation::GetRange, Effect::Delay(Duration::from_millis(50)));
+    let barrier = Barrier::new(8);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                barrier.wait();
+                assert_eq!(*fixture.fetcher.chunk(&fixture.chunks[0]).unwrap(), fixture.plain[0]);
+            });
+        }
+    });
+    assert_eq!(fixture.recording.gets().calls, 1);
+}
+
+#[test]
+fn a_failed_fetch_is_not_remembered() {
+    let fixture = fixture(1, in_memory(64 << 20));
+    fixture.faults.next(1, Effect::Fail(ErrorKind::Transient));
+    assert!(fixture.fetcher.chunk(&fixture.chunks[0]).is_err());
+    assert_eq!(*fixture.fetcher.chunk(&fixture.chunks[0]).unwrap(), fixture.plain[0]);
+    assert!(fixture.fetcher.flights.lock().is_empty());
+}
+
+#[test]
+fn one_damaged_chunk_harms_only_itself() {
+    let fixture = fixture(8, in_memory(64 << 20));
+    let within = u64::from(fixture.chunks[3].offset - fixture.chunks[0].offset) + 1000;
+    fixture.faults.next(1, Effect::Flip(within));
+    let mut found = Vec::new();
+    let result = fixture.fetcher.chunks(&fixture.chunks, |number, _| found.push(number));
+    assert!(format!("{:?}", result.unwrap_err()).contains("chunk"));
+    assert_eq!(found, [0, 1, 2, 4, 5, 6, 7]);
+}
+
+#[test]
+fn a_missing_pack_is_damage_not_absence() {
+    let fixture = fixture(1, in_memory(64 << 20));
+    let gone = ChunkRef { pack: PackId([9; 16]), ..fixture.chunks[0] };
+    let error = fixture.fetcher.chunk(&gone).unwrap_err();
+    assert!(!error.is_not_found(), "{error:?}");
+    assert!(format!("{error:?}").contains("the object is missing"), "{error:?}");
+}
+
+#[test]
+fn the_disk_cache_serves_a_second_process_without_a_request() {
+    let directory = tempfile::tempdir().unwrap();
+    let with_disk = || {
+        let disk = Some(DiskCache::open(directory.path(), 64 << 20).unwrap());
+        FetchOptions { memory_bytes: 0, disk }
+    };
+    read_all(&fixture(4, with_disk())).unwrap();
+    let second = fixture(4, with_disk());
+    let mut page = vec![0; 8192];
+    assert!(second.fetcher.read_cached(&second.chunks[2], 3 * 8192, &mut page));
+    assert_eq!(page, second.plain[2][3 * 8192..4 * 8192]);
+    assert_eq!(second.recording.total().calls, 0);
+}
