@@ -15,6 +15,8 @@ use crate::read::tree::{Owner, ViewTree};
 use crate::read::view::{View, ViewOptions};
 use crate::repo::Repository;
 
+/// Threads that serve the kernel's requests; one that waits for the store holds its thread.
+const SERVE_THREADS: usize = 16;
 /// Threads that fetch ahead of sequential readers.
 const PREFETCH_THREADS: usize = 8;
 
@@ -97,7 +99,7 @@ impl Mount {
         };
         let mut options = Options::new(&self.mountpoint);
         options.allow_other = nix::unistd::geteuid().is_root();
-        options.fs_name = "pgcairn".into();
+        options.threads = SERVE_THREADS;
         pgcairn_mount::Mount::new(tree, scratch, &options).map_err(mount_error)
     }
 
@@ -151,9 +153,11 @@ fn serve(mount: pgcairn_mount::Mount) -> Result<()> {
     let mut signals =
         Signals::new([SIGTERM, SIGINT]).map_err(|error| Error::new("cannot wait for signals").source(error))?;
     std::thread::spawn(move || {
-        for _ in signals.forever() {
-            if let Err(error) = unmounter.unmount() {
-                tracing::error!(%error, "cannot unmount yet");
+        // the first signal unmounts if nobody uses the mount; the second takes it away from whoever does
+        for asked_before in signals.forever().enumerate().map(|(number, _)| number > 0) {
+            let ended = if asked_before { unmounter.detach() } else { unmounter.unmount() };
+            if let Err(error) = ended {
+                tracing::error!(%error, "cannot unmount; a second signal detaches the mount from its users");
             }
         }
     });

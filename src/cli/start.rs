@@ -95,7 +95,9 @@ impl Start {
                 return Err(error);
             }
         };
-        report(&self, &clone, &place, &user, started.elapsed());
+        let took = started.elapsed();
+        leave_backup_segment(&clone.conninfo(&place, &user));
+        report(&self, &clone, &place, &user, took);
         Ok(())
     }
 
@@ -241,6 +243,15 @@ fn run(mut command: Command, log: &Path) -> Result<()> {
     let tail: Vec<&str> = tail.into_iter().rev().collect();
     Err(Error::new(format!("the clone's server did not start:\n  {}", tail.join("\n  ")))
         .hint("the lines above are the end of its log; --option NAME=VALUE changes a setting"))
+}
+
+/// Leaves the WAL segment that came from the backup: one that is the scratch's own from birth is written without us.
+fn leave_backup_segment(conninfo: &str) {
+    let switched = postgres::Client::connect(conninfo, postgres::NoTls)
+        .and_then(|mut client| client.simple_query("SELECT pg_switch_wal()"));
+    if let Err(error) = switched {
+        tracing::info!(%error, "the clone goes on in the backup's WAL segment");
+    }
 }
 
 /// Waits for the answer to a first query; returns the user that could ask it.
