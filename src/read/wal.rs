@@ -21,7 +21,7 @@ pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
         let bytes = store.get(key)?;
         fetcher.count(bytes.len() as u64);
         let pack = Pack::parse(key, &bytes)?;
-        check_kind(key, pack.header.kind)?;
+        check_header(key, pack.header)?;
         fetcher.locate(pack.header.id, key);
         for chunk in &pack.chunks {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
@@ -34,17 +34,21 @@ pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
         store.get_range(key, offset, len)
     };
     let header = Header::parse(key, &get(0, HEADER_LEN as u64)?)?;
-    check_kind(key, header.kind)?;
+    check_header(key, header)?;
     let trailer = Trailer::parse(key, size, &get(size - TRAILER_LEN as u64, TRAILER_LEN as u64)?)?;
     let footer = get(trailer.footer_offset, u64::from(trailer.footer_len))?;
     fetcher.locate(header.id, key);
     Ok(trailer.footer(key, header.id, &footer)?)
 }
 
-fn check_kind(key: &str, kind: PackKind) -> Result<()> {
-    match kind {
-        PackKind::Wal => Ok(()),
-        other => Err(FormatError::new(key, 10, format!("a pack of kind {other:?} in the archive")).into()),
+/// Fails unless the object is the one its key names: a pack of WAL, and of this content.
+fn check_header(key: &str, header: Header) -> Result<()> {
+    if header.kind != PackKind::Wal {
+        return Err(FormatError::new(key, 10, format!("a pack of kind {:?} in the archive", header.kind)).into());
+    }
+    match key.ends_with(".history") || key.ends_with(&format!("-{}", header.id)) {
+        true => Ok(()),
+        false => Err(FormatError::new(key, 16, format!("it is another file, of content {}", header.id)).into()),
     }
 }
 
@@ -75,8 +79,9 @@ fn deliver(repository: &Repository, key: &str, target: &Path) -> Result<()> {
     let write = || -> Result<()> {
         let file = File::create(&temporary).map_err(|error| Error::io("create", &temporary, error))?;
         let mut out = std::io::BufWriter::with_capacity(1 << 20, file);
-        repository
+        let header = repository
             .read_pack(key, |plain| out.write_all(plain).map_err(|error| Error::io("write", &temporary, error)))?;
+        check_header(key, header)?;
         let file = out.into_inner().map_err(|error| Error::io("write", &temporary, error.into_error()))?;
         file.sync_all().map_err(|error| Error::io("sync", &temporary, error))?;
         std::fs::rename(&temporary, target).map_err(|error| Error::io("rename to", target, error))

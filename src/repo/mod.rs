@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::format::chunk::{Decoder, HashKeys};
-use crate::format::pack::Pack;
+use crate::format::pack::{Header, Pack};
 use crate::store::Store;
 
 /// One stanza in one store.
@@ -30,7 +30,8 @@ impl Repository {
     }
 
     /// Fetches one object that is a pack, and calls `each` with the plaintext of its chunks in order.
-    pub fn read_pack(&self, key: &str, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    /// Returns its header, which says whether it is the object that was wanted.
+    pub fn read_pack(&self, key: &str, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<Header> {
         let bytes = self.store.get(key)?;
         let pack = Pack::parse(key, &bytes)?;
         let mut decoder = Decoder::new().map_err(|error| Error::new("cannot set up zstd").source(error))?;
@@ -38,6 +39,6 @@ impl Repository {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
             each(&decoder.decode(&self.keys, key, chunk, stored)?)?;
         }
-        Ok(())
+        Ok(pack.header)
     }
 }
