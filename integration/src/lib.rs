@@ -6,6 +6,9 @@
 //! | [`client`] | psql, pgbench, dumps and fingerprints over any connection string |
 //! | [`data`] | realistic contents for a database |
 //! | [`bin`] | the `pgcairn` under test, and what its runs must say |
+//! | [`stanza`] | a stanza of a throwaway repository, its mounts and clones |
+//! | [`place`] | the directory all of a test's things are in, and their end |
+//! | [`files`] | comparing trees of files |
 //! | [`mounts`] | the end of a mount and of its daemon |
 //! | [`wait`] | waiting for what happens elsewhere |
 //! | [`install`] | where servers, clients and users are found on this machine |
@@ -18,9 +21,12 @@ pub mod bin;
 pub mod client;
 pub mod cluster;
 pub mod data;
+pub mod files;
 pub mod install;
 pub mod mounts;
+pub mod place;
 pub mod process;
+pub mod stanza;
 pub mod wait;
 pub mod watchdog;
 
@@ -29,4 +35,6 @@ pub use client::Client;
 pub use cluster::{Cluster, StopMode};
 pub use data::Data;
 pub use mounts::MountGuard;
+pub use place::Place;
+pub use stanza::Stanza;
 pub use wait::wait_until;

@@ -76,6 +76,11 @@ impl Place {
         self.run().join("postgresql.log")
     }
 
+    /// The log of the mount's daemon, which goes with the clone.
+    pub fn mount_log(&self) -> PathBuf {
+        self.root.join("mount.log")
+    }
+
     /// Where the server notes its process id, readable also when the mount is dead.
     pub fn pid_file(&self) -> PathBuf {
         self.run().join("postmaster.pid")

@@ -67,7 +67,8 @@ impl Mount {
         }
         // what can be found out here is said here
         pgcairn_mount::mountpoint::check(&self.mountpoint).map_err(mount_error)?;
-        spawn(&self, common)?;
+        let name = absolute(&self.mountpoint)?.replace('/', "-");
+        spawn(&self, common, &daemon::log_path(&format!("mount{name}")))?;
         output::line(&format!("mounted on {}", self.mountpoint.display()));
         Ok(())
     }
@@ -141,10 +142,8 @@ impl Mount {
 }
 
 /// Mounts in the background; returns the daemon's process id when the mount is ready.
-pub(super) fn spawn(mount: &Mount, common: &Common) -> Result<u32> {
-    let name = absolute(&mount.mountpoint)?.replace('/', "-");
-    let log = daemon::log_path(&format!("mount{name}"));
-    daemon::spawn(&mount.arguments(common)?, common.secret(), &log)
+pub(super) fn spawn(mount: &Mount, common: &Common, log: &Path) -> Result<u32> {
+    daemon::spawn(&mount.arguments(common)?, common.secret(), log)
 }
 
 /// Serves until unmounted, or until asked to end.

@@ -139,7 +139,9 @@ impl Start {
     ) -> Result<String> {
         let mount =
             Mount::for_clone(&clone.label, &place.scratch(), self.owner.as_deref(), &place.mount(), &self.cache);
-        mount::spawn(&mount, common)?;
+        super::stop::end_server(place)?;
+        mount::spawn(&mount, common, &place.mount_log())?;
+        forget_old_server(place)?;
         write_files(place, owner)?;
         let mut command = clone.pg_ctl(place);
         command.arg("start").arg("-s").arg("-w").arg("-t").arg(self.start_timeout.to_string());
@@ -198,6 +200,16 @@ impl Start {
 /// pg_ctl hands its options to a shell.
 fn shell_quote(value: &str) -> String {
     format!("'{}'", value.replace('\'', r"'\''"))
+}
+
+/// Removes the lock file of a server that ended together with its mount. Nobody can be running on a mount this new, but
+/// PostgreSQL would believe the file while that process id is taken: by another process, or by one its parent forgets.
+fn forget_old_server(place: &Place) -> Result<()> {
+    let lock = place.mount().join("postmaster.pid");
+    match fs::remove_file(&lock) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &lock, error)),
+        _ => Ok(()),
+    }
 }
 
 fn refuse_root(owner: Owner) -> Result<()> {

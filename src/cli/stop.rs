@@ -74,7 +74,7 @@ pub(super) fn bring_down(place: &Place, clone: &Clone, keep: bool) -> Result<()>
 }
 
 /// Ends a server that pg_ctl could not: its mount may be dead, and its data directory with it.
-fn end_server(place: &Place) -> Result<()> {
+pub(super) fn end_server(place: &Place) -> Result<()> {
     for (signal, patience) in [(Signal::SIGQUIT, Duration::from_secs(10)), (Signal::SIGKILL, Duration::from_secs(10))] {
         let started = Instant::now();
         let Some(pid) = running_server(place) else { return Ok(()) };

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt, chown, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -69,6 +69,7 @@ pub fn restore(view: &View, root: &Path, options: &RestoreOptions, monitor: &dyn
     }
     for (path, target) in &plan.links {
         symlink(target, path).map_err(|error| Error::io("create the link", path, error))?;
+        give_link(path, options.owner)?;
     }
     let total: u64 = plan.bytes.values().sum();
     monitor.stage("restoring", total);
@@ -199,6 +200,15 @@ fn give(path: &Path, owner: Option<Owner>) -> Result<()> {
         Some(owner) => {
             chown(path, Some(owner.uid), Some(owner.gid)).map_err(|error| Error::io("change the owner of", path, error))
         }
+        None => Ok(()),
+    }
+}
+
+/// The link itself; what it leads to is given away with its own directory.
+fn give_link(path: &Path, owner: Option<Owner>) -> Result<()> {
+    match owner {
+        Some(owner) => lchown(path, Some(owner.uid), Some(owner.gid))
+            .map_err(|error| Error::io("change the owner of", path, error)),
         None => Ok(()),
     }
 }

@@ -1,0 +1,95 @@
+//! A directory for all that a test makes with `pgcairn`; nothing in it, under it or running in it outlives the test.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use crate::install;
+use crate::watchdog::Watchdog;
+
+/// A temporary directory; what is mounted below it is unmounted and what works in it is killed when this is dropped.
+#[derive(Debug)]
+pub struct Place {
+    path: PathBuf,
+    _watchdog: Watchdog,
+    _directory: TempDir,
+}
+
+/// Ends the servers that work below `$1`, unmounts what is mounted there (daemons end with their mount), removes it.
+const CLEAN_UP: &str = r#"
+inside() {
+    for process in /proc/[0-9]*; do
+        case "$(readlink "$process/cwd" 2>/dev/null)" in
+            "$1"/*) echo "${process#/proc/}";;
+        esac
+    done
+}
+for signal in QUIT KILL; do
+    tries=0
+    while pids=$(inside "$1") && [ -n "$pids" ] && [ $tries -lt 50 ]; do
+        [ $tries = 0 ] && kill -$signal $pids
+        tries=$((tries + 1))
+        sleep 0.1
+    done
+done
+awk -v top="$1/" 'index($5, top) == 1 { print $5 }' /proc/self/mountinfo | sort -r | while read -r mount; do
+    umount -l "$mount" || fusermount3 -uz "$mount"
+done
+rm -rf --one-file-system "$1"
+"#;
+
+impl Place {
+    /// A new one, which the server's user can enter.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    pub fn new() -> Self {
+        let directory = tempfile::Builder::new().prefix("pgcairn-test.").tempdir();
+        let directory = directory.expect("a temporary directory can be made");
+        let path = directory.path().canonicalize().expect("it is there");
+        fs::set_permissions(&path, Permissions::from_mode(0o755)).expect("an owner may change modes");
+        let watchdog = Watchdog::start(CLEAN_UP, &[path.as_os_str()]);
+        Self { path, _watchdog: watchdog, _directory: directory }
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A path in it.
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// A new directory in it, of the server's user.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    pub fn directory(&self, name: &str) -> PathBuf {
+        let path = self.path.join(name);
+        install::make_server_directory(&path, 0o700);
+        path
+    }
+
+    /// Processes that work in it, and mounts below it: what should be gone when everything was stopped.
+    pub fn leftovers(&self) -> Vec<String> {
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path());
+        let works_here =
+            |process: &PathBuf| fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd.starts_with(&self.path));
+        let mut found: Vec<String> =
+            processes.filter(works_here).map(|process| process.display().to_string()).collect();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let top = format!("{}/", self.path.display());
+        found.extend(mounts.lines().filter(|line| line.contains(&top)).map(str::to_owned));
+        found
+    }
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self::new()
+    }
+}
