@@ -34,7 +34,7 @@
 //! 4. **Commit order: packs, then the manifest, then the catalog.** A backup exists when its manifest exists; whatever died
 //!    before is garbage, never damage. Held by `write::backup::commit`, which runs after every upload has ended;
 //!    `tests/golden.rs` shows that the catalog can be made again from the manifests.
-//! 5. **Writing and reading never delete objects.** Test: `tests/architecture.rs`.
+//! 5. **Writing and reading never delete objects.** (The demo removes the stanza that it made.) Test: `tests/architecture.rs`.
 //! 6. **Every byte that leaves `read::fetch` was checked against its chunk's name**, or, from the disk cache, against the hashes
 //!    kept beside it. A byte that cannot be had is EIO (mount) or an error (restore), never zeros and never old bytes.
 //!    Held by [`format::chunk::Decoder`] and [`read::cache`]. Tests: theirs, and `read::fetch`'s `one_damaged_chunk_harms_only_itself`.

@@ -28,7 +28,9 @@ pub(crate) fn rows(seed: u64, len: usize) -> Vec<u8> {
         if bytes.len() >= len {
             break;
         }
-        bytes.extend_from_slice(format!("{seed}|{row:08}|a row of the golden repository, long enough to compress\n").as_bytes());
+        bytes.extend_from_slice(
+            format!("{seed}|{row:08}|a row of the golden repository, long enough to compress\n").as_bytes(),
+        );
     }
     bytes.truncate(len);
     bytes
