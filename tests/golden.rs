@@ -101,6 +101,8 @@ fn a_file_with_an_index_is_read_anywhere() {
 fn directories_links_and_wal_are_there() {
     let (_place, repository) = repository();
     let view = view(&repository, &ViewOptions::copy());
+    let tablespace = &view.description.tablespaces[0];
+    assert_eq!((tablespace.oid, tablespace.path.as_str()), (files::TABLESPACE, files::TABLESPACE_PATH));
     let link = &view.node(find(&view, b"pg_tblspc/16400")).unwrap().content;
     assert!(matches!(link, Content::Link(target) if **target == *b"../.pgcairn/tablespaces/16400"));
     let empty = view.node(find(&view, b"pg_wal/archive_status")).unwrap();
