@@ -63,7 +63,7 @@ pub(crate) fn small() -> Vec<(&'static [u8], Vec<u8>)> {
     ]
 }
 
-/// A file with a map, three slots long. Its middle slot is split as an incremental backup leaves it.
+/// A file with a map. Its second slot is split as an incremental backup leaves it.
 pub(crate) fn mapped() -> Vec<u8> {
     let mut bytes = rows(1, 9 * SLOT + 11);
     bytes[SLOT + GRAIN..SLOT + 3 * GRAIN].copy_from_slice(&changed());

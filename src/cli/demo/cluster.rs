@@ -178,14 +178,19 @@ pub(super) type Fingerprint = BTreeMap<String, Contents>;
 
 /// The contents of every table.
 pub(super) fn fingerprint(shell: &Shell, conninfo: &str) -> Result<Fingerprint> {
+    fingerprint_of(shell, conninfo, |_| true)
+}
+
+/// The contents of the tables whose names are wanted.
+pub(super) fn fingerprint_of(shell: &Shell, conninfo: &str, wanted: impl Fn(&str) -> bool) -> Result<Fingerprint> {
     let mut client = connect(conninfo)?;
     let failed = || format!("cannot read the tables of {conninfo}");
     let tables = client
         .query("SELECT relname::text FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace", &[]);
     let mut all = Fingerprint::new();
-    for table in tables.context(failed)? {
+    let names = tables.context(failed)?.into_iter().map(|row| row.get::<_, String>(0));
+    for name in names.filter(|name| wanted(name)) {
         shell.go_on()?;
-        let name: String = table.get(0);
         let query = format!("SELECT count(*), coalesce(sum(hashtext(t::text)::bigint), 0)::text FROM \"{name}\" AS t");
         let row = client.query_one(&query, &[]).context(failed)?;
         all.insert(name, Contents { rows: row.get::<_, i64>(0) as u64, sum: row.get(1) });
