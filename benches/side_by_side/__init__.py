@@ -1,0 +1,1 @@
+"""pgcairn beside pgBackRest and beside native files: one file per topic, one table at the end."""

@@ -1,0 +1,37 @@
+"""A cluster of 200,000 small files: peak memory of its backup, and how long it takes to mount."""
+
+import random
+
+from .cluster import Cluster
+from .tools import Mount, Pgcairn, memory_peak_mb
+
+FILES = 200_000
+
+
+def measure(bench):
+    cluster = Cluster.built(bench, "cluster-files", 0, many_files, 5495)
+    ours = Pgcairn(bench, cluster, "pgcairn-repo-files")
+    ran, _ = ours.backup()
+    bench.report.at_most(f"backup of {FILES} files", [ran.seconds], "s")
+    bench.report.at_most("  its peak memory", [ran.rss_max_mb], "MB", 300, digits=0)
+    seconds = []
+    for _ in range(bench.repeat):
+        bench.settle(cold=True)
+        mount = Mount(ours, "mounted-files")
+        seconds.append(mount.seconds)
+        listed = sum(1 for _ in (mount.path / "base/1").iterdir())
+        peak = memory_peak_mb(mount.status()["pid"])
+        mount.unmount()
+    bench.report.at_most(f"  its mount ({listed} in one directory)", seconds, "s", 2)
+    bench.report.at_most("  peak memory of that mount, cache 64 MB", [peak], "MB", 64 + 150, digits=0)
+    cluster.stop()
+
+
+def many_files(cluster, _gb):
+    """Files of one page, each of its own content."""
+    cluster.stop()
+    chance = random.Random(3)
+    for number in range(FILES):
+        page = chance.randbytes(64) * 4 + bytes(8192 - 256)
+        (cluster.path / f"base/1/small{number}").write_bytes(page)
+    cluster.bench.run("chown", "-R", "postgres:", cluster.path, user="root")
