@@ -108,10 +108,11 @@ impl Uploads {
 
     /// Fails when an upload failed.
     pub fn check(&self) -> Result<()> {
-        match self.shared.failure.lock().take() {
+        let mut failure = self.shared.failure.lock();
+        match failure.take() {
             None => Ok(()),
             Some(error) => {
-                *self.shared.failure.lock() = Some(Error::new("an earlier upload failed"));
+                *failure = Some(Error::new("an earlier upload failed"));
                 Err(error)
             }
         }
