@@ -81,7 +81,7 @@ pub struct Uploads {
 
 #[derive(Debug, Default)]
 struct Shared {
-    failure: Mutex<Option<Error>>,
+    failure: Mutex<Option<Arc<Error>>>,
     bytes: AtomicU64,
 }
 
@@ -108,13 +108,10 @@ impl Uploads {
 
     /// Fails when an upload failed.
     pub fn check(&self) -> Result<()> {
-        let mut failure = self.shared.failure.lock();
-        match failure.take() {
+        match &*self.shared.failure.lock() {
             None => Ok(()),
-            Some(error) => {
-                *failure = Some(Error::new("an earlier upload failed"));
-                Err(error)
-            }
+            // each worker is told: whose report arrives first is what a person reads
+            Some(error) => Err(Error::new(error.to_string()).source(error.clone())),
         }
     }
 
@@ -129,7 +126,7 @@ impl Uploads {
         self.queue = None;
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
-                *self.shared.failure.lock() = Some(Error::new("an uploader died"));
+                *self.shared.failure.lock() = Some(Arc::new(Error::new("an uploader died")));
             }
         }
     }
@@ -149,7 +146,7 @@ fn upload(repository: &Repository, packs: &Receiver<(PackId, Vec<u8>)>, shared: 
         let size = bytes.len() as u64;
         match repository.store.put(&keys::pack(&repository.stanza, id), Body::Bytes(Bytes::from(bytes))) {
             Ok(()) => _ = shared.bytes.fetch_add(size, Ordering::Relaxed),
-            Err(error) => *shared.failure.lock() = Some(error.into()),
+            Err(error) => _ = shared.failure.lock().get_or_insert_with(|| Arc::new(error.into())),
         }
     }
 }
