@@ -1,6 +1,7 @@
 //! The error of everything above the store and the formats: what went wrong, of which thing, and what to do next.
 
 use std::fmt;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -41,7 +42,7 @@ impl Error {
     }
 
     /// A failed call on a local file: `cannot read /path`.
-    pub fn io(verb: &str, path: &Path, source: std::io::Error) -> Self {
+    pub fn io(verb: &str, path: &Path, source: io::Error) -> Self {
         Self::new(format!("cannot {verb} {}", path.display())).source(source)
     }
 
@@ -59,6 +60,9 @@ impl Error {
                 return Some(hint);
             }
             if let Some(hint) = error.downcast_ref::<StoreError>().and_then(StoreError::hint) {
+                return Some(hint);
+            }
+            if let Some(hint) = error.downcast_ref::<io::Error>().and_then(io_hint) {
                 return Some(hint);
             }
             cause = error.source();
@@ -89,6 +93,17 @@ impl Error {
         }
         false
     }
+}
+
+/// What helps against a failed call on a file, whichever it was.
+fn io_hint(error: &io::Error) -> Option<&'static str> {
+    Some(match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory => "check the path",
+        io::ErrorKind::PermissionDenied => "check its owner and mode, or run as its owner or as root",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "free space there, then run the command again",
+        io::ErrorKind::ReadOnlyFilesystem => "its file system is read-only; choose another place",
+        _ => return None,
+    })
 }
 
 impl fmt::Display for Error {

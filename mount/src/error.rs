@@ -174,6 +174,7 @@ impl Error {
                  serve others"
                     .to_owned()
             }
+            Self::NotMounted { .. } => "\"findmnt -t fuse.pgcairn\" lists what is mounted".to_owned(),
             Self::ScratchOfOtherBase { .. } => "choose an empty scratch directory, or mount its own base".to_owned(),
             Self::ScratchInUse { .. } => "stop the other mount first, or choose another scratch directory".to_owned(),
             Self::NotAScratch { .. } => "choose an empty directory for the scratch".to_owned(),

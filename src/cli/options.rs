@@ -103,8 +103,13 @@ impl Common {
             ca_file: self.s3.repo_storage_ca_file.clone(),
             ..StoreOptions::default()
         };
-        store::open(url, &options, create)
-            .map_err(|error| Error::new(format!("cannot open the repository {url}")).source(error))
+        store::open(url, &options, create).map_err(|error| {
+            let failed = Error::new(format!("cannot open the repository {url}"));
+            match error.hint() {
+                Some(_) => failed.source(error),
+                None => failed.hint("check --repo; \"pgcairn stanza-create\" makes a directory").source(error),
+            }
+        })
     }
 
     /// The directory of a repository that is one.
