@@ -16,6 +16,7 @@ use crate::format::chunk::{ChunkId, ChunkRef, PackId};
 use crate::format::manifest::{Description, Entry, Node as Stored, Place, path_cmp};
 use crate::format::map::{Extent, Leaf, decode_index};
 use crate::format::{INDEX_BYTES, LEAF_BYTES, SLOT};
+use crate::repo::wal::check_first_bytes;
 
 /// Chunks of small files are fetched with their neighbours in an aligned window of this many stored bytes: a starting
 /// server reads dozens of them.
@@ -404,6 +405,10 @@ impl View {
         }
         let chunks = wal::open(&self.fetcher, key, stored)?;
         wal::check_cover(key, &chunks, size)?;
+        if let Some(first) = chunks.first() {
+            let name = String::from_utf8_lossy(&self.node(node)?.name).into_owned();
+            check_first_bytes(&self.description.database, &name, &self.fetcher.chunk(first)?)?;
+        }
         let chunks = Arc::new(chunks);
         self.archived.lock().insert(node, chunks.clone());
         Ok(chunks)
@@ -533,8 +538,8 @@ impl Builder {
         self.entries.iter().find(|(at, _)| **at == *path).map(|(_, node)| node)
     }
 
-    /// The bytes of a stored file: what `fetcher` must read to know its content.
-    pub fn spans(&self, path: &[u8]) -> Option<(u64, Vec<Extent>)> {
+    /// Length and extents of a small stored file.
+    pub fn inline(&self, path: &[u8]) -> Option<(u64, Vec<Extent>)> {
         match &self.get(path)?.content {
             Content::Inline { stat, extents } => {
                 let extent = |piece: &Piece| Extent {

@@ -299,7 +299,7 @@ fn logs() -> Option<PathBuf> {
 fn require_space(base: &Path, size_mb: u32) -> Result<()> {
     let needed = (u64::from(size_mb) * 4 + 600) << 20;
     let Ok(of) = nix::sys::statvfs::statvfs(base) else { return Ok(()) };
-    let free = of.blocks_available() as u64 * of.fragment_size() as u64;
+    let free = of.blocks_available() * of.fragment_size();
     if free >= needed {
         return Ok(());
     }

@@ -23,7 +23,7 @@ use shell::Shell;
 /// Makes a PostgreSQL cluster with some data in a temporary directory, runs each verb on it, checks what comes out and
 /// prints what it costs. Everything is removed at the end, also after Ctrl-C; no other cluster is touched.
 #[derive(Debug, Args)]
-pub struct Demo {
+pub(super) struct Demo {
     /// Megabytes of data in the cluster
     #[arg(long, value_name = "MB", default_value_t = 300, value_parser = clap::value_parser!(u32).range(20..))]
     size: u32,
