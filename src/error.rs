@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::format::FormatError;
 use crate::store::{ErrorKind, StoreError};
@@ -51,7 +52,10 @@ impl Error {
         }
         let mut cause = self.source.as_deref().map(|source| source as &(dyn std::error::Error + 'static));
         while let Some(error) = cause {
-            if let Some(hint) = error.downcast_ref::<Self>().and_then(|error| error.hint.as_deref()) {
+            // several readers may share one failed fetch
+            let shared = error.downcast_ref::<Arc<Self>>().map(Arc::as_ref);
+            let ours = error.downcast_ref::<Self>().or(shared);
+            if let Some(hint) = ours.and_then(|error| error.hint.as_deref()) {
                 return Some(hint);
             }
             if let Some(hint) = error.downcast_ref::<StoreError>().and_then(StoreError::hint) {
@@ -60,6 +64,18 @@ impl Error {
             cause = error.source();
         }
         None
+    }
+
+    /// True when the cause is that stored bytes are not what they should be.
+    pub fn is_damage(&self) -> bool {
+        let mut cause = self.source.as_deref().map(|source| source as &(dyn std::error::Error + 'static));
+        while let Some(error) = cause {
+            if error.is::<FormatError>() {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
     }
 
     /// True when the cause is that the store has no such object.

@@ -250,7 +250,8 @@ fn a_clone_is_a_server_of_its_own() {
     assert_eq!(clone.fingerprint(), written);
 
     let data = clone.data_directory();
-    run_ok(server_program("pg_ctl").args(["-s", "-w", "restart", "-D"]).arg(&data), &[], LONG);
+    let log = stanza.clone_directory("first").join("run/postgresql.log");
+    run_ok(server_program("pg_ctl").args(["-s", "-w", "restart", "-D"]).arg(&data).arg("-l").arg(log), &[], LONG);
     assert_eq!(clone.fingerprint(), written, "a restart lost something");
     let amcheck = ["--all", "--install-missing", "--parent-check", "--heapallindexed"];
     run_ok(install::client("pg_amcheck").args(amcheck).args(["--maintenance-db", clone.conninfo()]), &[], LONG);

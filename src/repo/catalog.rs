@@ -27,7 +27,14 @@ impl Repository {
 
     /// The same, with a backup that was just committed and need not be read.
     fn backup_info_with(&self, fresh: Option<&Description>) -> Result<BackupInfo> {
-        let mut info: BackupInfo = self.read_info(&keys::backup_info(&self.stanza))?.unwrap_or_default();
+        let mut info: BackupInfo = match self.read_info(&keys::backup_info(&self.stanza)) {
+            Ok(info) => info.unwrap_or_default(),
+            Err(error) if error.is_damage() => {
+                tracing::warn!(%error, "backup.info and its copy are damaged; the manifests are read instead");
+                BackupInfo::default()
+            }
+            Err(error) => return Err(error),
+        };
         info.backups.extend(fresh.map(|of| (of.label.clone(), summary(of))));
         let labels = self.labels()?;
         info.backups.retain(|label, _| labels.contains(label));

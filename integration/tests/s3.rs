@@ -1,0 +1,209 @@
+//! The same over S3: the main path, what it costs in requests, and a store that goes away.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use pgcairn_integration::process::run_ok;
+use pgcairn_integration::stanza::{number, status};
+use pgcairn_integration::{Cluster, Data, Place, Stanza, install};
+use pgcairn_s3_server::{ACCESS_KEY, S3Server, SECRET_KEY, Trouble};
+
+const LONG: Duration = Duration::from_secs(120);
+/// Requests from nothing to the answer of one query, whatever the size of the backup.
+const START_GETS_MAX: u64 = 24;
+
+/// A server and a stanza in one of its buckets.
+struct Setup {
+    server: Option<S3Server>,
+    stanza: Stanza,
+    objects: Place,
+}
+
+impl Setup {
+    fn new() -> Self {
+        let objects = Place::new();
+        let server = S3Server::start(objects.path(), Duration::ZERO).unwrap();
+        server.make_bucket("backups").unwrap();
+        let environment = [
+            ("PGCAIRN_REPO_S3_ENDPOINT", server.endpoint.as_str()),
+            ("PGCAIRN_REPO_S3_REGION", "us-east-1"),
+            ("PGCAIRN_REPO_S3_KEY", ACCESS_KEY),
+            ("PGCAIRN_REPO_S3_KEY_SECRET", SECRET_KEY),
+        ];
+        let stanza = Stanza::at("s3://backups/some/prefix", &environment);
+        Self { server: Some(server), stanza, objects }
+    }
+
+    fn server(&self) -> &S3Server {
+        self.server.as_ref().unwrap()
+    }
+
+    /// Forgets the troubles set, and comes back if it was away.
+    fn restart(&mut self) {
+        let port = self.stop();
+        self.start(port);
+    }
+
+    fn stop(&mut self) -> u16 {
+        let server = self.server.take().unwrap();
+        server.endpoint.rsplit(':').next().unwrap().parse().unwrap()
+    }
+
+    fn start(&mut self, port: u16) {
+        let started = Instant::now();
+        self.server = loop {
+            match S3Server::start_on(self.objects.path(), Duration::ZERO, port) {
+                Ok(server) => break Some(server),
+                // the old one's threads let go of the port in their own time
+                Err(error) if error.kind() == ErrorKind::AddrInUse && started.elapsed() < LONG => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(error) => panic!("{error}"),
+            }
+        };
+    }
+}
+
+#[test]
+fn the_main_path() {
+    let setup = Setup::new();
+    let stanza = &setup.stanza;
+    let cluster = stanza.archiving(Cluster::builder().checksums(true)).start();
+    cluster.create_tablespace("elsewhere");
+    Data::default().load(&cluster);
+    cluster.psql("CREATE TABLE moved TABLESPACE elsewhere AS SELECT generate_series(1, 10000) AS i;");
+    stanza.create(&cluster);
+    let expected = cluster.fingerprint();
+    let label = stanza.backup(&cluster);
+    let info = stanza.run(["info"]).ok();
+    assert!(info.contains(&label) && info.contains("WAL archive: 0000000100000000"), "{info}");
+    let json = stanza.run(["info", "--output", "json"]).ok();
+    assert!(!json.contains(SECRET_KEY) && !info.contains(SECRET_KEY));
+
+    let mount = stanza.mount("mount", &[]);
+    let backup = mount.path().join("backups").join(&label);
+    run_ok(install::client("pg_verifybackup").arg(&backup), &[], LONG);
+    let told = status(mount.path());
+    assert!(!told.contains(SECRET_KEY) && told.contains("s3://backups/some/prefix"), "{told}");
+    drop(mount);
+
+    let cold = stanza.place().join("cold");
+    let before = setup.server().requests();
+    let clone = stanza.start("clone", &["--cache-path", cold.to_str().unwrap()]);
+    assert_eq!(clone.psql("SELECT abalance FROM pgbench_accounts WHERE aid = 77777;"), "0");
+    let all = setup.server().requests() - before;
+    let gets = number(&status(&clone.data_directory()), "requests");
+    assert!(gets > 0 && gets <= START_GETS_MAX, "{gets} GETs, {all} requests in all");
+    // manifest, catalog and listings come on top: they do not grow with the data either
+    assert!(all <= gets + 16, "{gets} GETs, {all} requests in all");
+    assert_eq!(clone.fingerprint(), expected);
+    clone.psql("UPDATE moved SET i = -i; CHECKPOINT;");
+    clone.stop(&[]);
+
+    let (copy, tablespaces) = (stanza.place().join("copy"), stanza.place().join("tablespaces"));
+    let map = format!("--tablespace-map-all={}", tablespaces.display());
+    stanza.run(["restore", &map, copy.to_str().unwrap()]).ok();
+    assert_eq!(Cluster::open(15, &copy, &[]).fingerprint(), expected);
+    stanza.assert_nothing_left();
+}
+
+/// At whatever request the store begins to refuse, or to cut connections: an error, and nothing that looks whole.
+#[test]
+fn a_store_that_goes_away_during_a_backup() {
+    let mut setup = Setup::new();
+    let cluster = Cluster::builder().wal_segsize_mb(1).start();
+    Data::tiny().random_mb(24).load(&cluster);
+    setup.stanza.create(&cluster);
+    let before = setup.server().requests();
+    let label = setup.stanza.backup(&cluster);
+    let whole = (setup.server().requests() - before) as usize;
+    assert!(whole > 10, "{whole} requests");
+    fs::remove_dir_all(setup.objects.join("backups/some/prefix")).unwrap();
+    setup.stanza.create(&cluster);
+
+    let denied = Trouble::Status(403, "AccessDenied");
+    // the catalog is written after the manifest, which makes the backup; so the last ones are not asked for here
+    let cases = [(denied, 0), (denied, 2), (denied, 4), (denied, 6), (denied, whole / 2), (Trouble::Cut, 5)];
+    for (trouble, after) in cases {
+        setup.server().trouble(Trouble::Pass, after);
+        setup.server().trouble(trouble, 100_000);
+        let output = setup.stanza.run(["backup", "--pg", cluster.conninfo()]).fails(1, "error:").fails(1, "hint:");
+        assert!(!output.stderr.contains(SECRET_KEY), "{output:?}");
+        setup.restart();
+        let info = setup.stanza.run(["info"]).ok();
+        assert!(info.contains("no backup yet"), "{trouble:?} after {after}: {info}");
+        setup
+            .stanza
+            .run(["restore", setup.stanza.place().join("copy").to_str().unwrap()])
+            .fails(1, "has no backup yet");
+        setup.stanza.run(["start"]).fails(1, "has no backup yet");
+    }
+    // and a few that fail for a while are ridden out
+    setup.server().trouble(Trouble::Status(503, "SlowDown"), 3);
+    setup.server().trouble(Trouble::Cut, 2);
+    setup.server().trouble(Trouble::StatusAfter(500, "InternalError"), 2);
+    let again = setup.stanza.backup(&cluster);
+    assert!(again >= label);
+    setup.stanza.assert_nothing_left();
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Option<i32>> {
+    fs::read(path).map_err(|error| error.raw_os_error())
+}
+
+#[test]
+fn a_mount_outlives_its_store() {
+    let mut setup = Setup::new();
+    let cluster = setup.stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
+    Data::tiny().random_mb(4).load(&cluster);
+    setup.stanza.create(&cluster);
+    let label = setup.stanza.backup(&cluster);
+    let table = cluster.psql("SELECT pg_relation_filepath('random_bytes');");
+    let expected = fs::read(cluster.data_directory().join(&table)).unwrap();
+    let mount = setup.stanza.mount("mount", &["--backup", &label]);
+    let path = mount.path().join(&table);
+
+    // listing and looking need no store
+    setup.server().trouble(Trouble::Status(403, "AccessDenied"), 100_000);
+    assert_eq!(fs::metadata(&path).unwrap().len(), expected.len() as u64);
+    assert_eq!(read(&path), Err(Some(nix::libc::EIO)));
+    assert_eq!(read(&mount.path().join("absent")), Err(Some(nix::libc::ENOENT)));
+    assert!(number(&status(mount.path()), "errors") > 0);
+    setup.restart();
+    assert!(read(&path).unwrap() == expected, "a failure is remembered as content");
+
+    // what is in the cache is served while the store is away; what is not is an error, and for a time only
+    let index = cluster.psql("SELECT pg_relation_filepath('random_bytes_id_idx');");
+    let port = setup.stop();
+    assert!(read(&path).unwrap() == expected, "what was read before needs no store");
+    let wal =
+        fs::read_dir(mount.path().join("pg_wal")).unwrap().flatten().find(|entry| entry.path().is_file()).unwrap();
+    assert_eq!(read(&wal.path()), Err(Some(nix::libc::EIO)));
+    setup.start(port);
+    let index = (mount.path().join(&index), cluster.data_directory().join(&index));
+    assert!(read(&index.0).unwrap() == fs::read(&index.1).unwrap());
+    assert_eq!(read(&wal.path()).unwrap().len(), 1 << 20);
+}
+
+/// PostgreSQL takes exit status 1 for the end of WAL, so a store that cannot be asked must say something else.
+#[test]
+fn archive_get_from_a_store_that_is_away() {
+    let mut setup = Setup::new();
+    let cluster = setup.stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
+    setup.stanza.create(&cluster);
+    setup.stanza.run(["check", "--pg", cluster.conninfo()]).ok();
+    let target = setup.stanza.place().join("target");
+    let get = |stanza: &Stanza| stanza.run(["archive-get", "0000000100000000000000FF", target.to_str().unwrap()]).code;
+    assert_eq!(get(&setup.stanza), Some(1));
+    setup.server().trouble(Trouble::Status(403, "AccessDenied"), 100_000);
+    assert_eq!(get(&setup.stanza), Some(250));
+    let port = setup.stop();
+    assert_eq!(get(&setup.stanza), Some(250));
+    setup.start(port);
+    fs::remove_dir_all(setup.objects.join("backups")).unwrap();
+    assert_eq!(get(&setup.stanza), Some(250), "a bucket that is gone has no end of WAL");
+    assert!(!target.exists());
+}
