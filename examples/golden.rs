@@ -79,7 +79,8 @@ fn small(packs: &mut Packs) -> Result<Vec<Entry>> {
     groups.push(group);
     let groups = groups.iter().map(|group| packs.small.add(group)).collect::<Result<Vec<_>>>()?;
     let changes = packs.changes.add(&all_changes)?;
-    let entry = |((path, content), (pieces, at)): (&(&[u8], Vec<u8>), (Vec<(usize, usize, usize)>, u32))| {
+    let mut entries = Vec::new();
+    for ((path, content), (pieces, at)) in files.iter().zip(places) {
         let extent = |(group, offset, len): (usize, usize, usize)| Extent {
             len: len as u32,
             chunk: groups[group],
@@ -87,9 +88,9 @@ fn small(packs: &mut Packs) -> Result<Vec<Entry>> {
         };
         let extents = pieces.into_iter().map(extent).collect();
         let place = Place::Inline { extents, changes: (!content.is_empty()).then_some((changes, at)) };
-        file(path, content.len() as u64, crc32c::crc32c(content), place)
-    };
-    Ok(files.iter().zip(places).map(entry).collect())
+        entries.push(file(path, content.len() as u64, crc32c::crc32c(content), place));
+    }
+    Ok(entries)
 }
 
 /// A file with one leaf; its second slot lies in an older backup's chunk and in one of changed grains.

@@ -1,4 +1,53 @@
 //! pgcairn keeps a PostgreSQL cluster as content-addressed chunks, and mounts any backup of it.
+//!
+//! ```text
+//!  PGDATA ──scan──> slots ──hash──> chunks ──zstd──> packs ──> store (S3 or a directory)
+//!  archive_command ──> WAL file ────────────────────────────> store
+//!                                                               │
+//!  store ──ranged GET, check──> chunk cache ──> view ──┬──> mount (FUSE) ──> kernel ──> PostgreSQL, ls, cp
+//!                                                      ├──> restore (a plain copy) ──> PGDATA
+//!                                                      └──> archive-get ──> pg_wal
+//! ```
+//!
+//! # The modules, in the order in which data flows
+//!
+//! - [`cli`]: one file per verb; parses, calls, prints.
+//! - [`postgres`]: what is known of PostgreSQL's files: pg_control, page checksums, WAL names and headers, what belongs
+//!   into a backup.
+//! - [`write`](mod@write): PGDATA to packs. Session with the server, scan, cut into slots, pack, commit; the push of WAL files.
+//! - [`format`](mod@format): every stored byte layout. `docs/format.md` says the same in prose, `docs/reader.py` proves the prose.
+//! - [`repo`]: keys, the catalog, the WAL archive: what writing and reading share.
+//! - [`store`]: where objects live: a directory, S3, memory; decorated by retry, recording and faults.
+//! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore.
+//! - `pgcairn_mount`, a crate of its own: a FUSE filesystem over any `Tree`, with a copy-on-write scratch.
+//! - [`error`], [`progress`]: how failures and long work are told; nothing but `cli` prints.
+//!
+//! Dependencies point one way: `cli -> {write, read} -> repo -> {format, store}`; `postgres` is a leaf.
+//!
+//! # Invariants
+//!
+//! 1. **`format` and `postgres` do no I/O.** Test: `tests/architecture.rs`.
+//! 2. **`pgcairn_mount` knows nothing of S3, PostgreSQL or tokio.** Test: `tests/architecture.rs`.
+//! 3. **An object, once written, is never rewritten**, but for `backup.info`, `archive.info`, their `.copy` and the `latest`
+//!    pointers. Packs have random names; a WAL object's name holds the hash of its content. `tests/architecture.rs` knows the
+//!    few places that put objects.
+//! 4. **Commit order: packs, then the manifest, then the catalog.** A backup exists when its manifest exists; whatever died
+//!    before is garbage, never damage. Held by `write::backup::commit`, which runs after every upload has ended;
+//!    `tests/golden.rs` shows that the catalog can be made again from the manifests.
+//! 5. **Writing and reading never delete objects.** (The demo removes the stanza that it made.) Test: `tests/architecture.rs`.
+//! 6. **Every byte that leaves `read::fetch` was checked against its chunk's name**, or, from the disk cache, against the hashes
+//!    kept beside it. A byte that cannot be had is EIO (mount) or an error (restore), never zeros and never old bytes.
+//!    Held by [`format::chunk::Decoder`] and [`read::cache`]. Tests: theirs, and `read::fetch`'s `one_damaged_chunk_harms_only_itself`.
+//! 7. **Only what the manifest does not hold is "no such file".** A store that fails, and an object that is missing though
+//!    something names it, are I/O errors: PostgreSQL takes an absent relation segment for an empty one. Held by
+//!    `read::fetch::missing` and by the port `pgcairn_mount::Tree`. Tests: `read::fetch`'s `a_missing_pack_is_damage_not_absence`,
+//!    the store's conformance suite.
+//! 8. **A clone can never push WAL into its source's archive.** Every view that is mounted, and every restored copy unless asked
+//!    otherwise, has `archive_mode = off` in `postgresql.auto.conf` ([`read::view::ViewOptions::copy`]); `start` says it on the command
+//!    line too; `archive-push` refuses the WAL of another cluster, and other content under a known name. Test: `tests/golden.rs`.
+//!
+//! Further: there is one place where sync code waits for async code (`store::s3::bridge`), and the library prints nowhere. Both
+//! are lints, and `tests/architecture.rs` holds them too.
 
 pub mod cli;
 pub mod error;

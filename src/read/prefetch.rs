@@ -26,8 +26,8 @@ pub struct Prefetcher {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Reader {
-    /// where a sequential reader would go on
-    next: u64,
+    /// how far the reader has come
+    at: u64,
     window: u64,
     /// fetched or asked for up to here
     ahead: u64,
@@ -49,23 +49,18 @@ impl Prefetcher {
         Self { queue, readers: Mutex::new(LruCache::new(WATCHED)) }
     }
 
-    /// Notes a read of a file of `size` bytes, and asks for what a sequential reader wants next.
-    pub fn note(&self, view: &Arc<View>, node: NodeIndex, size: u64, offset: u64, len: u64) {
-        let end = offset + len;
+    /// A reader of a file of `size` bytes has come to `at` in order: fetches ahead of it, further each time.
+    pub fn sequential(&self, view: &Arc<View>, node: NodeIndex, size: u64, at: u64) {
         let (from, to) = {
             let mut readers = self.readers.lock();
             let reader = readers.get_or_insert_mut(node, Reader::default);
-            // several kernel requests of one reader may arrive out of order
-            let sequential =
-                offset <= reader.next + WINDOW_MIN && end + WINDOW_MIN >= reader.next && end >= WINDOW_MIN / 4;
-            if !sequential {
-                *reader = Reader { next: end, window: 0, ahead: end };
-                return;
+            if at < reader.at || at > reader.ahead + WINDOW_MAX {
+                *reader = Reader { at, window: 0, ahead: at };
             }
+            reader.at = at;
             reader.window = (reader.window * 2).clamp(WINDOW_MIN, WINDOW_MAX);
-            reader.next = reader.next.max(end);
-            let (from, to) = (reader.ahead.max(end), (end + reader.window).min(size));
-            if to < from + PIECE.min(reader.window / 2) && to < size {
+            let (from, to) = (reader.ahead.max(at), (at + reader.window).min(size));
+            if to < from + WINDOW_MIN && to < size {
                 return;
             }
             reader.ahead = reader.ahead.max(to);

@@ -147,14 +147,13 @@ impl Tree for ViewTree {
             buf[..len].copy_from_slice(&rest[..len]);
             return Ok(len);
         }
-        let len = self.view.read_at(number, offset, buf).map_err(|error| eio(&error))?;
-        if let Content::Mapped { stat, .. } = &at.content {
-            self.prefetcher.note(&self.view, number, stat.size, offset, len as u64);
-        }
-        Ok(len)
+        self.view.read_at(number, offset, buf).map_err(|error| eio(&error))
     }
 
-    fn prefetch(&self, node: NodeId, offset: u64, len: u64) {
-        self.prefetcher.ask(&self.view, index(node), offset, offset + len);
+    fn prefetch(&self, node: NodeId, offset: u64, _len: u64) {
+        let number = index(node);
+        if let Ok(Content::Mapped { stat, .. }) = self.view.node(number).map(|node| &node.content) {
+            self.prefetcher.sequential(&self.view, number, stat.size, offset);
+        }
     }
 }

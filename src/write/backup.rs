@@ -1,15 +1,13 @@
 //! A backup from the first question to the commit.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use crossbeam_channel::{Receiver, Sender, bounded};
-use parking_lot::Mutex;
 
-use super::assemble::{Assembler, Done, Later};
-use super::check::{await_segment, identify, prove_archiving, read_control};
+use super::assemble::{Assembler, Done, Later, Totals};
+use super::check::{await_segments, identify, prove_archiving, read_control};
+use super::copy::copy;
 use super::cut::{Cut, Cutting, Lanes, Pages, Worker};
 use super::dedup::Dedup;
 use super::packer::{PACK_BYTES, Uploads};
@@ -17,7 +15,7 @@ use super::push::wal_identity;
 use super::scan::{Scan, Scanned, ScannedKind, scan};
 use super::server::{Archiving, Server, Stopped};
 use crate::error::{Context, Error, Result};
-use crate::format::manifest::{Database, Description, Sizes};
+use crate::format::manifest::{Database, Description, Sizes, Tablespace};
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
 use crate::postgres::{BackupKind, Label, Layout, Lsn, SegmentName, SegmentSize, Timeline};
 use crate::progress::Monitor;
@@ -56,19 +54,6 @@ pub enum WalChoice {
     Stored,
 }
 
-/// Files and bytes one batch of small files holds at most.
-const BATCH_FILES: usize = 256;
-const BATCH_BYTES: u64 = 4 * 1024 * 1024;
-/// Jobs handed out beyond the first that is not complete: bounds what waits for its turn in the manifest.
-const JOBS_AHEAD: usize = 64;
-
-/// One piece of work for a worker.
-enum Job {
-    Batch(Vec<Scanned>),
-    Leaf(Arc<Scanned>, u64),
-    Later(Later),
-}
-
 /// What is known of a backup before copying.
 struct Started {
     database: Database,
@@ -79,15 +64,45 @@ struct Started {
     wal_stored: bool,
 }
 
+/// What copying gave: everything of the manifest but its description.
+struct Copied {
+    assembler: Assembler,
+    stopped: Stopped,
+    segments: Vec<SegmentName>,
+    tablespaces: Vec<Tablespace>,
+    stored_new: u64,
+}
+
 /// Takes a full backup of the server; returns what it is once it is committed.
 pub fn backup(repository: &Repository, options: &BackupOptions, monitor: &dyn Monitor) -> Result<Description> {
     let mut server = Server::connect(&options.conninfo)?;
     let database = proven_database(repository, &server)?;
     server.lock()?;
     let started = start(repository, &mut server, database, options, monitor)?;
-    let layout = layout(&started.database, server.major)?;
-    let scan = scan(&server.data_directory, layout)?;
-    let uploads = Uploads::start(repository, plan(options).1);
+    let mut copied = copy_all(repository, &mut server, &started, options, monitor)?;
+    let totals = copied.assembler.totals();
+    if options.page_errors_fail && !totals.page_errors.is_empty() {
+        let file = &totals.page_errors[0];
+        return Err(Error::new(format!("{} pages of {} fail their checksum", file.blocks.len(), file.file))
+            .hint("run pg_checksums or pg_amcheck on the server; without --page-errors=fail the backup is kept"));
+    }
+    let description = describe(&server, started, &copied, totals)?;
+    commit(repository, copied.assembler, &description)?;
+    Ok(description)
+}
+
+/// Copies the data directory, ends the backup on the server, and proves the WAL; every pack is durable when it returns.
+fn copy_all(
+    repository: &Repository,
+    server: &mut Server,
+    started: &Started,
+    options: &BackupOptions,
+    monitor: &dyn Monitor,
+) -> Result<Copied> {
+    let Scan { found, tablespaces, bytes } = scan(&server.data_directory, layout(&started.database, server.major)?)?;
+    let (workers, uploaders) = plan(options);
+    let uploads = Uploads::start(repository, uploaders);
+    let page_size = started.database.page_size as usize;
     let cutting = Cutting {
         root: server.data_directory.clone(),
         keys: &repository.keys,
@@ -95,42 +110,39 @@ pub fn backup(repository: &Repository, options: &BackupOptions, monitor: &dyn Mo
         uploads: &uploads,
         dedup: Dedup::default(),
         lanes: Lanes::default(),
-        pages: started
-            .database
-            .checksums
-            .then_some(Pages { size: started.database.page_size as usize, start: started.start_lsn }),
+        pages: started.database.checksums.then_some(Pages { size: page_size, start: started.start_lsn }),
     };
-    monitor.stage("copying", scan.bytes);
+    monitor.stage("copying", bytes);
     let mut assembler = Assembler::new(repository.keys.clone())?;
-    let Scan { found, tablespaces, .. } = scan;
-    let control = copy(&cutting, found, plan(options).0, &mut assembler, monitor)?;
+    let control = copy(&cutting, found, workers, &mut assembler, monitor)?;
     server.alive()?;
     let mut last = Worker::new(&cutting)?;
-    copy_control(&mut last, &control, &started, &mut assembler)?;
+    copy_control(&mut last, &control, started, &mut assembler)?;
     monitor.stage("stopping", 0);
     let stopped = server.stop_backup()?;
-    let segments = wal_needed(&started, &stopped)?;
-    if started.wal_stored {
-        let wal = read_wal(&mut last, &started, &segments)?;
-        assembler.fill(Later::Wal, wal, &|_| Err(Error::new("a WAL segment too large for its entry")))?;
-    } else {
-        assembler.fill(Later::Wal, Vec::new(), &|_| Err(Error::new("no WAL is stored here")))?;
-        monitor.stage("waiting for WAL", 0);
-        let archive = repository.archive(&started.database);
-        segments.iter().try_for_each(|segment| await_segment(&archive, *segment, options.archive_timeout))?;
-    }
+    let segments = wal_needed(started, &stopped)?;
+    let wal = match started.wal_stored {
+        true => read_wal(&mut last, started, &segments)?,
+        false => {
+            monitor.stage("waiting for WAL", 0);
+            await_segments(&repository.archive(&started.database), &segments, options.archive_timeout)?;
+            Vec::new()
+        }
+    };
+    // a WAL segment is 1 GiB at most: no index is needed
+    assembler.fill(Later::Wal, wal, &|_| Err(Error::new("a WAL segment past its limit")))?;
     last.finish()?;
     cutting.lanes.flush(&uploads)?;
     drop(cutting);
     let stored_new = uploads.finish()?;
-    let totals = assembler.totals();
-    if options.page_errors_fail && !totals.page_errors.is_empty() {
-        let file = &totals.page_errors[0];
-        return Err(Error::new(format!("{} pages of {} fail their checksum", file.blocks.len(), file.file))
-            .hint("run pg_checksums or pg_amcheck on the server; without --page-errors=fail the backup is kept"));
-    }
-    let owner = owner(&server.data_directory)?;
-    let description = Description {
+    Ok(Copied { assembler, stopped, segments, tablespaces, stored_new })
+}
+
+fn describe(server: &Server, started: Started, copied: &Copied, totals: Totals) -> Result<Description> {
+    let (owner, group) = owner(&server.data_directory)?;
+    let Stopped { lsn: stop_lsn, backup_label, tablespace_map } = copied.stopped.clone();
+    let stored = copied.stored_new;
+    Ok(Description {
         label: started.label.to_string(),
         kind: BackupKind::Full,
         prior: None,
@@ -138,29 +150,27 @@ pub fn backup(repository: &Repository, options: &BackupOptions, monitor: &dyn Mo
         start_time: started.start_time,
         stop_time: now_s(),
         start_lsn: started.start_lsn.to_string(),
-        stop_lsn: stopped.lsn.to_string(),
+        stop_lsn: stop_lsn.to_string(),
         timeline: started.timeline.0,
-        wal_start: segments[0].to_string(),
-        wal_stop: segments[segments.len() - 1].to_string(),
+        wal_start: copied.segments[0].to_string(),
+        wal_stop: copied.segments[copied.segments.len() - 1].to_string(),
         wal_stored: started.wal_stored,
         database: started.database,
         data_directory: server.data_directory.display().to_string(),
-        owner: owner.0,
-        group: owner.1,
-        backup_label: stopped.backup_label,
-        tablespace_map: stopped.tablespace_map,
-        tablespaces,
+        owner,
+        group,
+        backup_label,
+        tablespace_map,
+        tablespaces: copied.tablespaces.clone(),
         page_errors: totals.page_errors,
         sizes: Sizes {
             database: totals.bytes,
             read: totals.bytes,
-            stored_new,
-            stored_all: stored_new,
+            stored_new: stored,
+            stored_all: stored,
             files: totals.files,
         },
-    };
-    commit(repository, assembler, &description)?;
-    Ok(description)
+    })
 }
 
 /// Packs are durable; the manifest makes the backup, the catalog makes it known.
@@ -236,139 +246,6 @@ fn layout(database: &Database, major: crate::postgres::Major) -> Result<Layout> 
     let pages = database.segment_size / u64::from(database.page_size);
     let relation_segment_pages = u32::try_from(pages).context(|| format!("a segment of {pages} pages"))?;
     Ok(Layout { tablespace_directory: major.tablespace_directory(), relation_segment_pages })
-}
-
-/// Reads everything but pg_control; returns pg_control as it was found.
-fn copy(
-    cutting: &Cutting<'_>,
-    found: Vec<Scanned>,
-    workers: usize,
-    assembler: &mut Assembler,
-    monitor: &dyn Monitor,
-) -> Result<Scanned> {
-    let (job_queue, jobs) = bounded::<(usize, Job)>(workers);
-    let (results_queue, results) = bounded::<Result<(usize, Done)>>(workers);
-    let (ticket_queue, tickets) = bounded::<()>(JOBS_AHEAD);
-    let total = AtomicUsize::new(usize::MAX);
-    let control = Mutex::new(None);
-    let index_worker = Mutex::new(Worker::new(cutting)?);
-    let index = |plain: &[u8]| index_worker.lock().index(plain);
-    std::thread::scope(|scope| {
-        // moved in, so that every exit from here closes the queues and lets the threads end
-        let (results, tickets) = (results, tickets);
-        for _ in 0..workers {
-            let (jobs, results_queue) = (jobs.clone(), results_queue.clone());
-            scope.spawn(move || work(cutting, &jobs, &results_queue, monitor));
-        }
-        drop((jobs, results_queue));
-        let (total, control) = (&total, &control);
-        scope.spawn(move || {
-            let count = hand_out(found, control, |number, job| {
-                ticket_queue.send(()).is_ok() && job_queue.send((number, job)).is_ok()
-            });
-            total.store(count, Ordering::Release);
-        });
-        let mut complete = 0;
-        while let Ok(result) = results.recv() {
-            let (number, done) = result?;
-            let now = assembler.take(number, done, &index)?;
-            (complete..now).for_each(|_| _ = tickets.recv());
-            complete = now;
-        }
-        match complete == total.load(Ordering::Acquire) {
-            true => Ok(()),
-            false => Err(Error::new("a worker died")),
-        }
-    })?;
-    let control = control.lock().take();
-    control.ok_or_else(|| Error::new("global/pg_control vanished"))
-}
-
-/// Cuts the files into jobs; returns how many.
-fn hand_out(found: Vec<Scanned>, control: &Mutex<Option<Scanned>>, send: impl Fn(usize, Job) -> bool) -> usize {
-    let mut number = 0;
-    let mut send = |job| {
-        number += 1;
-        send(number - 1, job)
-    };
-    let (mut batch, mut bytes) = (Vec::new(), 0);
-    for file in found {
-        let large = file.is_file() && file.size > INLINE_BYTES;
-        let is_control = file.kind == ScannedKind::Control;
-        let full = batch.len() >= BATCH_FILES || bytes + file.size > BATCH_BYTES;
-        if (large || is_control || full) && !batch.is_empty() {
-            bytes = 0;
-            if !send(Job::Batch(std::mem::take(&mut batch))) {
-                return number;
-            }
-        }
-        if large {
-            let leaves = file.size.div_ceil(LEAF_BYTES);
-            let file = Arc::new(file);
-            if !(0..leaves).all(|leaf| send(Job::Leaf(file.clone(), leaf))) {
-                return number;
-            }
-        } else if is_control {
-            *control.lock() = Some(file);
-            if !send(Job::Later(Later::Control)) {
-                return number;
-            }
-        } else {
-            let is_wal = &*file.path == b"pg_wal";
-            bytes += file.size;
-            batch.push(file);
-            if is_wal && !(send(Job::Batch(std::mem::take(&mut batch))) && send(Job::Later(Later::Wal))) {
-                return number;
-            }
-        }
-    }
-    if !batch.is_empty() {
-        send(Job::Batch(batch));
-    }
-    number
-}
-
-fn work(
-    cutting: &Cutting<'_>,
-    jobs: &Receiver<(usize, Job)>,
-    results: &Sender<Result<(usize, Done)>>,
-    monitor: &dyn Monitor,
-) {
-    let run = || -> Result<()> {
-        let mut worker = Worker::new(cutting)?;
-        while let Ok((number, job)) = jobs.recv() {
-            let (done, bytes) = one(&mut worker, job)?;
-            monitor.advance(bytes);
-            if results.send(Ok((number, done))).is_err() {
-                return Ok(());
-            }
-        }
-        worker.finish()
-    };
-    if let Err(error) = run() {
-        _ = results.send(Err(error));
-    }
-}
-
-fn one(worker: &mut Worker<'_>, job: Job) -> Result<(Done, u64)> {
-    match job {
-        Job::Later(later) => Ok((Done::Later(later), 0)),
-        Job::Leaf(file, number) => {
-            let bytes = file.size.min((number + 1) * LEAF_BYTES) - number * LEAF_BYTES;
-            let part = worker.leaf(&file, number)?;
-            Ok((Done::Leaf { file, number, part }, bytes))
-        }
-        Job::Batch(batch) => {
-            let files: Vec<&Scanned> = batch.iter().filter(|found| found.is_file()).collect();
-            let bytes = files.iter().map(|file| file.size).sum();
-            let mut cuts = worker.small(&files)?.into_iter();
-            let with_cut = |found: Scanned| match found.is_file() {
-                true => (found, cuts.next()),
-                false => (found, None),
-            };
-            Ok((Done::Small(batch.into_iter().map(with_cut).collect()), bytes))
-        }
-    }
 }
 
 fn copy_control(

@@ -70,24 +70,23 @@ pub fn prove_archiving(
     }
     let timeline = server.timeline()?;
     let segment = SegmentName::of_lsn(timeline, server.switch_wal()?, size);
-    await_segment(archive, segment, timeout)?;
+    await_segments(archive, &[segment], timeout)?;
     Ok(segment)
 }
 
-/// Waits until a segment is in the archive.
-pub fn await_segment(archive: &Archive<'_>, segment: SegmentName, timeout: Duration) -> Result<()> {
+/// Waits until all of these segments, given in ascending order, are in the archive.
+pub fn await_segments(archive: &Archive<'_>, segments: &[SegmentName], timeout: Duration) -> Result<()> {
     let started = Instant::now();
     let mut pause = Duration::from_millis(20);
-    while archive.find(&segment.to_string())?.is_none() {
+    loop {
+        let found = archive.segments(segments)?;
+        let Some(missing) = found.iter().position(Option::is_none) else { return Ok(()) };
         if started.elapsed() > timeout {
-            return Err(Error::new(format!(
-                "WAL segment {segment} did not reach the archive within {} s",
-                timeout.as_secs()
-            ))
-            .hint("see the server's log for what archive_command says; --archive-timeout waits longer"));
+            let (segment, waited) = (segments[missing], timeout.as_secs());
+            return Err(Error::new(format!("WAL segment {segment} did not reach the archive within {waited} s"))
+                .hint("see the server's log for what archive_command says; --archive-timeout waits longer"));
         }
         sleep(pause);
         pause = (pause * 2).min(Duration::from_secs(1));
     }
-    Ok(())
 }

@@ -8,6 +8,7 @@
 pub mod assemble;
 pub mod backup;
 pub mod check;
+pub mod copy;
 pub mod cut;
 pub mod dedup;
 pub mod packer;

@@ -28,7 +28,9 @@ pub(crate) fn rows(seed: u64, len: usize) -> Vec<u8> {
         if bytes.len() >= len {
             break;
         }
-        bytes.extend_from_slice(format!("{seed}|{row:08}|a row of the golden repository, long enough to compress\n").as_bytes());
+        bytes.extend_from_slice(
+            format!("{seed}|{row:08}|a row of the golden repository, long enough to compress\n").as_bytes(),
+        );
     }
     bytes.truncate(len);
     bytes
@@ -61,7 +63,7 @@ pub(crate) fn small() -> Vec<(&'static [u8], Vec<u8>)> {
     ]
 }
 
-/// A file with a map, three slots long. Its middle slot is split as an incremental backup leaves it.
+/// A file with a map. Its second slot is split as an incremental backup leaves it.
 pub(crate) fn mapped() -> Vec<u8> {
     let mut bytes = rows(1, 9 * SLOT + 11);
     bytes[SLOT + GRAIN..SLOT + 3 * GRAIN].copy_from_slice(&changed());

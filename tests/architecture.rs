@@ -1,0 +1,149 @@
+//! The invariants of `src/lib.rs` that can be seen in the source text.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A source file: its path from the workspace's root, and its code without comments and unit tests.
+struct Source {
+    path: String,
+    code: String,
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn files(directory: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        match path.is_dir() {
+            true if name != "tests" => files(&path, found),
+            false if name.ends_with(".rs") && name != "tests.rs" => found.push(path),
+            _ => {}
+        }
+    }
+}
+
+/// Everything below `directory` that is not a test.
+fn sources(directory: &str) -> Vec<Source> {
+    let mut paths = Vec::new();
+    files(&root().join(directory), &mut paths);
+    paths.sort();
+    assert!(!paths.is_empty(), "nothing in {directory}");
+    let source = |path: PathBuf| {
+        let text = fs::read_to_string(&path).unwrap();
+        let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+        let is_code = |line: &&str| !line.trim_start().starts_with("//");
+        let code = text.lines().filter(is_code).collect::<Vec<_>>().join("\n");
+        Source { path: path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned(), code }
+    };
+    paths.into_iter().map(source).collect()
+}
+
+/// Lines with one of these words, of all files but `allowed`.
+fn lines_with(directory: &str, words: &[&str], allowed: &[&str]) -> Vec<String> {
+    let mut found = Vec::new();
+    for source in sources(directory).iter().filter(|source| !allowed.contains(&source.path.as_str())) {
+        for line in source.code.lines().filter(|line| words.iter().any(|word| line.contains(word))) {
+            found.push(format!("{}: {}", source.path, line.trim()));
+        }
+    }
+    found
+}
+
+#[track_caller]
+fn refuse(directory: &str, words: &[&str], allowed: &[&str]) {
+    let found = lines_with(directory, words, allowed);
+    assert!(found.is_empty(), "in {directory}:\n{}", found.join("\n"));
+}
+
+#[test]
+fn formats_and_postgres_do_no_io() {
+    let io = [
+        "std::fs",
+        "std::net",
+        "std::process",
+        "std::env",
+        "std::thread",
+        "std::os::unix",
+        "File::",
+        "TcpStream",
+        "tokio",
+        "nix::",
+        "libc::",
+        "io::Read",
+        "io::Write",
+        "io::stdin",
+        "io::stdout",
+        "postgres::Client",
+    ];
+    for directory in ["src/format", "src/postgres"] {
+        refuse(directory, &io, &[]);
+    }
+}
+
+#[test]
+fn the_mount_knows_no_store_no_postgres_and_no_runtime() {
+    refuse("mount/src", &["tokio", "aws_", "postgres::", "pgcairn::", "reqwest", "hyper"], &[]);
+    let manifest = fs::read_to_string(root().join("mount/Cargo.toml")).unwrap();
+    for word in ["tokio", "aws", "\npostgres", "path = \"..\""] {
+        assert!(!manifest.contains(word), "mount/Cargo.toml names {word}");
+    }
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    refuse("src/write", &["crate::read", "crate::cli", "pgcairn_mount"], &[]);
+    refuse("src/read", &["crate::write", "crate::cli"], &[]);
+    refuse("src/repo", &["crate::write", "crate::read", "crate::cli", "pgcairn_mount"], &[]);
+    for leaf in ["src/store", "src/postgres"] {
+        refuse(leaf, &["crate::write", "crate::read", "crate::cli", "crate::repo", "crate::format"], &[]);
+    }
+    refuse("src/format", &["crate::write", "crate::read", "crate::cli", "crate::repo", "crate::store"], &[]);
+}
+
+#[test]
+fn there_is_one_bridge_between_async_and_sync() {
+    let bridges: Vec<String> = sources("src")
+        .into_iter()
+        .filter(|source| source.code.contains(".block_on("))
+        .map(|source| source.path)
+        .collect();
+    assert_eq!(bridges, ["src/store/s3/bridge.rs"]);
+    refuse("mount/src", &["block_on"], &[]);
+}
+
+#[test]
+fn only_the_program_prints() {
+    let prints = ["println!", "print!", "eprintln!", "eprint!", "dbg!", "io::stdout", "io::stderr"];
+    // daemon.rs: the line by which a background child answers its parent; shell.rs: whether it is a terminal
+    refuse("src", &prints, &["src/cli/output.rs", "src/cli/daemon.rs", "src/cli/demo/shell.rs"]);
+    refuse("src/cli/demo", &["print!", "println!"], &[]);
+    refuse("mount/src", &prints, &[]);
+}
+
+#[test]
+fn writing_and_reading_delete_nothing() {
+    // the demo removes the repository that it made
+    let demo = ["src/cli/demo/home.rs"];
+    for directory in ["src/write", "src/read", "src/repo", "src/cli"] {
+        refuse(directory, &[".delete("], &demo);
+    }
+}
+
+#[test]
+fn objects_are_put_in_few_places() {
+    let puts = |directory| lines_with(directory, &["store.put("], &[]).len();
+    assert_eq!(puts("src/read") + puts("src/cli"), 0);
+    // packs; WAL objects; the manifest
+    assert_eq!(puts("src/write"), 3);
+    // info files with their copies, and the latest pointers: all that is ever rewritten
+    assert_eq!(puts("src/repo"), 3);
+}
+
+#[test]
+fn main_is_thin() {
+    assert!(fs::read_to_string(root().join("src/main.rs")).unwrap().lines().count() <= 40);
+}
