@@ -8,6 +8,7 @@ mod steps;
 mod table;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 
@@ -44,6 +45,9 @@ impl Demo {
         // a repository from the environment or from /etc holds somebody's real backups: only one that was typed is meant
         let given = repository_is_typed().then_some(common);
         let home = Home::create(self.size, user.as_ref(), given)?;
+        if !self.keep {
+            home.end_when(Arc::clone(&interrupted));
+        }
         let mut shell = Shell::new(&home, &programs, user, interrupted, given);
         let result = steps::all(&mut shell, &home, &programs, self.size);
         if self.keep {
