@@ -3,7 +3,8 @@
 
 use bytes::Bytes;
 
-use super::view::{Builder, Content, ViewOptions};
+use super::builder::Builder;
+use super::view::{Content, ViewOptions};
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::Decoder;
 use crate::format::manifest::Description;
