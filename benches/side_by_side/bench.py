@@ -25,6 +25,7 @@ class Ran:
     """A command that has run."""
 
     seconds: float
+    processor_seconds: float
     rss_max_mb: float
     output: str
 
@@ -102,7 +103,7 @@ class Bench:
             text = output.read().decode(errors="replace")
         if status != 0:
             raise Failed(f"{' '.join(map(str, command))}: status {status}\n{text}")
-        return Ran(seconds, usage.ru_maxrss / 1024, text)
+        return Ran(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, text)
 
     def spawn(self, *command, user="postgres", env=None, **how):
         """Starts a command in its user's name."""

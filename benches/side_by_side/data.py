@@ -13,7 +13,7 @@ CREATE TABLE events AS
     SELECT i AS id, md5(i::text)::uuid AS event, timestamptz '2024-01-01' + i * interval '1.7 s' AS at,
         jsonb_build_object('user', (i * 7919) % 100003, 'action', (ARRAY['view', 'buy', 'search', 'leave'])[1 + i % 4],
             'amount', round((sin(i) * 1000)::numeric, 2), 'session', md5((i / 17)::text)) AS detail
-    FROM generate_series(1, {events}) AS i;
+    FROM generate_series(1, {events}::bigint) AS i;
 """
 
 INDEXES = """

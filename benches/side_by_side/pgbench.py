@@ -1,11 +1,12 @@
 """pgbench on a started backup against a native server on the same backup restored, with the same settings."""
 
+import os
 import shlex
 
 from .cluster import Cluster
 from .tools import Clone, memory_peak_mb
 
-SECONDS = 10
+SECONDS = int(os.environ.get("BENCH_SECONDS", "10"))
 # what is its own of each server
 OWN = ("port", "unix_socket_directories", "hba_file", "ident_file", "cluster_name", "recovery_init_sync_method")
 

@@ -169,7 +169,7 @@ fn archive_tells_the_truth(what: &str, key: &str, objects: &Objects) {
 /// What an archived object should read as.
 fn plain(key: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
-    let read = repository(memory(&SOURCE.objects)).read_pack(key, |plain| {
+    let read = repository(memory(&SOURCE.objects)).read_pack(key, PackKind::Wal, |plain| {
         bytes.extend_from_slice(plain);
         Ok(())
     });

@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::read::wal::{GetError, get};
 
 /// PostgreSQL takes any status up to 125 for "there is no such file" and ends recovery; beyond that it stops instead.
-const FAILED: u8 = 250;
+pub(super) const FAILED: u8 = 250;
 
 /// Fetch a WAL file from the archive; for restore_command = 'pgcairn archive-get %f %p'
 ///

@@ -155,7 +155,7 @@ impl Place {
 
 /// Where clones live unless told otherwise.
 pub fn default_base() -> PathBuf {
-    state_directory(Path::new("/var/lib/pgcairn/clones"), "XDG_STATE_HOME", ".local/state/pgcairn/clones")
+    state_directory("/var/lib/pgcairn/clones", "XDG_STATE_HOME", ".local/state", "pgcairn/clones")
 }
 
 impl Clone {

@@ -1,4 +1,5 @@
-//! The configuration file: every key is the long name of an option, globally or in `[stanza.NAME]`, and gives its default.
+//! The configuration file: every key is the long name of an option, globally or in a section
+//! named as a stanza, and gives its default.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -46,17 +47,13 @@ fn named_stanza(arguments: &[OsString]) -> Option<String> {
 fn parse(text: &str, path: &Path, stanza: Option<&str>) -> Result<HashMap<String, String>> {
     let table: toml::Table = text.parse().context(|| format!("cannot read {}", path.display()))?;
     let mut values = HashMap::new();
-    for (key, value) in &table {
-        if key != "stanza" || !value.is_table() {
-            values.insert(key.clone(), scalar(key, value, path)?);
-        }
+    for (key, value) in table.iter().filter(|(_, value)| !value.is_table()) {
+        values.insert(key.clone(), scalar(key, value, path)?);
     }
     let of_stanza = stanza.map(str::to_owned).or_else(|| values.get("stanza").cloned());
-    let sections = table.get("stanza").and_then(|value| value.as_table());
-    if let Some(section) = sections.zip(of_stanza).and_then(|(all, name)| all.get(&name)?.as_table()) {
-        for (key, value) in section {
-            values.insert(key.clone(), scalar(key, value, path)?);
-        }
+    let section = of_stanza.and_then(|name| table.get(&name)?.as_table());
+    for (key, value) in section.into_iter().flatten() {
+        values.insert(key.clone(), scalar(key, value, path)?);
     }
     Ok(values)
 }

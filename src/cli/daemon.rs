@@ -76,6 +76,6 @@ fn tell(line: &str) {
 
 /// Where daemons write what went wrong.
 pub(super) fn log_path(name: &str) -> PathBuf {
-    super::options::state_directory(Path::new("/var/log/pgcairn"), "XDG_STATE_HOME", ".local/state/pgcairn")
+    super::options::state_directory("/var/log/pgcairn", "XDG_STATE_HOME", ".local/state", "pgcairn/log")
         .join(format!("{name}.log"))
 }

@@ -33,7 +33,7 @@ use crate::error::{Error, Result};
     pgcairn --repo /backups --stanza main stanza-create --pg \"host=/var/run/postgresql user=postgres\"\n  \
     pgcairn --repo /backups --stanza main backup\n  \
     pgcairn --repo /backups --stanza main start latest\n\n\
-    Every option can also stand in /etc/pgcairn.toml, and in the environment as PGCAIRN_<OPTION>.")]
+    The long name of any option can be a key of /etc/pgcairn.toml; those with an [env: ...] can come from there.")]
 struct Cli {
     #[command(flatten)]
     common: options::Common,
@@ -60,18 +60,26 @@ enum Verb {
 /// Runs the program; the exit status is 0 done, 1 failed, 2 bad usage (and see `archive-get`).
 pub fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().collect();
+    // to PostgreSQL, whatever goes wrong in a restore_command must look different from the end of WAL
+    let is_archive_get = arguments.iter().any(|argument| argument == "archive-get");
+    let code = |code| if is_archive_get { archive_get::FAILED } else { code };
     let command = match config::with_defaults(Cli::command(), &arguments) {
         Ok(command) => command,
-        Err(error) => return fail(&error, 2),
+        Err(error) => return fail(&error, code(2)),
     };
-    let cli = match Cli::from_arg_matches(&command.get_matches_from(arguments)) {
+    let parsed = command.try_get_matches_from(arguments).and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
-        Err(error) => error.exit(),
+        Err(error) => {
+            _ = error.print();
+            return ExitCode::from(if error.use_stderr() { code(2) } else { 0 });
+        }
     };
     output::start_log(&cli.common);
-    match cli.run() {
-        Ok(code) => code,
-        Err(error) => fail(&error, 1),
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cli.run())) {
+        Ok(Ok(code)) => code,
+        Ok(Err(error)) => fail(&error, code(1)),
+        Err(_) => ExitCode::from(code(101)),
     }
 }
 
@@ -97,6 +105,9 @@ impl Cli {
 }
 
 fn fail(error: &Error, code: u8) -> ExitCode {
+    if daemon::is_child() {
+        daemon::failed(error);
+    }
     output::error(error);
     ExitCode::from(code)
 }

@@ -54,10 +54,7 @@ impl Mount {
                     daemon::ready();
                     serve(mount)
                 }
-                Err(error) => {
-                    daemon::failed(&error);
-                    Err(error)
-                }
+                Err(error) => Err(error),
             };
         }
         if self.foreground {

@@ -124,7 +124,7 @@ impl Common {
     /// Options that a child process needs to open the same stanza; secrets go through the environment.
     pub(super) fn arguments(&self) -> Vec<String> {
         let pairs = [
-            ("--config", self.config.as_ref().map(|path| path.display().to_string())),
+            ("--config", self.config.as_deref().map(absolute_path)),
             ("--repo", self.repo.as_deref().map(absolute)),
             ("--stanza", self.stanza.clone()),
             ("--log-level", Some(self.log_level.clone())),
@@ -138,7 +138,7 @@ impl Common {
                     UriStyle::Host => "host".into(),
                 }),
             ),
-            ("--repo-storage-ca-file", self.s3.repo_storage_ca_file.as_ref().map(|path| path.display().to_string())),
+            ("--repo-storage-ca-file", self.s3.repo_storage_ca_file.as_deref().map(absolute_path)),
         ];
         pairs.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?])).flatten().collect()
     }
@@ -166,7 +166,7 @@ impl Cache {
     pub(super) fn arguments(&self) -> Vec<String> {
         let mut arguments =
             vec![format!("--cache-size={}", self.cache_size), format!("--cache-memory={}", self.cache_memory)];
-        arguments.extend(self.cache_path.as_ref().map(|path| format!("--cache-path={}", path.display())));
+        arguments.extend(self.cache_path.as_deref().map(|path| format!("--cache-path={}", absolute_path(path))));
         arguments
     }
 }
@@ -178,25 +178,24 @@ fn missing(option: &str, example: &str) -> Error {
 
 /// A path repository as an absolute path, so that it means the same to a daemon.
 fn absolute(url: &str) -> String {
-    match url.contains("://") {
-        true => url.to_owned(),
-        false => std::path::absolute(url).map_or_else(|_| url.to_owned(), |path| path.display().to_string()),
-    }
+    if url.contains("://") { url.to_owned() } else { absolute_path(Path::new(url)) }
+}
+
+fn absolute_path(path: &Path) -> String {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
 }
 
 fn default_cache_path() -> PathBuf {
-    state_directory(Path::new("/var/cache/pgcairn"), "XDG_CACHE_HOME", ".cache/pgcairn")
+    state_directory("/var/cache/pgcairn", "XDG_CACHE_HOME", ".cache", "pgcairn")
 }
 
-/// A directory for root, or one below the user's home.
-pub(super) fn state_directory(root: &Path, variable: &str, below_home: &str) -> PathBuf {
+/// `root` for root; else `below` in the directory that `variable` names, or that is `default` in the user's home.
+pub(super) fn state_directory(root: &str, variable: &str, default: &str, below: &str) -> PathBuf {
     if nix::unistd::geteuid().is_root() {
-        return root.to_owned();
+        return PathBuf::from(root);
     }
-    match std::env::var_os(variable) {
-        Some(base) => PathBuf::from(base).join("pgcairn"),
-        None => std::env::var_os("HOME").map_or_else(std::env::temp_dir, PathBuf::from).join(below_home),
-    }
+    let home = || std::env::var_os("HOME").map_or_else(std::env::temp_dir, PathBuf::from).join(default);
+    std::env::var_os(variable).map_or_else(home, PathBuf::from).join(below)
 }
 
 /// Parses `10G`, `64M`, `0`.

@@ -38,7 +38,8 @@ pub(super) fn error(error: &Error) {
 
 /// Begins logging to standard error.
 pub(super) fn start_log(common: &Common) {
-    let filter = EnvFilter::try_new(format!("{0},aws_config={0},hyper=warn", common.log_level));
+    let filter =
+        EnvFilter::try_new(format!("{0},aws_config=error,aws_smithy_runtime=error,hyper=warn", common.log_level));
     let filter = filter.unwrap_or_else(|_| EnvFilter::new("warn"));
     _ = tracing_subscriber::fmt()
         .with_env_filter(filter)

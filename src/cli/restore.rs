@@ -92,7 +92,7 @@ fn absolute(path: &std::path::Path) -> Result<PathBuf> {
 
 fn tablespace(text: &str) -> std::result::Result<(u32, PathBuf), String> {
     let (oid, directory) = text.split_once('=').ok_or("it reads like 16400=/new/place")?;
-    let oid = oid.parse().map_err(|_| format!("\"{oid}\" is no oid of a tablespace; see \"pgcairn info\""))?;
+    let oid = oid.parse().map_err(|_| format!("\"{oid}\" is no oid of a tablespace"))?;
     match directory.starts_with('/') {
         true => Ok((oid, PathBuf::from(directory))),
         false => Err(format!("\"{directory}\" is not an absolute path")),

@@ -147,7 +147,9 @@ impl Start {
         command.arg("start").arg("-s").arg("-w").arg("-t").arg(self.start_timeout.to_string());
         command.arg("-l").arg(place.log()).arg("-o").arg(self.server_options(place, clone, of)?);
         run(command, &place.log())?;
-        first_answer(&clone.conninfo(place, "postgres"), &of.owner, |user| clone.conninfo(place, user))
+        let superuser = of.superuser.as_deref().unwrap_or("postgres");
+        first_answer(&clone.conninfo(place, superuser))?;
+        Ok(superuser.to_owned())
     }
 
     /// Settings on the server's command line, which beat every file and ALTER SYSTEM.
@@ -266,23 +268,19 @@ fn leave_backup_segment(conninfo: &str) {
     }
 }
 
-/// Waits for the answer to a first query; returns the user that could ask it.
-fn first_answer(conninfo: &str, owner: &str, with_user: impl Fn(&str) -> String) -> Result<String> {
+/// Waits for the answer to a first query.
+fn first_answer(conninfo: &str) -> Result<()> {
     let started = Instant::now();
     loop {
-        let mut failed = None;
-        for (user, conninfo) in [("postgres", conninfo.to_owned()), (owner, with_user(owner))] {
-            let answer = postgres::Client::connect(&conninfo, postgres::NoTls)
-                .and_then(|mut client| client.simple_query("SELECT 1"));
-            match answer {
-                Ok(_) => return Ok(user.to_owned()),
-                Err(error) => failed = Some(error),
+        let answer =
+            postgres::Client::connect(conninfo, postgres::NoTls).and_then(|mut client| client.simple_query("SELECT 1"));
+        match answer {
+            Ok(_) => return Ok(()),
+            Err(error) if started.elapsed() > Duration::from_secs(30) => {
+                return Err(Error::new("the clone's server does not answer").source(error));
             }
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
-        if let Some(error) = failed.filter(|_| started.elapsed() > Duration::from_secs(30)) {
-            return Err(Error::new("the clone's server does not answer").source(error));
-        }
-        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

@@ -119,6 +119,9 @@ pub struct Description {
     pub owner: String,
     /// group name that owned it
     pub group: String,
+    /// name of the role that initdb made
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub superuser: Option<String>,
     /// what pg_backup_stop returned, byte for byte
     pub backup_label: String,
     /// what pg_backup_stop returned, byte for byte; empty without tablespaces

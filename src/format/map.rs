@@ -152,7 +152,7 @@ pub fn encode_changes(slots: &[SlotChange]) -> Vec<u8> {
     out
 }
 
-/// Reads the changes of `len` bytes of file.
+/// Reads the changes of `len` bytes of file; more may follow, since small files share a chunk.
 pub fn decode_changes(object: &str, bytes: &[u8], len: u64) -> Result<Vec<SlotChange>> {
     let mut reader = Reader::new(object, bytes);
     version(&mut reader)?;
@@ -167,7 +167,6 @@ pub fn decode_changes(object: &str, bytes: &[u8], len: u64) -> Result<Vec<SlotCh
         let grains = (0..slot_len.div_ceil(GRAIN)).map(|_| reader.u64()).collect::<Result<Vec<_>>>()?;
         changes.push(SlotChange { crc, grains });
     }
-    reader.end()?;
     Ok(changes)
 }
 

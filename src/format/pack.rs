@@ -85,6 +85,7 @@ impl PackWriter {
 
     /// Adds one chunk of `plain_len` bytes in its stored form.
     pub fn add(&mut self, id: ChunkId, plain_len: usize, stored: &[u8]) -> ChunkRef {
+        assert!(u32::try_from(self.bytes.len()).is_ok(), "a pack past 4 GiB");
         let (offset, stored_len) = (self.bytes.len() as u32, stored.len() as u32);
         assert!(plain_len <= SLOT && u64::from(stored_len) <= ChunkRef::MAX_STORED, "a chunk past its limit");
         self.bytes.extend_from_slice(stored);
@@ -171,7 +172,8 @@ impl Trailer {
             let (offset, stored_len, plain_len) = (reader.u32()?, reader.u32()?, reader.u32()?);
             zero(&mut reader, 4)?;
             let chunk = ChunkRef { pack, offset, stored_len, plain_len, id };
-            if u64::from(offset) != at || plain_len == 0 || plain_len as usize > SLOT || stored_len == 0 {
+            let limits = plain_len as usize <= SLOT && u64::from(stored_len) <= ChunkRef::MAX_STORED;
+            if u64::from(offset) != at || plain_len == 0 || stored_len == 0 || !limits {
                 return Err(fail("a chunk is not where or what the footer says"));
             }
             at = chunk.end();
@@ -213,6 +215,21 @@ impl Header {
         }
         zero(&mut reader, 4)?;
         Ok(Self { kind, id: PackId(reader.array()?) })
+    }
+
+    /// Fails unless the pack is of `kind`; one of the archive must also be named by its content, if its key says so.
+    pub fn expect(&self, object: &str, kind: PackKind) -> Result<()> {
+        if self.kind != kind {
+            let what = format!("a pack of kind {:?} where one of kind {kind:?} belongs", self.kind);
+            return Err(FormatError::new(object, 10, what));
+        }
+        let named = object.rsplit('/').next().and_then(|name| name.rsplit_once('-'));
+        match (kind, named) {
+            (PackKind::Wal, Some((_, content))) if content != self.id.to_string() => {
+                Err(FormatError::new(object, 16, format!("its content is named {}", self.id)))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

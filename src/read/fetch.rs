@@ -233,9 +233,9 @@ impl Fetcher {
 
     /// Gets and checks one range that holds `chunks`, which lie in one object in ascending order.
     fn get(&self, chunks: &[ChunkRef]) -> Result<Vec<Result<Plain>>> {
-        let (first, last) = (&chunks[0], &chunks[chunks.len() - 1]);
+        let first = &chunks[0];
         let key = self.key(first.pack);
-        let (from, to) = (u64::from(first.offset), last.end());
+        let (from, to) = (u64::from(first.offset), chunks.iter().map(ChunkRef::end).max().unwrap_or_default());
         let bytes = self.repository.store.get_range(&key, from, to - from).map_err(|error| missing(&key, error))?;
         self.count(to - from);
         Ok(chunks

@@ -3,8 +3,9 @@
 
 use bytes::Bytes;
 
-use super::view::{Builder, Content, ViewOptions};
-use crate::error::{Context, Result};
+use super::builder::Builder;
+use super::view::{Content, ViewOptions};
+use crate::error::{Context, Error, Result};
 use crate::format::chunk::Decoder;
 use crate::format::manifest::Description;
 use crate::postgres::{SegmentName, SegmentSize, Timeline, conf};
@@ -79,7 +80,12 @@ fn settings(builder: &mut Builder, repository: &Repository, of: &Description, op
 
 /// The content of a small stored file; empty when the backup has none of that name.
 fn read_stored(builder: &Builder, repository: &Repository, path: &[u8]) -> Result<Vec<u8>> {
-    let Some((_, extents)) = builder.spans(path) else { return Ok(Vec::new()) };
+    let Some((_, extents)) = builder.inline(path) else {
+        return match builder.get(path) {
+            None => Ok(Vec::new()),
+            Some(_) => Err(Error::new(format!("{} is too large to be a configuration file", path.escape_ascii()))),
+        };
+    };
     let mut decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
     let mut bytes = Vec::new();
     for extent in extents {

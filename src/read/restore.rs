@@ -237,7 +237,14 @@ fn write_files(view: &View, files: &[Target], options: &RestoreOptions, monitor:
         cut(files, |piece| queue.send(piece).is_ok());
         drop(queue);
     });
-    failure.into_inner().map_or(Ok(()), Err)
+    if let Some(error) = failure.into_inner() {
+        return Err(error);
+    }
+    // the parts of a large file end in any order: only now is it complete
+    files.iter().filter(|file| file.size > LEAF_BYTES).try_for_each(|target| {
+        let file = OpenOptions::new().write(true).open(&target.path);
+        finish_file(&file.map_err(|error| Error::io("open", &target.path, error))?, target, options.owner)
+    })
 }
 
 fn cut(files: &[Target], send: impl Fn(Piece) -> bool) {
@@ -295,7 +302,7 @@ fn write_range(view: &View, target: &Target, from: u64, to: u64, owner: Option<O
     if let Some(error) = failed {
         return Err(fail(error));
     }
-    if to == target.size {
+    if target.size <= LEAF_BYTES {
         finish_file(&file, target, owner)?;
     }
     Ok(())

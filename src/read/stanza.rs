@@ -17,7 +17,7 @@ use super::wal;
 use crate::error::Result;
 use crate::format::SLOT;
 use crate::format::chunk::ChunkRef;
-use crate::postgres::{BackupKind, Label};
+use crate::postgres::{BackupKind, Label, WalName};
 use crate::store::Listed;
 
 /// How long a listing of backups or WAL is believed.
@@ -67,6 +67,7 @@ struct Labels {
 #[derive(Debug, Default)]
 struct Archived {
     listed: Option<Instant>,
+    segment_size: u64,
     present: Vec<usize>,
     files: Vec<(String, Listed)>,
     numbers: HashMap<String, usize>,
@@ -158,6 +159,7 @@ impl StanzaTree {
                 present.push(number);
             })?;
             archive.present = present;
+            archive.segment_size = info.current()?.wal_segment_size;
             archive.listed = Some(Instant::now());
             Ok(())
         };
@@ -181,6 +183,24 @@ impl StanzaTree {
             }
         };
         Ok((number, object, chunks))
+    }
+
+    /// An archived file and its length: known without a request where all files of its kind have the same.
+    fn archived_size(&self, node: NodeId) -> io::Result<(Listed, u64)> {
+        let known = {
+            let archive = self.archive.lock();
+            let file = archive.files.get((node.0 - WAL_FIRST) as usize);
+            let (name, object) = file.ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))?;
+            let whole = matches!(WalName::parse(name), Ok(WalName::Segment(_) | WalName::Partial(_)));
+            whole.then(|| (object.clone(), archive.segment_size))
+        };
+        match known {
+            Some(known) => Ok(known),
+            None => {
+                let (_, object, chunks) = self.archived(node)?;
+                Ok((object, chunks.iter().map(|chunk| u64::from(chunk.plain_len)).sum()))
+            }
+        }
     }
 
     fn link_target(&self, kind: Option<BackupKind>) -> io::Result<Option<String>> {
@@ -278,8 +298,7 @@ impl Tree for StanzaTree {
             ROOT | BACKUPS | WAL | HIDDEN => self.attributes_of(Kind::Directory, 0o755, 0, true),
             STATUS => self.attributes_of(Kind::File, 0o444, self.status().len() as u64, true),
             node if node.0 >= WAL_FIRST => {
-                let (_, object, chunks) = self.archived(node)?;
-                let size = chunks.iter().map(|chunk| u64::from(chunk.plain_len)).sum();
+                let (object, size) = self.archived_size(node)?;
                 let mut attributes = self.attributes_of(Kind::File, 0o400, size, false);
                 attributes.mtime += Duration::from_secs(object.modified.max(0) as u64);
                 attributes

@@ -9,19 +9,16 @@ use bytes::Bytes;
 use lru::LruCache;
 use parking_lot::Mutex;
 
+use super::builder::Builder;
 use super::fetch::Fetcher;
 use super::{pgmanifest, recovery, wal};
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkId, ChunkRef, PackId};
-use crate::format::manifest::{Description, Entry, Node as Stored, Place, path_cmp};
+use crate::format::manifest::Description;
 use crate::format::map::{Extent, Leaf, decode_index};
 use crate::format::{INDEX_BYTES, LEAF_BYTES, SLOT};
+use crate::repo::wal::check_first_bytes;
 
-/// Chunks of small files are fetched with their neighbours in an aligned window of this many stored bytes: a starting
-/// server reads dozens of them.
-const SMALL_WINDOW: u32 = 2 * 1024 * 1024;
-/// The same for leaves of file maps.
-const MAP_WINDOW: u32 = 512 * 1024;
 /// Bytes of decoded leaves kept in memory.
 const LEAF_MEMORY: usize = 16 * 1024 * 1024;
 
@@ -69,8 +66,8 @@ pub struct Node {
     pub mtime: i64,
     /// what it holds
     pub content: Content,
-    first_child: u32,
-    child_count: u32,
+    pub(super) first_child: u32,
+    pub(super) child_count: u32,
 }
 
 /// What a node holds. Chunks are named by their number in the view.
@@ -132,16 +129,18 @@ pub struct FileStat {
 /// An extent in a view's own terms.
 #[derive(Clone, Copy, Debug)]
 pub struct Piece {
-    chunk: u32,
-    offset: u32,
-    len: u32,
+    pub(super) chunk: u32,
+    pub(super) offset: u32,
+    pub(super) len: u32,
 }
 
+/// Chunks of one pack that are fetched together with their neighbours.
 #[derive(Debug)]
-struct Window {
-    bytes: u32,
+pub(super) struct Window {
+    /// stored bytes of one aligned window
+    pub(super) bytes: u32,
     /// chunk numbers by offset
-    chunks: Vec<u32>,
+    pub(super) chunks: Vec<u32>,
 }
 
 /// What a walk calls with path and number of each node.
@@ -404,6 +403,10 @@ impl View {
         }
         let chunks = wal::open(&self.fetcher, key, stored)?;
         wal::check_cover(key, &chunks, size)?;
+        if let Some(first) = chunks.first() {
+            let name = String::from_utf8_lossy(&self.node(node)?.name).into_owned();
+            check_first_bytes(&self.description.database, &name, &self.fetcher.chunk(first)?)?;
+        }
         let chunks = Arc::new(chunks);
         self.archived.lock().insert(node, chunks.clone());
         Ok(chunks)
@@ -484,178 +487,6 @@ fn clip(mut at: u64, extents: impl IntoIterator<Item = Extent>, from: u64, to: u
         }
         at += u64::from(extent.len);
     }
-}
-
-/// Collects nodes by path, then makes a tree of them.
-#[derive(Debug, Default)]
-pub struct Builder {
-    entries: Vec<(Box<[u8]>, Node)>,
-    chunks: Vec<ChunkRef>,
-    numbers: HashMap<(PackId, u32), u32>,
-    small: Vec<u32>,
-    maps: Vec<u32>,
-}
-
-impl Builder {
-    /// Adds an entry of the manifest.
-    pub fn stored(&mut self, entry: Entry) {
-        let content = match entry.node {
-            Stored::Directory => Content::Directory,
-            Stored::Symlink(target) => Content::Link(target.into()),
-            Stored::File(file) => {
-                let stat = FileStat { size: file.size, crc: file.crc };
-                match file.place {
-                    Place::Inline { extents, .. } => {
-                        Content::Inline { stat, extents: extents.iter().map(|extent| self.piece(extent)).collect() }
-                    }
-                    Place::Leaves(leaves) => {
-                        let maps = leaves.iter().map(|leaf| self.map(leaf.map)).collect();
-                        Content::Mapped { stat, maps, index: false }
-                    }
-                    Place::Index(chunks) => {
-                        let maps = chunks.into_iter().map(|chunk| self.map(chunk)).collect();
-                        Content::Mapped { stat, maps, index: true }
-                    }
-                }
-            }
-        };
-        self.add(&recovery::view_path(&entry.path), entry.mode, entry.mtime, content);
-    }
-
-    /// Adds a node, or replaces the one at that path.
-    pub fn add(&mut self, path: &[u8], mode: u32, mtime: i64, content: Content) {
-        let node = Node { name: [].into(), mode, mtime, content, first_child: 0, child_count: 0 };
-        self.entries.push((path.into(), node));
-    }
-
-    /// The node at a path, if it was added.
-    pub fn get(&self, path: &[u8]) -> Option<&Node> {
-        self.entries.iter().find(|(at, _)| **at == *path).map(|(_, node)| node)
-    }
-
-    /// The bytes of a stored file: what `fetcher` must read to know its content.
-    pub fn spans(&self, path: &[u8]) -> Option<(u64, Vec<Extent>)> {
-        match &self.get(path)?.content {
-            Content::Inline { stat, extents } => {
-                let extent = |piece: &Piece| Extent {
-                    len: piece.len,
-                    chunk: self.chunks[piece.chunk as usize],
-                    offset: piece.offset,
-                };
-                Some((stat.size, extents.iter().map(extent).collect()))
-            }
-            _ => None,
-        }
-    }
-
-    fn piece(&mut self, extent: &Extent) -> Piece {
-        let known = self.chunks.len();
-        let chunk = self.number(extent.chunk);
-        if self.chunks.len() > known {
-            self.small.push(chunk);
-        }
-        Piece { chunk, offset: extent.offset, len: extent.len }
-    }
-
-    fn map(&mut self, chunk: ChunkRef) -> u32 {
-        let number = self.number(chunk);
-        self.maps.push(number);
-        number
-    }
-
-    fn number(&mut self, chunk: ChunkRef) -> u32 {
-        let next = self.chunks.len() as u32;
-        let number = *self.numbers.entry((chunk.pack, chunk.offset)).or_insert(next);
-        if number == next {
-            self.chunks.push(chunk);
-        }
-        number
-    }
-
-    fn windows(&mut self) -> HashMap<PackId, Window> {
-        let mut windows = HashMap::new();
-        for (bytes, numbers) in [(SMALL_WINDOW, &self.small), (MAP_WINDOW, &self.maps)] {
-            for number in numbers {
-                let pack = self.chunks[*number as usize].pack;
-                windows.entry(pack).or_insert_with(|| Window { bytes, chunks: Vec::new() }).chunks.push(*number);
-            }
-        }
-        for window in windows.values_mut() {
-            window.chunks.sort_unstable_by_key(|number| self.chunks[*number as usize].offset);
-            window.chunks.dedup();
-        }
-        windows
-    }
-
-    /// Sorts by path, keeps the last one added at each, and links children to their directories.
-    fn tree(&mut self) -> Result<(Vec<Node>, Vec<NodeIndex>)> {
-        let mut entries = std::mem::take(&mut self.entries);
-        entries.sort_by(|a, b| path_cmp(&a.0, &b.0));
-        entries.dedup_by(|later, kept| {
-            let same = later.0 == kept.0;
-            if same {
-                std::mem::swap(&mut later.1, &mut kept.1);
-            }
-            same
-        });
-        if entries.first().is_none_or(|(path, node)| !path.is_empty() || !matches!(node.content, Content::Directory)) {
-            return Err(Error::new("the backup has no data directory"));
-        }
-        let mut parents = Vec::with_capacity(entries.len());
-        let mut open: Vec<(usize, NodeIndex)> = vec![(0, 0)];
-        let mut nodes = Vec::with_capacity(entries.len());
-        let mut previous: Box<[u8]> = [].into();
-        for (number, (path, mut node)) in entries.into_iter().enumerate() {
-            let name_at = path.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
-            node.name = path[name_at..].into();
-            let parent = if number == 0 { 0 } else { parent_of(&mut open, &previous, &path, name_at)? };
-            if matches!(node.content, Content::Directory) {
-                open.push((path.len(), number as u32));
-            }
-            parents.push(parent);
-            previous = path;
-            nodes.push(node);
-        }
-        let children = link(&mut nodes, &parents);
-        Ok((nodes, children))
-    }
-}
-
-/// The directory a path lies in: on the stack of directories that are open at this point of the walk.
-fn parent_of(open: &mut Vec<(usize, NodeIndex)>, previous: &[u8], path: &[u8], name_at: usize) -> Result<NodeIndex> {
-    let shared = previous.iter().zip(path).take_while(|(a, b)| a == b).count();
-    let directory_len = name_at.saturating_sub(1);
-    while let Some((len, node)) = open.last().copied() {
-        let encloses = len == 0 || (len <= shared && path.get(len) == Some(&b'/'));
-        if encloses && len == directory_len {
-            return Ok(node);
-        }
-        if len <= directory_len && encloses {
-            break;
-        }
-        open.pop();
-    }
-    Err(Error::new(format!("the backup has \"{}\", but not its directory", path.escape_ascii())))
-}
-
-/// Groups the children by parent, keeping their order.
-fn link(nodes: &mut [Node], parents: &[NodeIndex]) -> Vec<NodeIndex> {
-    for parent in &parents[1..] {
-        nodes[*parent as usize].child_count += 1;
-    }
-    let mut next = 0;
-    for node in nodes.iter_mut() {
-        node.first_child = next;
-        next += node.child_count;
-    }
-    let mut fill: Vec<u32> = nodes.iter().map(|node| node.first_child).collect();
-    let mut children = vec![0; next as usize];
-    for (number, parent) in parents.iter().enumerate().skip(1) {
-        let at = &mut fill[*parent as usize];
-        children[*at as usize] = number as u32;
-        *at += 1;
-    }
-    children
 }
 
 /// Reads a whole small file through its view.

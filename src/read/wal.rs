@@ -8,8 +8,11 @@ use super::fetch::Fetcher;
 use crate::error::{Context, Error, Result};
 use crate::format::FormatError;
 use crate::format::chunk::ChunkRef;
+use crate::format::manifest::Database;
 use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer};
+use crate::postgres::WalName;
 use crate::repo::Repository;
+use crate::repo::wal::check_first_bytes;
 
 /// An archived object up to this size is fetched whole: its footer alone would cost as many requests.
 const WHOLE_BYTES: u64 = 4 * 1024 * 1024;
@@ -21,7 +24,7 @@ pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
         let bytes = store.get(key)?;
         fetcher.count(bytes.len() as u64);
         let pack = Pack::parse(key, &bytes)?;
-        check_header(key, pack.header)?;
+        pack.header.expect(key, PackKind::Wal)?;
         fetcher.locate(pack.header.id, key);
         for chunk in &pack.chunks {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
@@ -34,22 +37,11 @@ pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
         store.get_range(key, offset, len)
     };
     let header = Header::parse(key, &get(0, HEADER_LEN as u64)?)?;
-    check_header(key, header)?;
+    header.expect(key, PackKind::Wal)?;
     let trailer = Trailer::parse(key, size, &get(size - TRAILER_LEN as u64, TRAILER_LEN as u64)?)?;
     let footer = get(trailer.footer_offset, u64::from(trailer.footer_len))?;
     fetcher.locate(header.id, key);
     Ok(trailer.footer(key, header.id, &footer)?)
-}
-
-/// Fails unless the object is the one its key names: a pack of WAL, and of this content.
-fn check_header(key: &str, header: Header) -> Result<()> {
-    if header.kind != PackKind::Wal {
-        return Err(FormatError::new(key, 10, format!("a pack of kind {:?} in the archive", header.kind)).into());
-    }
-    match key.ends_with(".history") || key.ends_with(&format!("-{}", header.id)) {
-        true => Ok(()),
-        false => Err(FormatError::new(key, 16, format!("it is another file, of content {}", header.id)).into()),
-    }
 }
 
 /// Why `archive-get` delivered nothing. The difference decides whether PostgreSQL ends recovery or stops.
@@ -63,25 +55,27 @@ pub enum GetError {
 
 /// Writes an archived file to `target`, which appears whole or not at all.
 pub fn get(repository: &Repository, name: &str, target: &Path) -> std::result::Result<(), GetError> {
-    let key = find(repository, name).map_err(GetError::Failed)?.ok_or(GetError::NotThere)?;
-    deliver(repository, &key, target).map_err(GetError::Failed)
+    let parsed = WalName::parse(name).context(|| format!("{name} is not a file of the archive"));
+    parsed.map_err(GetError::Failed)?;
+    let info = repository.archive_info().map_err(GetError::Failed)?;
+    let database = info.current().map_err(GetError::Failed)?;
+    let found = repository.archive(database).find(name).map_err(GetError::Failed)?;
+    let key = found.ok_or(GetError::NotThere)?.key;
+    deliver(repository, database, name, &key, target).map_err(GetError::Failed)
 }
 
-fn find(repository: &Repository, name: &str) -> Result<Option<String>> {
-    crate::postgres::WalName::parse(name).context(|| format!("{name} is not a file of the archive"))?;
-    let info = repository.archive_info()?;
-    let archive = repository.archive(info.current()?);
-    Ok(archive.find(name)?.map(|object| object.key))
-}
-
-fn deliver(repository: &Repository, key: &str, target: &Path) -> Result<()> {
+fn deliver(repository: &Repository, database: &Database, name: &str, key: &str, target: &Path) -> Result<()> {
     let temporary = target.with_extension("pgcairn-tmp");
     let write = || -> Result<()> {
         let file = File::create(&temporary).map_err(|error| Error::io("create", &temporary, error))?;
         let mut out = std::io::BufWriter::with_capacity(1 << 20, file);
-        let header = repository
-            .read_pack(key, |plain| out.write_all(plain).map_err(|error| Error::io("write", &temporary, error)))?;
-        check_header(key, header)?;
+        let mut is_first = true;
+        repository.read_pack(key, PackKind::Wal, |plain| {
+            if std::mem::take(&mut is_first) {
+                check_first_bytes(database, name, plain)?;
+            }
+            out.write_all(plain).map_err(|error| Error::io("write", &temporary, error))
+        })?;
         let file = out.into_inner().map_err(|error| Error::io("write", &temporary, error.into_error()))?;
         file.sync_all().map_err(|error| Error::io("sync", &temporary, error))?;
         std::fs::rename(&temporary, target).map_err(|error| Error::io("rename to", target, error))

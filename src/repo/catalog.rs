@@ -7,6 +7,7 @@ use super::{Repository, keys};
 use crate::error::{Error, Result};
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, Info, Latest, decode, encode};
 use crate::format::manifest::{Database, Description, Entry as FileEntry, ManifestReader};
+use crate::format::pack::PackKind;
 use crate::postgres::BackupKind;
 use crate::store::{Body, ErrorKind, Store};
 
@@ -77,7 +78,7 @@ impl Repository {
     pub fn manifest(&self, label: &str, mut each: impl FnMut(FileEntry)) -> Result<Description> {
         let key = keys::manifest(&self.stanza, label);
         let mut reader = ManifestReader::new(&key);
-        self.read_pack(&key, |plain| Ok(reader.chunk(plain, &mut each)?))?;
+        self.read_pack(&key, PackKind::Manifest, |plain| Ok(reader.chunk(plain, &mut each)?))?;
         let description = reader.finish()?;
         match description.label == label {
             true => Ok(description),
@@ -152,6 +153,10 @@ impl Repository {
     fn unknown_stanza(&self) -> Error {
         let error = Error::new(format!("stanza {} does not exist in {}", self.stanza, self.store.url()));
         match stanzas(&self.store) {
+            Ok(names) if names.contains(&self.stanza) => error.hint(format!(
+                "its archive.info and the copy of it are gone, other objects are there: put back {}",
+                keys::archive_info(&self.stanza)
+            )),
             Ok(names) if !names.is_empty() => error.hint(format!("stanzas there: {}", names.join(", "))),
             _ => error.hint("create it with \"pgcairn stanza-create\", or check --repo"),
         }

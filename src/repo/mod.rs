@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::format::chunk::{Decoder, HashKeys};
-use crate::format::pack::{Header, Pack};
+use crate::format::pack::{Pack, PackKind};
 use crate::store::Store;
 
 /// One stanza in one store.
@@ -29,16 +29,16 @@ impl Repository {
         Ok(Self { store, stanza: stanza.to_owned(), keys: HashKeys::new(b"") })
     }
 
-    /// Fetches one object that is a pack, and calls `each` with the plaintext of its chunks in order.
-    /// Returns its header, which says whether it is the object that was wanted.
-    pub fn read_pack(&self, key: &str, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<Header> {
+    /// Fetches one object that is a pack of `kind`, and calls `each` with the plaintext of its chunks in order.
+    pub fn read_pack(&self, key: &str, kind: PackKind, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let bytes = self.store.get(key)?;
         let pack = Pack::parse(key, &bytes)?;
+        pack.header.expect(key, kind)?;
         let mut decoder = Decoder::new().map_err(|error| Error::new("cannot set up zstd").source(error))?;
         for chunk in &pack.chunks {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
             each(&decoder.decode(&self.keys, key, chunk, stored)?)?;
         }
-        Ok(pack.header)
+        Ok(())
     }
 }

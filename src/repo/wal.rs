@@ -1,9 +1,9 @@
 //! The WAL archive: what is there, under which key.
 
 use super::{Repository, keys};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::format::manifest::Database;
-use crate::postgres::SegmentName;
+use crate::postgres::{Major, SegmentName, SegmentSize, WalIdentity, WalName};
 use crate::store::Listed;
 
 /// The archive of one cluster.
@@ -86,11 +86,11 @@ impl Archive<'_> {
         }
     }
 
-    /// The oldest and newest segment on the newest timeline, for people.
+    /// The first and the last segment by name, for people.
     pub fn range(&self) -> Result<Option<(String, String)>> {
         let segment = |name: &&str| name.len() == 24;
         let mut directories = self.repository.store.names(&self.prefix)?;
-        directories.retain(|name| name.len() == 16);
+        directories.retain(|name| name.len() == 16 && name.bytes().all(|byte| byte.is_ascii_hexdigit()));
         let (Some(first), Some(last)) = (directories.first(), directories.last()) else { return Ok(None) };
         let names = |directory: &str| -> Result<Vec<String>> {
             let mut names = self.repository.store.names(&format!("{}{directory}/", self.prefix))?;
@@ -111,6 +111,27 @@ impl Archive<'_> {
         let name = key.rsplit('/').next()?;
         if name.ends_with(".history") { Some(name) } else { Some(name.rsplit_once('-')?.0) }
     }
+}
+
+/// What every WAL segment of `database` says of itself.
+pub fn wal_identity(database: &Database) -> Result<WalIdentity> {
+    Ok(WalIdentity {
+        major: Major::new(database.version).context(|| "archive.info".into())?,
+        system_identifier: database.system_id,
+        segment_size: SegmentSize::new(database.wal_segment_size).context(|| "archive.info".into())?,
+        page_bytes: database.wal_page_size,
+    })
+}
+
+/// Fails unless `first`, the first bytes of a file archived as `name`, are those of that segment of `database`.
+pub fn check_first_bytes(database: &Database, name: &str, first: &[u8]) -> Result<()> {
+    let (Ok(WalName::Segment(segment)) | Ok(WalName::Partial(segment))) = WalName::parse(name) else { return Ok(()) };
+    let checked = wal_identity(database)?.check_segment(segment, first);
+    checked.map(drop).map_err(|error| {
+        Error::new(format!("the archive holds something else as {name}"))
+            .hint("the object was swapped or overwritten; recovery cannot go past it")
+            .source(error)
+    })
 }
 
 fn twice(name: &str) -> Error {

@@ -62,7 +62,7 @@ impl StoreError {
     pub fn hint(&self) -> Option<&'static str> {
         match self.kind {
             ErrorKind::NotFound => None,
-            ErrorKind::Truncated => Some("the object is damaged; run \"pgcairn verify\""),
+            ErrorKind::Truncated => Some("the object is damaged; other backups may be whole"),
             ErrorKind::Denied => Some("check the credentials and the permissions of the repository"),
             ErrorKind::NoSpace => Some("free space in the repository, then run the command again"),
             ErrorKind::Transient => Some("check that the repository can be reached, then run the command again"),

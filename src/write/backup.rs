@@ -11,7 +11,6 @@ use super::copy::copy;
 use super::cut::{Cut, Cutting, Lanes, Pages, Worker};
 use super::dedup::Dedup;
 use super::packer::{PACK_BYTES, Uploads};
-use super::push::wal_identity;
 use super::scan::{Scan, Scanned, ScannedKind, scan};
 use super::server::{Archiving, Server, Stopped};
 use crate::error::{Context, Error, Result};
@@ -19,6 +18,7 @@ use crate::format::manifest::{Database, Description, Sizes, Tablespace};
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
 use crate::postgres::{BackupKind, Label, Layout, Lsn, SegmentName, SegmentSize, Timeline};
 use crate::progress::Monitor;
+use crate::repo::wal::wal_identity;
 use crate::repo::{Repository, keys};
 use crate::store::Body;
 
@@ -69,6 +69,7 @@ struct Copied {
     assembler: Assembler,
     stopped: Stopped,
     segments: Vec<SegmentName>,
+    stop_time: i64,
     tablespaces: Vec<Tablespace>,
     stored_new: u64,
 }
@@ -86,7 +87,7 @@ pub fn backup(repository: &Repository, options: &BackupOptions, monitor: &dyn Mo
         return Err(Error::new(format!("{} pages of {} fail their checksum", file.blocks.len(), file.file))
             .hint("run pg_checksums or pg_amcheck on the server; without --page-errors=fail the backup is kept"));
     }
-    let description = describe(&server, started, &copied, totals)?;
+    let description = describe(&mut server, started, &copied, totals)?;
     commit(repository, copied.assembler, &description)?;
     Ok(description)
 }
@@ -120,6 +121,7 @@ fn copy_all(
     copy_control(&mut last, &control, started, &mut assembler)?;
     monitor.stage("stopping", 0);
     let stopped = server.stop_backup()?;
+    let stop_time = now_s();
     let segments = wal_needed(started, &stopped)?;
     let wal = match started.wal_stored {
         true => read_wal(&mut last, started, &segments)?,
@@ -135,10 +137,10 @@ fn copy_all(
     cutting.lanes.flush(&uploads)?;
     drop(cutting);
     let stored_new = uploads.finish()?;
-    Ok(Copied { assembler, stopped, segments, tablespaces, stored_new })
+    Ok(Copied { assembler, stopped, stop_time, segments, tablespaces, stored_new })
 }
 
-fn describe(server: &Server, started: Started, copied: &Copied, totals: Totals) -> Result<Description> {
+fn describe(server: &mut Server, started: Started, copied: &Copied, totals: Totals) -> Result<Description> {
     let (owner, group) = owner(&server.data_directory)?;
     let Stopped { lsn: stop_lsn, backup_label, tablespace_map } = copied.stopped.clone();
     let stored = copied.stored_new;
@@ -148,7 +150,7 @@ fn describe(server: &Server, started: Started, copied: &Copied, totals: Totals) 
         prior: None,
         pgcairn: env!("CARGO_PKG_VERSION").into(),
         start_time: started.start_time,
-        stop_time: now_s(),
+        stop_time: copied.stop_time,
         start_lsn: started.start_lsn.to_string(),
         stop_lsn: stop_lsn.to_string(),
         timeline: started.timeline.0,
@@ -159,6 +161,7 @@ fn describe(server: &Server, started: Started, copied: &Copied, totals: Totals) 
         data_directory: server.data_directory.display().to_string(),
         owner,
         group,
+        superuser: Some(server.bootstrap_superuser()?),
         backup_label,
         tablespace_map,
         tablespaces: copied.tablespaces.clone(),
@@ -176,7 +179,12 @@ fn describe(server: &Server, started: Started, copied: &Copied, totals: Totals) 
 /// Packs are durable; the manifest makes the backup, the catalog makes it known.
 fn commit(repository: &Repository, assembler: Assembler, description: &Description) -> Result<()> {
     let manifest = Bytes::from(assembler.finish(description)?);
-    repository.store.put(&keys::manifest(&repository.stanza, &description.label), Body::Bytes(manifest))?;
+    let key = keys::manifest(&repository.stanza, &description.label);
+    if repository.store.size(&key)?.is_some() {
+        return Err(Error::new(format!("backup {} exists already; another backup took its label", description.label))
+            .hint("run the backup again"));
+    }
+    repository.store.put(&key, Body::Bytes(manifest))?;
     repository.enter(description)
 }
 

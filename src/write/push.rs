@@ -9,8 +9,9 @@ use crate::format::SLOT;
 use crate::format::chunk::{Digest, Encoder, PackId};
 use crate::format::manifest::Database;
 use crate::format::pack::{PackKind, PackWriter};
-use crate::postgres::{Major, SegmentSize, WalIdentity, WalName};
+use crate::postgres::WalName;
 use crate::repo::Repository;
+use crate::repo::wal::wal_identity;
 use crate::store::Body;
 
 /// What a push did.
@@ -74,8 +75,7 @@ fn check(kind: WalName, name: &str, bytes: &[u8], database: &Database) -> Result
             database.wal_segment_size
         )));
     }
-    let identity = wal_identity(database)?;
-    identity.check_segment(segment, bytes).map_err(|error| {
+    wal_identity(database)?.check_segment(segment, bytes).map_err(|error| {
         Error::new(format!("{name} is not WAL of this stanza's cluster"))
             .hint("check --stanza in archive_command; a clone must not archive into its source's stanza")
             .source(error)
@@ -83,20 +83,10 @@ fn check(kind: WalName, name: &str, bytes: &[u8], database: &Database) -> Result
     Ok(())
 }
 
-/// What every WAL segment of `database` says of itself.
-pub fn wal_identity(database: &Database) -> Result<WalIdentity> {
-    Ok(WalIdentity {
-        major: Major::new(database.version).context(|| "archive.info".into())?,
-        system_identifier: database.system_id,
-        segment_size: SegmentSize::new(database.wal_segment_size).context(|| "archive.info".into())?,
-        page_bytes: database.wal_page_size,
-    })
-}
-
 fn compare(repository: &Repository, name: &str, key: &str, content: PackId, bytes: &[u8]) -> Result<Pushed> {
     let same = if name.ends_with(".history") {
         let mut there = Vec::new();
-        repository.read_pack(key, |plain| {
+        repository.read_pack(key, PackKind::Wal, |plain| {
             there.extend_from_slice(plain);
             Ok(())
         })?;

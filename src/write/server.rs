@@ -9,6 +9,8 @@ use crate::postgres::{Lsn, Major, Timeline};
 
 /// Name of the temporary replication slot of backups without an archive.
 const SLOT_NAME: &str = "pgcairn_backup";
+/// What a session that takes a backup calls itself.
+const BACKUP_NAME: &str = "pgcairn backup";
 /// Key of the advisory lock that keeps two backups of one server apart.
 const LOCK_KEY: i64 = 0x7067_6361_6972_6e01;
 
@@ -82,11 +84,23 @@ impl Server {
     }
 
     /// Takes the lock that keeps two backups of one server apart; it ends with the session.
+    ///
+    /// Advisory locks are per database, so the session's name says it too: each backup first names itself, then looks for
+    /// another, so that of two that begin at the same moment at least one sees the other.
     pub fn lock(&mut self) -> Result<()> {
-        match self.value(&format!("SELECT pg_try_advisory_lock({LOCK_KEY})"))?.as_str() {
-            "t" => Ok(()),
+        self.value(&format!("SELECT set_config('application_name', '{BACKUP_NAME}', false)"))?;
+        let others = self.value(&format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = '{BACKUP_NAME}' AND pid <> pg_backend_pid()"
+        ))?;
+        match (self.value(&format!("SELECT pg_try_advisory_lock({LOCK_KEY})"))?.as_str(), others.as_str()) {
+            ("t", "0") => Ok(()),
             _ => Err(Error::new("another backup of this server is running").hint("wait until it has ended")),
         }
+    }
+
+    /// Name of the role that initdb made.
+    pub fn bootstrap_superuser(&mut self) -> Result<String> {
+        self.value("SELECT rolname FROM pg_roles WHERE oid = 10")
     }
 
     /// Creates the temporary slot that keeps WAL from now on until the session ends.

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -35,6 +36,8 @@ pub(super) fn open(directory: &Path, identity: &str, boot: &str) -> Result<Scrat
         move |source: io::Error| Error::Io { action, path, source }
     };
     fs::create_dir_all(directory).map_err(at("create", directory))?;
+    // it holds pages of a database, and the files in it are read by nobody but us
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o700)).map_err(at("set the mode of", directory))?;
     let directory = &directory.canonicalize().map_err(at("open", directory))?;
     refuse_others(directory)?;
     let lock = lock(directory)?;

@@ -129,7 +129,7 @@ fn images(shell: &Shell, to: &mut dyn Write, bytes: usize) -> io::Result<()> {
 }
 
 fn stop_if_asked(shell: &Shell, row: u64) -> io::Result<()> {
-    match row % 64 == 0 && shell.interrupted() {
+    match row.is_multiple_of(64) && shell.interrupted() {
         true => Err(io::ErrorKind::Interrupted.into()),
         false => Ok(()),
     }

@@ -4,6 +4,8 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
@@ -158,10 +160,10 @@ impl Home {
     fn clean_up(&self) -> Result<()> {
         // a mount that was being made while its maker was killed shows up only now: hence again
         for _ in 0..3 {
-            end_all(|| self.processes().into_iter().filter(|process| !process.mounts).collect());
+            end_all(|| processes(&self.root).into_iter().filter(|process| !process.mounts).collect());
             self.unmount_all()?;
-            end_all(|| self.processes());
-            if self.mounts()?.is_empty() && self.processes().is_empty() {
+            end_all(|| processes(&self.root));
+            if self.mounts()?.is_empty() && processes(&self.root).is_empty() {
                 break;
             }
         }
@@ -174,6 +176,17 @@ impl Home {
         }
         fs::remove_dir_all(&self.root).map_err(|error| Error::io("remove", &self.root, error))?;
         forgotten
+    }
+
+    /// Ends servers and commands as soon as the demo is asked to end, so that a query being waited for ends too.
+    pub(super) fn end_when(&self, interrupted: Arc<AtomicBool>) {
+        let root = self.root.clone();
+        std::thread::spawn(move || {
+            while !interrupted.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            end_all(|| processes(&root).into_iter().filter(|process| !process.mounts).collect());
+        });
     }
 
     fn unmount_all(&self) -> Result<()> {
@@ -221,31 +234,6 @@ impl Home {
             _ = fs::remove_dir(&logs);
         }
     }
-
-    /// The processes that live here: servers work in a data directory, everything of ours runs the copy of this program.
-    fn processes(&self) -> Vec<Process> {
-        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        ids.filter(|&id| id != std::process::id() as i32).filter_map(|id| self.process(id)).collect()
-    }
-
-    fn process(&self, id: i32) -> Option<Process> {
-        let link = |name: &str| fs::read_link(format!("/proc/{id}/{name}")).unwrap_or_default();
-        let program = link("exe");
-        let arguments = fs::read(format!("/proc/{id}/cmdline")).ok()?;
-        let arguments: Vec<_> = arguments.split(|&byte| byte == 0).map(String::from_utf8_lossy).collect();
-        let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let is_server = ["postgres", "pg_ctl", "initdb"].contains(&name.as_str());
-        let root = self.root.to_string_lossy();
-        let names_us = || arguments.iter().any(|argument| argument.contains(root.as_ref()));
-        let ours =
-            program.starts_with(&self.root) || (is_server && (link("cwd").starts_with(&self.root) || names_us()));
-        ours.then(|| Process {
-            id,
-            is_server,
-            mounts: !is_server && arguments.iter().any(|argument| argument == "mount"),
-        })
-    }
 }
 
 impl Drop for Home {
@@ -254,6 +242,26 @@ impl Drop for Home {
             _ = self.clean_up();
         }
     }
+}
+
+/// The processes that live in the demo's directory: servers work in a data directory, everything of ours runs the copy of
+/// this program.
+fn processes(root: &Path) -> Vec<Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    ids.filter(|&id| id != std::process::id() as i32).filter_map(|id| process(root, id)).collect()
+}
+
+fn process(root: &Path, id: i32) -> Option<Process> {
+    let link = |name: &str| fs::read_link(format!("/proc/{id}/{name}")).unwrap_or_default();
+    let program = link("exe");
+    let arguments = fs::read(format!("/proc/{id}/cmdline")).ok()?;
+    let arguments: Vec<_> = arguments.split(|&byte| byte == 0).map(String::from_utf8_lossy).collect();
+    let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let is_server = ["postgres", "pg_ctl", "initdb"].contains(&name.as_str());
+    let names_us = || arguments.iter().any(|argument| argument.contains(root.to_string_lossy().as_ref()));
+    let ours = program.starts_with(root) || (is_server && (link("cwd").starts_with(root) || names_us()));
+    ours.then(|| Process { id, is_server, mounts: !is_server && arguments.iter().any(|argument| argument == "mount") })
 }
 
 /// A process of the demo.
@@ -299,7 +307,7 @@ fn logs() -> Option<PathBuf> {
 fn require_space(base: &Path, size_mb: u32) -> Result<()> {
     let needed = (u64::from(size_mb) * 4 + 600) << 20;
     let Ok(of) = nix::sys::statvfs::statvfs(base) else { return Ok(()) };
-    let free = of.blocks_available() as u64 * of.fragment_size() as u64;
+    let free = of.blocks_available() * of.fragment_size();
     if free >= needed {
         return Ok(());
     }

@@ -8,6 +8,7 @@ mod steps;
 mod table;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 
@@ -23,7 +24,7 @@ use shell::Shell;
 /// Makes a PostgreSQL cluster with some data in a temporary directory, runs each verb on it, checks what comes out and
 /// prints what it costs. Everything is removed at the end, also after Ctrl-C; no other cluster is touched.
 #[derive(Debug, Args)]
-pub struct Demo {
+pub(super) struct Demo {
     /// Megabytes of data in the cluster
     #[arg(long, value_name = "MB", default_value_t = 300, value_parser = clap::value_parser!(u32).range(20..))]
     size: u32,
@@ -44,6 +45,9 @@ impl Demo {
         // a repository from the environment or from /etc holds somebody's real backups: only one that was typed is meant
         let given = repository_is_typed().then_some(common);
         let home = Home::create(self.size, user.as_ref(), given)?;
+        if !self.keep {
+            home.end_when(Arc::clone(&interrupted));
+        }
         let mut shell = Shell::new(&home, &programs, user, interrupted, given);
         let result = steps::all(&mut shell, &home, &programs, self.size);
         if self.keep {

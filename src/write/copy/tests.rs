@@ -12,6 +12,7 @@ use super::*;
 use crate::format::chunk::ChunkId;
 use crate::format::manifest::{Entry, File, ManifestReader, Node, Place};
 use crate::format::map::{Extent, Leaf, decode_changes, decode_index};
+use crate::format::pack::PackKind;
 use crate::format::{GRAIN, SLOT};
 use crate::postgres::{Layout, Major};
 use crate::progress::Silent;
@@ -61,7 +62,9 @@ fn copy_directory(repository: &Repository, root: &Path) -> Result<()> {
 /// Reads every file of the manifest by the format's own rules, not through the view.
 fn read_back(repository: &Repository) -> BTreeMap<Vec<u8>, (Vec<u8>, u32)> {
     let (mut entries, mut reader) = (Vec::<Entry>::new(), ManifestReader::new(MANIFEST));
-    repository.read_pack(MANIFEST, |plain| Ok(reader.chunk(plain, |entry| entries.push(entry))?)).unwrap();
+    repository
+        .read_pack(MANIFEST, PackKind::Manifest, |plain| Ok(reader.chunk(plain, |entry| entries.push(entry))?))
+        .unwrap();
     let mut chunks = Chunks { repository, known: BTreeMap::new() };
     let files = entries.into_iter().filter_map(|entry| match entry.node {
         Node::File(file) => Some((entry.path, (chunks.file(&file), file.crc))),
@@ -191,7 +194,7 @@ fn files_of_several_leaves_and_of_an_index_come_back() {
     let mut indexed = false;
     let mut reader = ManifestReader::new(MANIFEST);
     repository
-        .read_pack(MANIFEST, |plain| {
+        .read_pack(MANIFEST, PackKind::Manifest, |plain| {
             Ok(reader.chunk(plain, |entry| {
                 indexed |= matches!(&entry.node, Node::File(File { place: Place::Index(_), .. }));
             })?)
