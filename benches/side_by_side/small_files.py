@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 
 from .cluster import Cluster
 from .tools import Mount, Pgcairn, memory_peak_mb
@@ -35,6 +36,7 @@ def memory_disk(bench):
     path.mkdir(exist_ok=True)
     if not os.path.ismount(path):
         bench.run("mount", "-t", "tmpfs", "-o", "size=4g,mode=755", "tmpfs", path, user="root")
+        shutil.chown(path, "postgres", "postgres")
     bench.undo.callback(lambda: bench.run("umount", path, user="root"))
     return path.name
 

@@ -62,7 +62,7 @@ class Pgcairn:
         return said[0]["backup"][-1]["info"]["repository"]["size"]
 
     def ensure(self):
-        if not (self.repo / "backup" / STANZA).exists():
+        if not list((self.repo / "backup" / STANZA).glob("*F")):
             self.backup()
 
     def restore(self, path):
