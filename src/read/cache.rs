@@ -5,6 +5,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,8 +19,10 @@ use crate::error::{Error, Result};
 use crate::format::GRAIN;
 use crate::format::chunk::{ChunkId, ChunkRef, GrainHash, HashKeys};
 
-/// Open cache files kept at hand.
-const OPEN_FILES: std::num::NonZeroUsize = std::num::NonZeroUsize::new(512).expect("not zero");
+/// Open cache files kept at hand where a process may open that many: opening one costs more than reading a page of it.
+const OPEN_FILES: usize = 8192;
+/// The same where it may not.
+const OPEN_FILES_FEW: usize = 256;
 /// A file is marked as used again when its mark is older than this.
 const MARK_AGE: Duration = Duration::from_secs(600);
 /// A sweep leaves this share of the limit, in percent.
@@ -56,7 +59,7 @@ impl DiskCache {
             limit,
             used: AtomicU64::new(0),
             sweeping: AtomicBool::new(false),
-            open: Mutex::new(LruCache::new(OPEN_FILES)),
+            open: Mutex::new(LruCache::new(open_files())),
             temporary: AtomicU64::new(0),
         });
         cache.start_sweep();
@@ -215,6 +218,14 @@ impl Cached {
         let expected = &self.grains[from / GRAIN..];
         bytes.chunks(GRAIN).zip(expected).all(|(grain, hash)| keys.grain(grain) == *hash)
     }
+}
+
+/// How many cache files to keep open: a mount raises its limit to the hard one.
+fn open_files() -> NonZeroUsize {
+    let limits = fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
+    let hard = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<usize>().ok()).unwrap_or(0);
+    NonZeroUsize::new(if hard >= 4 * OPEN_FILES { OPEN_FILES } else { OPEN_FILES_FEW }).unwrap_or(NonZeroUsize::MIN)
 }
 
 fn tail_len(plain_len: usize) -> usize {

@@ -1,5 +1,6 @@
 //! Files into slots: read, check page checksums, hash, compress what is new, and note where everything is.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
@@ -9,7 +10,7 @@ use super::dedup::{Dedup, Seen};
 use super::packer::{Lane, Stored, Uploads};
 use super::scan::Scanned;
 use crate::error::{Error, Result};
-use crate::format::chunk::{ChunkRef, Digest, Encoder, HashKeys};
+use crate::format::chunk::{ChunkId, ChunkRef, Digest, Encoder, HashKeys};
 use crate::format::map::{Extent, Leaf, LeafRef, SlotChange, encode_changes};
 use crate::format::pack::PackKind;
 use crate::format::{LEAF_BYTES, SLOT};
@@ -103,11 +104,16 @@ pub struct Worker<'a> {
     stored: Vec<u8>,
 }
 
-/// Small pieces on their way into one chunk.
+/// Small pieces of one batch on their way into chunks.
 #[derive(Default)]
 struct Group {
+    /// the chunk being filled
     plain: Vec<u8>,
     members: Vec<Member>,
+    /// what the batch will store
+    pending: HashSet<ChunkId>,
+    /// pieces equal to one of those; here the offset is the length
+    repeated: Vec<Member>,
 }
 
 /// A piece of a group: which extent it becomes.
@@ -115,7 +121,7 @@ struct Member {
     file: usize,
     extent: usize,
     offset: usize,
-    id: crate::format::chunk::ChunkId,
+    id: ChunkId,
 }
 
 /// A small file being placed: extents still without a chunk are in the current group.
@@ -154,7 +160,8 @@ impl<'a> Worker<'a> {
         while at < end {
             let len = (end - at).min(SLOT as u64) as usize;
             let (digest, slot_crc) = self.read_slot(&source, file, at, len, &mut bad_blocks)?;
-            crc = crc32c::crc32c_combine(crc, slot_crc, len);
+            // a second pass over bytes in the cache is cheaper than combining two sums
+            crc = crc32c::crc32c_append(crc, &self.buffer[..len]);
             leaf.push(&[self.store_slot(&digest, len)?]);
             changes.push(SlotChange { crc: slot_crc, grains: digest.grains });
             at += len as u64;
@@ -200,6 +207,14 @@ impl<'a> Worker<'a> {
         }
         self.close_group(&mut group, &mut chunks)?;
         self.store_small(chunks, &mut placing)?;
+        for piece in group.repeated {
+            let seen = self.cutting.dedup.get(&piece.id);
+            let seen = seen.ok_or_else(|| Error::new("a repeated piece of a small file was forgotten"))?;
+            if let Some(placing) = &mut placing[piece.file] {
+                let extent = Extent { len: piece.offset as u32, chunk: seen.chunk, offset: seen.offset };
+                placing.extents[piece.extent] = Some(extent);
+            }
+        }
         self.place_changes(placing)
     }
 
@@ -216,11 +231,21 @@ impl<'a> Worker<'a> {
         while at < file.size {
             let len = (file.size - at).min(SLOT as u64) as usize;
             let (digest, crc) = self.read_slot(source, file, at, len, &mut placing.bad_blocks)?;
-            placing.crc = crc32c::crc32c_combine(placing.crc, crc, len);
+            placing.crc = crc32c::crc32c_append(placing.crc, &self.buffer[..len]);
             placing.changes.push(SlotChange { crc, grains: digest.grains });
             placing.extents.push(match self.cutting.dedup.get(&digest.id) {
                 Some(seen) => Some(Extent { len: len as u32, chunk: seen.chunk, offset: seen.offset }),
+                None if group.pending.contains(&digest.id) => {
+                    group.repeated.push(Member {
+                        file: number,
+                        extent: placing.extents.len(),
+                        offset: len,
+                        id: digest.id,
+                    });
+                    None
+                }
                 None => {
+                    group.pending.insert(digest.id);
                     if group.plain.len() + len > SLOT {
                         self.close_group(group, chunks)?;
                     }
@@ -239,11 +264,10 @@ impl<'a> Worker<'a> {
         if group.plain.is_empty() {
             return Ok(());
         }
-        let group = std::mem::take(group);
-        let id = self.cutting.keys.digest(&group.plain).id;
-        self.encode(&group.plain)?;
-        let stored = Stored { id, plain_len: group.plain.len(), bytes: self.stored.clone() };
-        chunks.push((stored, group.members));
+        let (plain, members) = (std::mem::take(&mut group.plain), std::mem::take(&mut group.members));
+        let id = self.cutting.keys.digest(&plain).id;
+        self.encode(&plain)?;
+        chunks.push((Stored { id, plain_len: plain.len(), bytes: self.stored.clone() }, members));
         Ok(())
     }
 
