@@ -113,9 +113,9 @@ fn words_that_are_not_understood() {
         fs::write(&file, config).unwrap();
         stanza.run(["--config", text(&file), "info"])
     };
-    with("log-level = \"warn\"\n[stanza.main]\nprocess-max = 3\n").ok();
+    with("log-level = \"warn\"\n[main]\nprocess-max = 3\n").ok();
     misused(with("nonsense = 1\n"), "there is no option nonsense");
-    misused(with("[stanza.main]\nnonsense = 1\n"), "there is no option nonsense");
+    misused(with("[main]\nnonsense = 1\n"), "there is no option nonsense");
     misused(with("repo = [1, 2]\n"), "the value of repo");
     misused(with("repo = \n"), text(&file));
     fs::remove_file(&file).unwrap();
@@ -217,7 +217,7 @@ fn mountpoints_that_cannot_be_used() {
     refused(stanza.run(["umount", text(&absent)]), &[text(&absent)]);
     // somebody works in it
     let inside = fs::File::open(guard.path().join("latest/PG_VERSION")).unwrap();
-    refused(stanza.run(["umount", text(guard.path())]), &[text(guard.path()), "use"]);
+    refused(stanza.run(["umount", text(guard.path())]), &[text(guard.path()), "busy"]);
     drop(inside);
     stanza.run(["umount", text(guard.path())]).ok();
     refused(stanza.run(["umount", text(guard.path())]), &[text(guard.path())]);
@@ -281,9 +281,10 @@ fn directories_that_cannot_be_restored_into() {
     let taken = format!("{oid}={}", full.display());
     refused(stanza.run(["restore", "--tablespace-map", &taken, text(&copy)]), &[text(&full), "not empty"]);
     misused(stanza.run(["restore", "--tablespace-map", "x", text(&copy)]), "16400=/new/place");
-    let inside = format!("{oid}={}", copy.join("inside").display());
-    let output = stanza.run(["restore", "--tablespace-map", &inside, text(&copy)]);
-    assert_eq!(output.code, Some(1), "a tablespace inside the data directory: {output:?}");
+    for place in [copy.join("inside"), copy.clone(), place.path().to_owned()] {
+        let map = format!("{oid}={}", place.display());
+        refused(stanza.run(["restore", "--tablespace-map", &map, text(&copy)]), &[text(&place)]);
+    }
     assert!(!copy.exists());
     assert!(!place.join("tablespaces").exists());
 

@@ -34,7 +34,7 @@ fn watch(child: &mut Child) -> u64 {
 }
 
 fn content(number: u32) -> Vec<u8> {
-    let mut state = u64::from(number) * 0x9E37_79B9_7F4A_7C15 + 1;
+    let mut state = u64::from(number + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     let mut next = || {
         state ^= state << 13;
         state ^= state >> 7;

@@ -59,10 +59,19 @@ pub(super) fn bring_down(place: &Place, clone: &Clone, keep: bool) -> Result<()>
     }
     end_server(place)?;
     let mounted = || pgcairn_mount::mountpoint::mounted_on(&place.mount()).map_err(mount_error);
-    if mounted()?.is_some() {
-        pgcairn_mount::unmount(&place.mount()).map_err(mount_error)?;
-    }
     let started = Instant::now();
+    while mounted()?.is_some() {
+        match pgcairn_mount::unmount(&place.mount()) {
+            // a server removes its lock files before its last process has left the directory
+            Err(pgcairn_mount::Error::Busy { .. }) if started.elapsed() < Duration::from_secs(30) => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => {
+                other.map_err(mount_error)?;
+                break;
+            }
+        }
+    }
     while mounted()?.is_some() || scratch_is_held(place) {
         if started.elapsed() > Duration::from_secs(30) {
             return Err(Error::new(format!("{} is still in use", place.mount().display()))

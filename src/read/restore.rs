@@ -62,6 +62,7 @@ struct Target {
 pub fn restore(view: &View, root: &Path, options: &RestoreOptions, monitor: &dyn Monitor) -> Result<Restored> {
     refuse_unsafe(root)?;
     let plan = plan(view, root, options)?;
+    refuse_nested(root, options, view)?;
     plan.bytes.keys().filter(|place| *place != root).try_for_each(|place| refuse_unsafe(place))?;
     plan.bytes.iter().try_for_each(|(place, bytes)| enough_space(place, *bytes))?;
     for (path, mode) in &plan.directories {
@@ -98,6 +99,19 @@ fn refuse_unsafe(root: &Path) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(Error::io("list", root, error)),
     }
+}
+
+/// Refuses places that lie in one another: their files would mix.
+fn refuse_nested(root: &Path, options: &RestoreOptions, view: &View) -> Result<()> {
+    let places: Vec<PathBuf> = places(view, options)?.into_values().chain([root.to_owned()]).collect();
+    for (number, place) in places.iter().enumerate() {
+        let others = places.iter().enumerate().filter(|(other, _)| *other != number);
+        if let Some((_, outer)) = others.into_iter().find(|(_, other)| place.starts_with(other)) {
+            return Err(Error::new(format!("{} lies in {}", place.display(), outer.display()))
+                .hint("each tablespace and the data directory need a directory of their own; see --tablespace-map"));
+        }
+    }
+    Ok(())
 }
 
 fn plan(view: &View, root: &Path, options: &RestoreOptions) -> Result<Plan> {

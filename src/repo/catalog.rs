@@ -59,6 +59,9 @@ impl Repository {
     /// The label that `latest` or a label names, proved to exist.
     pub fn resolve(&self, backup: &str) -> Result<String> {
         if backup != "latest" {
+            if backup.parse::<crate::postgres::Label>().is_err() {
+                return Err(self.unknown_backup(backup));
+            }
             return match self.store.size(&keys::manifest(&self.stanza, backup)) {
                 Ok(Some(_)) => Ok(backup.to_owned()),
                 Ok(None) => Err(self.unknown_backup(backup)),

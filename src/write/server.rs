@@ -158,7 +158,9 @@ impl Server {
 }
 
 fn row(client: &mut Client, sql: &str) -> Result<Vec<Option<String>>> {
-    let messages = client.simple_query(sql).context(|| format!("the server refuses \"{sql}\""))?;
+    let messages = client.simple_query(sql).map_err(|error| {
+        Error::new(format!("the server refuses \"{sql}\"")).hint("the server's log may say more").source(error)
+    })?;
     let row = messages.iter().find_map(|message| match message {
         SimpleQueryMessage::Row(row) => Some(row),
         _ => None,
