@@ -46,7 +46,22 @@ impl Place {
     /// # Panics
     /// When it cannot be made.
     pub fn new() -> Self {
-        let directory = tempfile::Builder::new().prefix("pgcairn-test.").tempdir();
+        Self::below(&std::env::temp_dir())
+    }
+
+    /// In memory, where this machine has a place for that: for more files than a busy disk makes and removes in a test.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    pub fn in_memory() -> Self {
+        let memory = Path::new("/dev/shm");
+        let space = nix::sys::statvfs::statvfs(memory);
+        let enough = space.is_ok_and(|space| space.blocks_available() * space.fragment_size() > 2 << 30);
+        Self::below(if enough { memory } else { Path::new("/tmp") })
+    }
+
+    fn below(parent: &Path) -> Self {
+        let directory = tempfile::Builder::new().prefix("pgcairn-test.").tempdir_in(parent);
         let directory = directory.expect("a temporary directory can be made");
         let path = directory.path().canonicalize().expect("it is there");
         fs::set_permissions(&path, Permissions::from_mode(0o755)).expect("an owner may change modes");
