@@ -90,7 +90,7 @@ impl Builder {
     /// When the major is not installed, or does not start.
     pub fn start(self) -> Cluster {
         let bin = install::server(self.major);
-        let home = Home::make();
+        let home = Home::make(None);
         let data = home.path.path().join("data");
         install::make_server_directory(&data, 0o700);
         self.initdb(&bin, &data);
@@ -124,10 +124,12 @@ impl Builder {
 struct Home {
     path: TempDir,
     port: u16,
+    watchdog: Watchdog,
 }
 
 impl Home {
-    fn make() -> Self {
+    /// `data` is the data directory, unless it will be in here. The watchdog comes first: initdb takes its time, too.
+    fn make(data: Option<&Path>) -> Self {
         // each server has a socket directory of its own; different ports make a mix-up fail
         static NEXT_PORT: AtomicU16 = AtomicU16::new(54_320);
         let port = NEXT_PORT.fetch_add(1, Ordering::Relaxed);
@@ -138,9 +140,11 @@ impl Home {
         if socket(path.path(), port).as_os_str().len() > SOCKET_PATH_BYTES_MAX {
             path = make(&mut builder, Path::new("/tmp")).expect("a temporary directory can be made");
         }
+        let data = data.map_or_else(|| path.path().join("data"), Path::to_owned);
+        let watchdog = Watchdog::start(CLEAN_UP, &[path.path().as_os_str(), data.as_os_str()]);
         fs::set_permissions(path.path(), Permissions::from_mode(0o755)).expect("an owner may change modes");
         install::make_server_directory(&path.path().join("run"), 0o755);
-        Self { path, port }
+        Self { path, port, watchdog }
     }
 }
 
@@ -187,14 +191,14 @@ impl Cluster {
     fn closed(major: u32, data: &Path, settings: &[(&str, &str)]) -> Self {
         let data = data.canonicalize().unwrap_or_else(|error| panic!("cannot find {}: {error}", data.display()));
         let options = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        Self::new(major, install::server(major), data, Home::make(), options)
+        let home = Home::make(Some(&data));
+        Self::new(major, install::server(major), data, home, options)
     }
 
     fn new(major: u32, bin: PathBuf, data: PathBuf, home: Home, options: Vec<(String, String)>) -> Self {
-        let Home { path: home, port } = home;
+        let Home { path: home, port, watchdog } = home;
         let run = home.path().join("run");
         let conninfo = format!("host={} port={port} user=postgres dbname=postgres", run.display());
-        let watchdog = Watchdog::start(CLEAN_UP, &[home.path().as_os_str(), data.as_os_str()]);
         Self { client: Client::new(conninfo), major, bin, data, port, options, _watchdog: watchdog, home }
     }
 
