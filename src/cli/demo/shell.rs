@@ -209,7 +209,7 @@ impl Shell {
         }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         if let (Some(user), As::Server) = (&self.user, who) {
-            command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
+            command.uid(user.uid.as_raw()).gid(user.gid.as_raw()).env("HOME", &user.dir);
         }
         // a group of its own: Ctrl-C comes to the demo alone, which ends its children in order
         command.current_dir(&self.directory).process_group(0).stdin(Stdio::null());
