@@ -163,6 +163,13 @@ impl Shell {
         ran
     }
 
+    /// Runs a program for its output alone.
+    pub(super) fn read(&self, who: As, program: &Path, arguments: &[&str]) -> Result<String> {
+        let mut command = self.command(who, program);
+        command.args(arguments);
+        Ok(self.finish(command, &program.display().to_string(), Errors::Passed, |_| ())?.stdout)
+    }
+
     /// Starts a command line that goes on until [`Self::stop_background`].
     pub(super) fn run_in_background(&mut self, who: As, line: &str) -> Result<()> {
         self.go_on()?;
