@@ -151,7 +151,7 @@ impl Shell {
     }
 
     /// Runs a program without a word, unless it fails.
-    pub(super) fn quietly(&self, who: As, program: &Path, arguments: &[&str]) -> Result<Ran> {
+    pub(super) fn quietly(&self, who: As, program: &Path, arguments: &[&str]) -> Result<()> {
         let mut command = self.command(who, program);
         command.args(arguments);
         let name = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy().into_owned();
@@ -160,7 +160,7 @@ impl Shell {
         if ran.is_err() && !self.interrupted() {
             said.iter().for_each(|text| output::line(&format!("     {text}")));
         }
-        ran
+        ran.map(drop)
     }
 
     /// Runs a program for its output alone.
