@@ -192,6 +192,7 @@ fn description() -> Description {
         data_directory: "/var/lib/postgresql/15/main".into(),
         owner: "postgres".into(),
         group: "postgres".into(),
+        superuser: None,
         backup_label: "START WAL LOCATION: 0/1200028 (file 000000020000000000000012)\n".into(),
         tablespace_map: format!("{} {}\n", files::TABLESPACE, files::TABLESPACE_PATH),
         tablespaces: vec![Tablespace { oid: files::TABLESPACE, path: files::TABLESPACE_PATH.into() }],
