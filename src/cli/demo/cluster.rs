@@ -139,13 +139,13 @@ impl Server {
     /// Starts it, and waits until it answers.
     pub(super) fn start(&self, shell: &Shell) -> Result<()> {
         let (data, log) = (self.data.to_string_lossy(), self.log.to_string_lossy());
-        shell.quietly(As::Server, &self.pg_ctl, &["-D", &data, "-l", &log, "-s", "-w", "start"]).map(drop)
+        shell.quietly(As::Server, &self.pg_ctl, &["-D", &data, "-l", &log, "-s", "-w", "start"])
     }
 
     /// Stops it cleanly.
     pub(super) fn stop(&self, shell: &Shell) -> Result<()> {
         let data = self.data.to_string_lossy();
-        shell.quietly(As::Server, &self.pg_ctl, &["-D", &data, "-s", "-w", "-m", "fast", "stop"]).map(drop)
+        shell.quietly(As::Server, &self.pg_ctl, &["-D", &data, "-s", "-w", "-m", "fast", "stop"])
     }
 }
 

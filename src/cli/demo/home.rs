@@ -214,6 +214,9 @@ impl Home {
                     }
                     store.delete(&keys)?;
                 }
+                // a repository in a directory keeps directories, which are no objects
+                remove_empty(&Path::new(store.url()).join(&prefix));
+                _ = fs::remove_dir(Path::new(store.url()).join(kind));
             }
             Ok(())
         };
@@ -262,6 +265,14 @@ fn process(root: &Path, id: i32) -> Option<Process> {
     let names_us = || arguments.iter().any(|argument| argument.contains(root.to_string_lossy().as_ref()));
     let ours = program.starts_with(root) || (is_server && (link("cwd").starts_with(root) || names_us()));
     ours.then(|| Process { id, is_server, mounts: !is_server && arguments.iter().any(|argument| argument == "mount") })
+}
+
+/// Removes a directory and those below it, as far as they are empty; follows no links.
+fn remove_empty(directory: &Path) {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let is_directory = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+    entries.filter(is_directory).for_each(|entry| remove_empty(&entry.path()));
+    _ = fs::remove_dir(directory);
 }
 
 /// A process of the demo.

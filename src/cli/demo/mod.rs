@@ -54,11 +54,11 @@ impl Demo {
             home.keep(&programs);
             return result;
         }
-        if result.is_err() {
-            shell.stop_background();
+        shell.stop_background();
+        let interrupted = shell.interrupted();
+        if result.is_err() && !interrupted {
             home.show_log();
         }
-        let interrupted = shell.interrupted();
         let removed = home.remove();
         match (interrupted, removed) {
             (_, Err(error)) => {

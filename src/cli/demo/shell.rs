@@ -151,7 +151,7 @@ impl Shell {
     }
 
     /// Runs a program without a word, unless it fails.
-    pub(super) fn quietly(&self, who: As, program: &Path, arguments: &[&str]) -> Result<Ran> {
+    pub(super) fn quietly(&self, who: As, program: &Path, arguments: &[&str]) -> Result<()> {
         let mut command = self.command(who, program);
         command.args(arguments);
         let name = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy().into_owned();
@@ -160,7 +160,14 @@ impl Shell {
         if ran.is_err() && !self.interrupted() {
             said.iter().for_each(|text| output::line(&format!("     {text}")));
         }
-        ran
+        ran.map(drop)
+    }
+
+    /// Runs a program for its output alone.
+    pub(super) fn read(&self, who: As, program: &Path, arguments: &[&str]) -> Result<String> {
+        let mut command = self.command(who, program);
+        command.args(arguments);
+        Ok(self.finish(command, &program.display().to_string(), Errors::Passed, |_| ())?.stdout)
     }
 
     /// Starts a command line that goes on until [`Self::stop_background`].
@@ -209,7 +216,7 @@ impl Shell {
         }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         if let (Some(user), As::Server) = (&self.user, who) {
-            command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
+            command.uid(user.uid.as_raw()).gid(user.gid.as_raw()).env("HOME", &user.dir);
         }
         // a group of its own: Ctrl-C comes to the demo alone, which ends its children in order
         command.current_dir(&self.directory).process_group(0).stdin(Stdio::null());

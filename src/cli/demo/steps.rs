@@ -1,6 +1,7 @@
 //! What the demo shows, step by step, and what must be true after each.
 
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::cluster::{Fingerprint, Programs, Server, ask, fingerprint, fingerprint_of};
@@ -39,8 +40,8 @@ pub(super) fn all(shell: &mut Shell, home: &Home, programs: &Programs, size_mb: 
 }
 
 fn make_cluster(shell: &mut Shell, home: &Home, programs: &Programs, source: &Server, size_mb: u32) -> Result<()> {
-    let version = shell.quietly(As::Caller, &programs.server.join("postgres"), &["--version"])?;
-    let version = version.stdout.trim().replace("postgres (PostgreSQL)", "PostgreSQL");
+    let version = shell.read(As::Caller, &programs.server.join("postgres"), &["--version"])?;
+    let version = version.trim().replace("postgres (PostgreSQL)", "PostgreSQL");
     let title = format!("A throwaway cluster in {}", home.root().display());
     shell.chapter(&title, &[&format!("{version}, with data of the kinds people have:")])?;
     source.create(shell, programs)?;
@@ -78,8 +79,7 @@ fn take_backup(shell: &mut Shell, source: &Server, costs: &mut Costs) -> Result<
     costs.backup = shell.run(As::Server, "pgcairn backup")?.took;
     shell.stop_background();
     shell.run(As::Server, "pgcairn info")?;
-    let pgcairn = std::path::Path::new("pgcairn");
-    costs.sizes(&shell.quietly(As::Server, pgcairn, &["info", "--output", "json"])?.stdout)?;
+    costs.sizes(&shell.read(As::Server, Path::new("pgcairn"), &["info", "--output", "json"])?)?;
     Ok(before)
 }
 
