@@ -57,7 +57,7 @@ impl Place {
         let memory = Path::new("/dev/shm");
         let space = nix::sys::statvfs::statvfs(memory);
         let enough = space.is_ok_and(|space| space.blocks_available() * space.fragment_size() > 2 << 30);
-        Self::below(if enough { memory } else { Path::new("/tmp") })
+        if enough { Self::below(memory) } else { Self::new() }
     }
 
     fn below(parent: &Path) -> Self {
