@@ -143,7 +143,7 @@ fn content(seed: u64, len: usize) -> Vec<u8> {
         state ^= state << 17;
         state as u8
     };
-    (0..len).map(|at| if at / GRAIN % 2 == 0 { (at / 512) as u8 ^ seed as u8 } else { next() }).collect()
+    (0..len).map(|at| if (at / GRAIN).is_multiple_of(2) { (at / 512) as u8 ^ seed as u8 } else { next() }).collect()
 }
 
 fn assert_same(root: &Path, found: &BTreeMap<Vec<u8>, (Vec<u8>, u32)>, expected: usize) {
