@@ -53,6 +53,7 @@ pub mod cli;
 pub mod error;
 pub mod format;
 pub mod postgres;
+pub mod keep;
 pub mod progress;
 pub mod read;
 pub mod repo;
