@@ -26,7 +26,9 @@ impl StanzaUpgrade {
         lock.check()?;
         let cluster = format!("PostgreSQL {version}, system identifier {system_id}");
         output::line(&match repository.upgrade_stanza(database)? {
-            Some(id) => format!("stanza {} is now {cluster}; its WAL goes to archive {version}-{id}", repository.stanza),
+            Some(id) => {
+                format!("stanza {} is now {cluster}; its WAL goes to archive {version}-{id}", repository.stanza)
+            }
             None => format!("stanza {} is {cluster} already: nothing to do", repository.stanza),
         });
         Ok(())

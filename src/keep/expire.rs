@@ -228,8 +228,7 @@ fn known_of(label: &str, of: &BackupSummary) -> Result<Known> {
 /// With its manifest a backup ceases to exist. Those that build on others go first.
 fn remove_backups(repository: &Repository, lock: Option<&Lock>, decision: &Decision) -> Result<usize> {
     let gone = decision.backups.iter().rev().filter(|fate| !fate.keep);
-    let gone: Vec<String> =
-        gone.map(|fate| keys::manifest(&repository.stanza, &fate.label.to_string())).collect();
+    let gone: Vec<String> = gone.map(|fate| keys::manifest(&repository.stanza, &fate.label.to_string())).collect();
     let Some(lock) = lock else { return Ok(gone.len()) };
     for batch in gone.chunks(BATCH) {
         lock.check()?;
@@ -274,7 +273,9 @@ fn expire_wal(
     };
     repository.archive(database).files(|name, object| {
         let segment = match WalName::parse(name) {
-            Ok(WalName::Segment(segment) | WalName::Partial(segment) | WalName::BackupHistory { segment, .. }) => segment,
+            Ok(WalName::Segment(segment) | WalName::Partial(segment) | WalName::BackupHistory { segment, .. }) => {
+                segment
+            }
             Ok(WalName::History(_)) | Err(_) => return,
         };
         // a backup that runs may need what was archived since it began

@@ -67,9 +67,8 @@ impl Needed {
 }
 
 fn unreadable(label: &str, error: Error) -> Error {
-    let hint = format!(
-        "run \"pgcairn verify\"; if backup {label} is lost, remove it with \"pgcairn expire --set {label}\""
-    );
+    let hint =
+        format!("run \"pgcairn verify\"; if backup {label} is lost, remove it with \"pgcairn expire --set {label}\"");
     Error::new(format!("backup {label} cannot be read, so no pack may be removed: it may need any of them"))
         .hint(hint)
         .source(error)
@@ -165,7 +164,9 @@ pub(super) fn parse(text: &str) -> Option<PackId> {
     }
     let mut id = PackId::default();
     for (byte, pair) in id.0.iter_mut().zip(digits.chunks(2)) {
-        let pair = std::str::from_utf8(pair).ok().filter(|pair| pair.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))?;
+        let pair = std::str::from_utf8(pair)
+            .ok()
+            .filter(|pair| pair.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))?;
         *byte = u8::from_str_radix(pair, 16).ok()?;
     }
     Some(id)

@@ -9,4 +9,4 @@ pub mod policy;
 mod sweep;
 
 #[cfg(test)]
-mod testing;
+mod tests;

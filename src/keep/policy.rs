@@ -139,12 +139,7 @@ pub fn remove_one(
     }
 }
 
-fn decision(
-    known: &[Known],
-    mut gone: BTreeMap<Label, String>,
-    retention: &Retention,
-    clusters: &[u32],
-) -> Decision {
+fn decision(known: &[Known], mut gone: BTreeMap<Label, String>, retention: &Retention, clusters: &[u32]) -> Decision {
     let kept: Vec<&Known> = known.iter().filter(|backup| !gone.contains_key(&backup.label)).collect();
     let archives = clusters.iter().map(|cluster| (*cluster, wal_rule(&kept, retention, *cluster, clusters))).collect();
     let fate = |backup: &Known| match gone.remove(&backup.label) {

@@ -360,12 +360,7 @@ impl Other {
 }
 
 /// When `own` was last written, and all other locks.
-fn list(
-    store: &Arc<dyn Store>,
-    stanza: &str,
-    timing: &Timing,
-    own: Option<&str>,
-) -> Result<(Option<i64>, Vec<Other>)> {
+fn list(store: &Arc<dyn Store>, stanza: &str, timing: &Timing, own: Option<&str>) -> Result<(Option<i64>, Vec<Other>)> {
     let mut objects: Vec<Listed> = Vec::new();
     let mut after = None;
     loop {

@@ -1,9 +1,9 @@
 #![allow(clippy::unwrap_used)]
 use proptest::prelude::*;
 
-use super::super::testing::{DAY, Made, segment};
 use super::*;
 use crate::format::info::LockInfo;
+use crate::keep::tests::{DAY, Made, segment};
 use crate::postgres::BackupKind::{Diff, Full, Incr};
 use crate::progress::Silent;
 use crate::store::{Body, Effect, ErrorKind};
@@ -181,8 +181,7 @@ fn a_pack_that_was_taken_up_again_is_not_deleted() {
     assert!(!marked.is_empty());
     // a backup that began before the mark ends after it, and refers to packs of the backup that went
     made.backup(Incr);
-    let needs: Vec<_> =
-        made.labels().iter().flat_map(|label| made.repository.manifest_packs(label).unwrap()).collect();
+    let needs: Vec<_> = made.labels().iter().flat_map(|label| made.repository.manifest_packs(label).unwrap()).collect();
     let all = crate::format::info::Mark { packs: needs.iter().map(|of| of.pack.to_string()).collect() };
     let bytes = crate::format::info::encode(&all).unwrap();
     made.repository.store.put(&marked[0], Body::Bytes(bytes.into())).unwrap();

@@ -81,7 +81,9 @@ pub(super) fn holds_no_more(key: &str) {
 
 /// Whether the holder of the lock `key` was of this very place, and is there no more.
 pub(super) fn is_gone(key: &str, info: &LockInfo) -> bool {
-    let Some((at, started)) = info.process.as_deref().and_then(|process| process.rsplit_once(' ')) else { return false };
+    let Some((at, started)) = info.process.as_deref().and_then(|process| process.rsplit_once(' ')) else {
+        return false;
+    };
     if place().is_none_or(|place| place != at) {
         return false;
     }

@@ -32,7 +32,10 @@ impl Store for Aged {
     fn list(&self, prefix: &str, after: Option<&str>) -> StoreResult<Page> {
         let mut page = self.inner.list(prefix, after)?;
         let young = self.young.lock();
-        page.objects.iter_mut().filter(|object| object.key != *young).for_each(|object| object.modified -= self.seconds);
+        page.objects
+            .iter_mut()
+            .filter(|object| object.key != *young)
+            .for_each(|object| object.modified -= self.seconds);
         Ok(page)
     }
     fn names(&self, prefix: &str) -> StoreResult<Vec<String>> {
@@ -90,7 +93,8 @@ fn who_has_it_is_in_the_error() {
     write(&repository, "a", &foreign(LockKind::Backup));
     let error = repository.lock(LockKind::Backup, "").unwrap_err();
     let text = error.to_string();
-    for part in ["stanza main is locked", "a backup (20240107-120000F)", "postgres@db7", "4711", "2023-11-14T22:13:20Z"] {
+    for part in ["stanza main is locked", "a backup (20240107-120000F)", "postgres@db7", "4711", "2023-11-14T22:13:20Z"]
+    {
         assert!(text.contains(part), "{part} is not in: {text}");
     }
     assert!(error.hint_text().unwrap().contains("12 minutes"));

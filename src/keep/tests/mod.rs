@@ -9,7 +9,9 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use crate::format::chunk::{ChunkRef, Encoder, PackId};
-use crate::format::manifest::{BlockWriter, Database, Description, Entry, File, Node, Place, Sizes, encode_description};
+use crate::format::manifest::{
+    BlockWriter, Database, Description, Entry, File, Node, Place, Sizes, encode_description,
+};
 use crate::format::map::{Extent, Leaf, LeafRef, SlotChange, encode_changes};
 use crate::format::pack::{PackKind, PackWriter};
 use crate::format::{GRAIN, LEAF_BYTES, SLOT};
@@ -78,8 +80,7 @@ pub(super) struct Made {
 impl Made {
     pub(super) fn new() -> Self {
         let now = Arc::new(AtomicI64::new(START));
-        let store =
-            Fault::new(Clocked { inner: MemoryStore::new(), now: now.clone(), modified: Mutex::default() });
+        let store = Fault::new(Clocked { inner: MemoryStore::new(), now: now.clone(), modified: Mutex::default() });
         let plan = store.plan();
         let repository = Repository::new(Arc::new(store), "main").unwrap();
         repository.create_stanza(database()).unwrap();
