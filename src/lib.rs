@@ -19,7 +19,7 @@
 //! - [`repo`]: keys, the catalog, the WAL archive, locks: what writing, reading and keeping share.
 //! - [`store`]: where objects live: a directory, S3, memory; decorated by retry, recording and faults.
 //! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore.
-//! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep.
+//! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep, verify, repair.
 //! - `pgcairn_mount`, a crate of its own: a FUSE filesystem over any `Tree`, with a copy-on-write scratch.
 //! - [`error`], [`progress`]: how failures and long work are told; nothing but `cli` prints.
 //!

@@ -14,6 +14,7 @@ mod mount;
 mod options;
 mod output;
 mod pg;
+mod repo;
 mod restore;
 mod retention;
 mod stanza_create;
@@ -21,6 +22,7 @@ mod stanza_upgrade;
 mod start;
 mod stop;
 mod umount;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -52,6 +54,8 @@ enum Verb {
     Backup(backup::Backup),
     Info(info::Info),
     Expire(expire::Expire),
+    Verify(verify::Verify),
+    Repo(repo::Repo),
     Mount(mount::Mount),
     Umount(umount::Umount),
     Start(start::Start),
@@ -98,6 +102,8 @@ impl Cli {
             Verb::Backup(verb) => verb.run(common),
             Verb::Info(verb) => verb.run(common),
             Verb::Expire(verb) => verb.run(common),
+            Verb::Verify(verb) => verb.run(common),
+            Verb::Repo(verb) => verb.run(common),
             Verb::Mount(verb) => verb.run(common),
             Verb::Umount(verb) => verb.run(),
             Verb::Start(verb) => verb.run(common),
