@@ -56,5 +56,6 @@ pub mod postgres;
 pub mod progress;
 pub mod read;
 pub mod repo;
+pub mod spool;
 pub mod store;
 pub mod write;

@@ -2,7 +2,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 
-use super::options::{Common, Output, size};
+use super::options::{Common, Output, YesNo, size};
 use super::output::{self, Progress, bytes};
 use crate::error::{Error, Result};
 use crate::format::manifest::Description;
@@ -48,12 +48,6 @@ pub(super) struct Backup {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kind {
     Full,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum YesNo {
-    Y,
-    N,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
