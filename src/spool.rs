@@ -54,7 +54,8 @@ impl Spool {
 
     /// A spool that is there.
     pub fn at(directory: &Path) -> Result<Self> {
-        let meta = fs::symlink_metadata(directory).map_err(|error| Error::io("look at", directory, error).hint(HINT))?;
+        let meta =
+            fs::symlink_metadata(directory).map_err(|error| Error::io("look at", directory, error).hint(HINT))?;
         let ours = meta.is_dir() && meta.uid() == nix::unistd::geteuid().as_raw();
         if !ours || meta.permissions().mode() & 0o022 != 0 {
             return Err(Error::new(format!("the spool {} is not ours alone", directory.display())).hint(HINT));
@@ -72,8 +73,8 @@ impl Spool {
         self.directory.join(name)
     }
 
-    /// Becomes the worker, and removes what others left; `None` while another is.
-    pub fn begin(&self) -> Result<Option<Run>> {
+    /// Becomes the worker, and removes what others left but for the file `keep`; `None` while another is.
+    pub fn begin(&self, keep: &str) -> Result<Option<Run>> {
         let path = self.file(LOCK);
         let lock = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
         let lock = lock.map_err(|error| Error::io("open", &path, error).hint(HINT))?;
@@ -82,8 +83,8 @@ impl Spool {
             Err(TryLockError::WouldBlock) => return Ok(None),
             Err(TryLockError::Error(error)) => return Err(Error::io("lock", &path, error).hint(HINT)),
         }
-        for name in self.names()? {
-            self.remove(&name)?;
+        for name in self.names()?.iter().filter(|name| *name != keep) {
+            self.remove(name)?;
         }
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(|error| Error::new("no random numbers").source(error))?;
@@ -172,15 +173,15 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let spool = Spool::open(&place.path().join("a/b"), "main", &[b"x", b"yz"]).unwrap();
         assert_eq!(spool.live_run().unwrap(), None);
-        let run = spool.begin().unwrap().unwrap();
+        let run = spool.begin("").unwrap().unwrap();
         assert_eq!(spool.live_run().unwrap(), Some(run.id.clone()));
-        assert!(spool.begin().unwrap().is_none(), "two workers in one spool");
+        assert!(spool.begin("").unwrap().is_none(), "two workers in one spool");
         spool.write("name", b"what").unwrap();
         assert_eq!(spool.read("name").unwrap().as_deref(), Some(&b"what"[..]));
         let first = run.id.clone();
         drop(run);
         assert_eq!(spool.live_run().unwrap(), None);
-        let run = spool.begin().unwrap().unwrap();
+        let run = spool.begin("").unwrap().unwrap();
         assert_ne!(run.id, first);
         assert!(spool.names().unwrap().is_empty(), "an answer of a dead run is left");
         assert_eq!(spool.read("name").unwrap(), None);

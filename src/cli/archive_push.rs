@@ -53,7 +53,8 @@ impl ArchivePush {
 
     fn ask(&self, common: &Common, place: &Place, spool: &Spool) -> Result<Asked> {
         let start = || {
-            let worker = archive_worker::Push::new(place, spool, self.compress_level, self.archive_timeout, &self.staging);
+            let worker =
+                archive_worker::Push::new(place, spool, self.compress_level, self.archive_timeout, &self.staging);
             archive_worker::start(common, &worker.arguments())
         };
         ask(spool, &place.name, &self.path, Duration::from_secs(self.archive_timeout), &start)

@@ -1,6 +1,6 @@
 //! The archive's workers in the background, and where they leave what they have for the calls that come later.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -8,6 +8,7 @@ use clap::{Args, Subcommand};
 use super::options::{Common, state_directory};
 use super::{backup, daemon};
 use crate::error::Result;
+use crate::read;
 use crate::spool::Spool;
 use crate::write::ahead::{AheadOptions, push_ahead};
 use crate::write::ask::{Fate, Place, Watch};
@@ -31,6 +32,11 @@ impl Staging {
     pub(super) fn push_spool(&self, common: &Common, place: &Place) -> Result<Spool> {
         let system_id = place.system_id.to_string();
         self.spool(common, "push", &[place.wal.as_os_str().as_encoded_bytes(), system_id.as_bytes()])
+    }
+
+    /// The spool of what this stanza's archive delivers into this directory.
+    pub(super) fn get_spool(&self, common: &Common, wal: &Path) -> Result<Spool> {
+        self.spool(common, "get", &[wal.as_os_str().as_encoded_bytes()])
     }
 
     fn spool(&self, common: &Common, direction: &str, parts: &[&[u8]]) -> Result<Spool> {
@@ -57,6 +63,7 @@ pub(super) struct ArchiveWorker {
 #[derive(Debug, Subcommand)]
 enum Work {
     Push(Push),
+    Get(Get),
 }
 
 /// Push all that is ready
@@ -111,12 +118,56 @@ impl Push {
     }
 }
 
+/// Fetch ahead
+#[derive(Debug, Args)]
+pub(super) struct Get {
+    #[arg(long)]
+    spool: PathBuf,
+    #[arg(long)]
+    wal: PathBuf,
+    #[arg(long)]
+    queue: u64,
+    #[arg(long)]
+    threads: usize,
+    #[arg(long, default_value_t = IDLE_S)]
+    idle: u64,
+}
+
+impl Get {
+    pub(super) fn new(wal: &Path, spool: &Spool, queue: u64, staging: &Staging) -> Self {
+        let (spool, wal) = (spool.path().to_owned(), wal.to_owned());
+        Self { spool, wal, queue, threads: staging.process_max(), idle: IDLE_S }
+    }
+
+    pub(super) fn arguments(&self) -> Vec<String> {
+        vec![
+            "get".to_owned(),
+            format!("--spool={}", self.spool.display()),
+            format!("--wal={}", self.wal.display()),
+            format!("--queue={}", self.queue),
+            format!("--threads={}", self.threads),
+        ]
+    }
+
+    fn run(self, common: &Common) -> Result<()> {
+        let spool = Spool::at(&self.spool)?;
+        let options = read::ahead::AheadOptions {
+            queue_bytes: self.queue,
+            process_max: self.threads.max(1),
+            idle: Duration::from_secs(self.idle),
+            wal: self.wal,
+        };
+        read::ahead::fetch_ahead(&spool, &options, &|| common.repository(false))
+    }
+}
+
 impl ArchiveWorker {
     pub(super) fn run(self, common: &Common) -> Result<()> {
         daemon::detach();
         daemon::let_go();
         match self.work {
             Work::Push(push) => push.run(common),
+            Work::Get(get) => get.run(common),
         }
     }
 }

@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ mod desk;
 
 use super::answer::{Content, Outcome};
 use super::ask::ready;
-use super::push::{WalFile, not_listed, push};
+use super::push::{WalFile, not_listed, push, put};
 use crate::error::{Error, Result};
 use crate::format::manifest::Database;
 use crate::postgres::SegmentName;
@@ -64,7 +64,7 @@ pub struct AheadOptions {
 /// # Errors
 /// Of the spool. Those of the store are answers.
 pub fn push_ahead(spool: &Spool, options: &AheadOptions, open: &dyn Fn() -> Result<Repository>) -> Result<()> {
-    let Some(run) = spool.begin()? else { return Ok(()) };
+    let Some(run) = spool.begin("")? else { return Ok(()) };
     let mut desk = Desk::new(spool, &run, options);
     while let Some(todo) = desk.next()? {
         match open().and_then(|repository| Ok((current(&repository)?, repository))) {
@@ -243,13 +243,13 @@ impl Session<'_> {
             (file.key(&self.repository, &self.database), file.encode(self.options.level, 1)?)
         };
         drop(file);
-        self.repository.store.put(&key, crate::store::Body::Bytes(stored.into()))?;
+        put(&self.repository, &key, stored)?;
         _ = lines.puts.send(Put { segment, content, key });
         Ok(None)
     }
 
     /// Archives what is no segment, and makes sure that what was archived is what was read here.
-    fn push_alone(&self, path: &std::path::Path, content: Content) -> Result<Outcome> {
+    fn push_alone(&self, path: &Path, content: Content) -> Result<Outcome> {
         push(&self.repository, path, self.options.level)?;
         let again = WalFile::read(&self.repository, path)?;
         match blake3::hash(again.bytes()) == content {
@@ -305,7 +305,7 @@ impl Drop for Token<'_> {
     }
 }
 
-fn stat(path: &std::path::Path) -> Result<Metadata> {
+fn stat(path: &Path) -> Result<Metadata> {
     fs::metadata(path).map_err(|error| Error::io("look at", path, error))
 }
 

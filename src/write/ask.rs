@@ -118,8 +118,9 @@ pub fn ask(
         }
         if begun.elapsed() >= timeout {
             let seconds = timeout.as_secs();
-            return Err(Error::new(format!("the store did not confirm {name} within {seconds} s"))
-                .hint("PostgreSQL keeps the file and asks again; is the repository slow or away? see --archive-timeout"));
+            return Err(Error::new(format!("the store did not confirm {name} within {seconds} s")).hint(
+                "PostgreSQL keeps the file and asks again; is the repository slow or away? see --archive-timeout",
+            ));
         }
         sleep(pause);
         pause = (pause * 2).min(LOOK_EVERY.1);

@@ -49,9 +49,14 @@ pub fn push(repository: &Repository, path: &Path, level: i32) -> Result<Pushed> 
     if let Some(there) = archive.find(&file.name)? {
         return file.compare(repository, &there.key);
     }
-    repository.store.put(&file.key(repository, database), Body::Bytes(stored?.into()))?;
+    put(repository, &file.key(repository, database), stored?)?;
     // somebody else may have pushed other content at the same moment: then both are told
     archive.find(&file.name)?.map(|_| Pushed::New).ok_or_else(|| not_listed(&file.name))
+}
+
+/// Writes the object of a file whose name was looked for; it counts when it is listed.
+pub(super) fn put(repository: &Repository, key: &str, stored: Vec<u8>) -> Result<()> {
+    Ok(repository.store.put(key, Body::Bytes(stored.into()))?)
 }
 
 /// A store that does not list what it confirmed.

@@ -149,9 +149,10 @@ impl<'a> Desk<'a> {
     /// All of these failed for one reason.
     pub(super) fn fail(&mut self, names: &[String], error: &Error) -> Result<()> {
         let outcome = Outcome::failed(error);
-        names.iter().take(FAIL_MAX).try_for_each(|name| {
-            self.hear(Told { name: name.clone(), outcome: Some(outcome.clone()) })
-        })
+        names
+            .iter()
+            .take(FAIL_MAX)
+            .try_for_each(|name| self.hear(Told { name: name.clone(), outcome: Some(outcome.clone()) }))
     }
 
     fn note_failure(&mut self, name: &str, error: &str) {
