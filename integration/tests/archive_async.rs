@@ -161,7 +161,9 @@ fn a_store_that_is_away_is_waited_for() {
     wait_until(LONG, "a failure", || setup.archiver("failed_count") != "0");
     assert!(setup.cluster.log().contains("error: "), "{}", setup.cluster.log());
     let told = setup.stanza.run(["check", "--archive-timeout", "1", "--pg", setup.cluster.conninfo()]);
-    assert_ne!(told.code, Some(0), "{told:?}");
+    assert!(told.stdout.contains("WAL files wait to be archived, the oldest since 20"), "{told:?}");
+    assert!(told.stdout.contains("archiving has failed"), "{told:?}");
+    told.fails(1, "No such file");
     let worker = setup.worker().expect("a worker stays while files wait");
     fs::rename(&aside, &repo).unwrap();
     // the same worker goes on by itself

@@ -41,6 +41,8 @@ pub(super) struct Desk<'a> {
     /// when there was last something to do
     active: Instant,
     trouble: Option<Trouble>,
+    /// files marked ready when that was last looked at
+    waiting: usize,
 }
 
 struct Failed {
@@ -57,7 +59,7 @@ struct Trouble {
 impl<'a> Desk<'a> {
     pub(super) fn new(spool: &'a Spool, run: &'a Run, options: &'a AheadOptions) -> Self {
         let active = Instant::now();
-        Self { spool, run, options, busy: HashSet::new(), failed: HashMap::new(), active, trouble: None }
+        Self { spool, run, options, busy: HashSet::new(), failed: HashMap::new(), active, trouble: None, waiting: 0 }
     }
 
     /// Waits until there is something to do; `None` when there was nothing for long enough.
@@ -80,6 +82,7 @@ impl<'a> Desk<'a> {
         let files = self.spool.names()?;
         let answered: HashSet<&str> = files.iter().filter_map(|file| Answer::name(file)).collect();
         let ready = self.ready()?;
+        self.waiting = ready.len();
         for name in answered.iter().filter(|name| !ready.contains(**name)) {
             self.spool.remove(&Answer::file(name))?;
         }
@@ -165,7 +168,8 @@ impl<'a> Desk<'a> {
             trouble.logged = now;
             trouble.error = error.to_owned();
             let since = trouble.since.elapsed().as_secs();
-            tracing::warn!(file = name, "archiving fails for {since} s, the server keeps its WAL: {error}");
+            let waiting = self.waiting;
+            tracing::warn!(file = name, "archiving fails since {since} s, {waiting} files wait in pg_wal: {error}");
         }
     }
 
