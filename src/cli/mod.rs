@@ -2,6 +2,7 @@
 
 mod archive_get;
 mod archive_push;
+mod archive_worker;
 mod backup;
 mod check;
 pub mod clones;
@@ -63,6 +64,8 @@ enum Verb {
     Restore(restore::Restore),
     ArchivePush(archive_push::ArchivePush),
     ArchiveGet(archive_get::ArchiveGet),
+    #[command(hide = true)]
+    ArchiveWorker(archive_worker::ArchiveWorker),
     Demo(demo::Demo),
 }
 
@@ -111,6 +114,7 @@ impl Cli {
             Verb::Restore(verb) => verb.run(common),
             Verb::ArchivePush(verb) => verb.run(common),
             Verb::ArchiveGet(verb) => return Ok(verb.run(common)),
+            Verb::ArchiveWorker(verb) => verb.run(common),
             Verb::Demo(verb) => verb.run(common),
         }?;
         Ok(ExitCode::SUCCESS)
