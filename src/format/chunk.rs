@@ -260,6 +260,23 @@ impl fmt::Debug for ChunkId {
     }
 }
 
+impl PackId {
+    /// Reads a name as it stands in a key: 32 lower-case hexadecimal digits.
+    pub fn parse(text: &str) -> Option<Self> {
+        let digit = |byte: &u8| match byte {
+            b'0'..=b'9' => Some(byte - b'0'),
+            b'a'..=b'f' => Some(byte - b'a' + 10),
+            _ => None,
+        };
+        let digits = text.as_bytes();
+        let mut id = Self::default();
+        for (byte, pair) in id.0.iter_mut().zip(digits.chunks(2)) {
+            *byte = digit(pair.first()?)? << 4 | digit(pair.get(1)?)?;
+        }
+        (digits.len() == 32).then_some(id)
+    }
+}
+
 impl fmt::Display for PackId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         hex(&self.0, f)
@@ -336,6 +353,15 @@ mod tests {
         assert_ne!(open.digest(&plain).id, open.digest(&changed).id);
         assert_eq!(open.digest(&plain).grains[..2], open.digest(&changed).grains[..2]);
         assert_ne!(open.digest(&plain).grains[2], open.digest(&changed).grains[2]);
+    }
+
+    #[test]
+    fn a_pack_id_comes_back_from_its_text() {
+        let id = PackId([0x5f; 16]);
+        assert_eq!(PackId::parse(&id.to_string()), Some(id));
+        for bad in ["", "5f", &"5F".repeat(16), &"5g".repeat(16), &"5f".repeat(17), &format!("{}é", "5".repeat(30))] {
+            assert_eq!(PackId::parse(bad), None, "{bad}");
+        }
     }
 
     #[test]

@@ -54,6 +54,11 @@ pub fn marks(stanza: &str) -> String {
     format!("mark/{stanza}/")
 }
 
+/// What verify found harmed.
+pub fn harms(stanza: &str) -> String {
+    format!("harm/{stanza}/")
+}
+
 /// All packs of a stanza.
 pub fn packs(stanza: &str) -> String {
     format!("chunk/{stanza}/")

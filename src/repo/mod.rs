@@ -1,6 +1,7 @@
 //! The repository of one stanza: keys, catalog, and the order in which a backup becomes one.
 
 pub mod catalog;
+pub mod harm;
 pub mod keys;
 pub mod lock;
 pub mod packs;
