@@ -7,7 +7,9 @@
 pub mod builder;
 pub mod cache;
 pub mod fetch;
+pub mod moment;
 pub mod pgmanifest;
+pub mod point;
 pub mod prefetch;
 pub mod recovery;
 pub mod restore;
