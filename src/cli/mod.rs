@@ -13,6 +13,7 @@ mod mount;
 mod options;
 mod output;
 mod pg;
+mod point;
 mod restore;
 mod stanza_create;
 mod start;
