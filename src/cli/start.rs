@@ -14,7 +14,7 @@ use super::point::{self, PointOptions};
 use super::{output, pg};
 use crate::error::{Error, Result};
 use crate::format::manifest::Description;
-use crate::postgres::{CONTROL_FILE, ControlFile};
+use crate::postgres::{CONTROL_FILE, ControlFile, SegmentName};
 use crate::read::course::Bound;
 use crate::read::point::{Action, Target};
 use crate::read::recovery::Prepared;
@@ -366,8 +366,19 @@ fn did_not_start(log: &Path, what: &str) -> Error {
     let log_text = fs::read_to_string(log).unwrap_or_default();
     let tail: Vec<&str> = log_text.lines().rev().take(8).collect();
     let tail: Vec<&str> = tail.into_iter().rev().collect();
+    if let Some(segment) = unreadable_segment(&log_text) {
+        return Error::new(format!("recovery stopped at WAL segment {segment}, which cannot be read"))
+            .hint("the mount's log says why; choose a point before it, or run \"pgcairn verify\"")
+            .source(format!("the server's log ends with:\n  {}", tail.join("\n  ")));
+    }
     Error::new(format!("the clone's server {what}:\n  {}", tail.join("\n  ")))
         .hint("the lines above are the end of its log; --option NAME=VALUE changes a setting")
+}
+
+/// The segment that the server failed to read, if it says so.
+fn unreadable_segment(log: &str) -> Option<&str> {
+    let line = log.lines().rev().find(|line| line.contains("could not read from") && line.contains("segment"))?;
+    line.split(|c: char| !c.is_ascii_alphanumeric()).find(|word| word.parse::<SegmentName>().is_ok())
 }
 
 /// Leaves the WAL segment that came from the backup: one that is the scratch's own from birth is written without us.
