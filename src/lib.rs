@@ -18,7 +18,8 @@
 //! - [`format`](mod@format): every stored byte layout. `docs/format.md` says the same in prose, `docs/reader.py` proves the prose.
 //! - [`repo`]: keys, the catalog, the WAL archive: what writing and reading share.
 //! - [`store`]: where objects live: a directory, S3, memory; decorated by retry, recording and faults.
-//! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore.
+//! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore. A point in time
+//!   becomes a backup and a recovery: [`read::point`] is the grammar, [`read::horizon`] what can be reached, [`read::course`] the way.
 //! - `pgcairn_mount`, a crate of its own: a FUSE filesystem over any `Tree`, with a copy-on-write scratch.
 //! - [`error`], [`progress`]: how failures and long work are told; nothing but `cli` prints.
 //!

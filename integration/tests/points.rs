@@ -57,7 +57,9 @@ impl History {
             match id {
                 3 => backups.push(stanza.backup(&cluster)),
                 // more than a segment of WAL, so that marks lie in different ones
-                _ => _ = cluster.psql("CREATE TABLE filler AS SELECT generate_series(1, 20000) AS i; DROP TABLE filler;"),
+                _ => {
+                    _ = cluster.psql("CREATE TABLE filler AS SELECT generate_series(1, 20000) AS i; DROP TABLE filler;")
+                }
             }
         }
         let history = Self { stanza, cluster, marks, backups };
@@ -125,7 +127,8 @@ fn a_clone_is_at_its_target() {
 fn a_reader_waits_at_its_target_and_copies_recover_there() {
     let history = History::new(15);
     let stanza = &history.stanza;
-    let reader = stanza.start("reader", &["--read-only", "--type=time", &format!("--target={}", history.mark(5).after)]);
+    let reader =
+        stanza.start("reader", &["--read-only", "--type=time", &format!("--target={}", history.mark(5).after)]);
     assert_eq!(marks(&reader), up_to(5));
     assert_eq!(reader.psql("SELECT count(*), pg_is_in_recovery() FROM victim;"), "5000|t");
     assert!(reader.try_psql("INSERT INTO marks VALUES (1000);").is_err());
@@ -152,7 +155,9 @@ fn a_reader_waits_at_its_target_and_copies_recover_there() {
         stanza.run([&["restore", action], &strs(&target)[..], &[copy.to_str().unwrap()]].concat()).ok();
         let mut server = Cluster::open(15, &copy, &[]);
         if number == 0 {
-            wait_until(Duration::from_secs(60), "the pause", || server.psql("SELECT pg_is_wal_replay_paused();") == "t");
+            wait_until(Duration::from_secs(60), "the pause", || {
+                server.psql("SELECT pg_is_wal_replay_paused();") == "t"
+            });
         } else {
             wait_until(Duration::from_secs(60), "the end of recovery", || {
                 server.psql("SELECT pg_is_in_recovery();") == "f"
@@ -222,7 +227,8 @@ fn what_cannot_be_reached_is_refused_with_what_can() {
         assert!(start.stderr.contains(hint) && start.stderr.contains("hint: "), "{arguments:?}: {}", start.stderr);
         let target = stanza.place().join("refused");
         let restore = ["restore", target.to_str().unwrap()];
-        let arguments: Vec<&str> = arguments.iter().copied().filter(|argument| !argument.starts_with("--read")).collect();
+        let arguments: Vec<&str> =
+            arguments.iter().copied().filter(|argument| !argument.starts_with("--read")).collect();
         let set = if arguments[0].starts_with("--") { vec![] } else { vec!["--set"] };
         stanza.run([&restore, &set[..], &arguments].concat()).fails(1, why);
         assert!(!target.exists(), "{arguments:?} made {}", target.display());
@@ -249,7 +255,11 @@ fn what_cannot_be_reached_is_refused_with_what_can() {
     let aside = stanza.place().join("aside");
     std::fs::rename(&archived, &aside).unwrap();
     refused(&["mark 5"], "there is no restore point", "hint: ");
-    refused(&["--type=time", &format!("--target={}", history.mark(6).after)], &format!("segment {segment} is missing"), "can be reached");
+    refused(
+        &["--type=time", &format!("--target={}", history.mark(6).after)],
+        &format!("segment {segment} is missing"),
+        "can be reached",
+    );
     let clone = stanza.start("before", &["mark 4"]);
     assert_eq!(marks(&clone), up_to(4));
     clone.stop(&[]);

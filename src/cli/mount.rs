@@ -30,6 +30,7 @@ const PREFETCH_THREADS: usize = 8;
 /// With --backup it is itself a data directory; with --scratch that can be written to: PostgreSQL starts on it, and the backup
 /// stays as it is. The command returns when the mount is ready.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("standing").multiple(true).args(["backup", "kind", "target"]))]
 pub(super) struct Mount {
     /// Empty directory to mount on
     mountpoint: PathBuf,
@@ -39,7 +40,7 @@ pub(super) struct Mount {
     #[command(flatten)]
     point: PointOptions,
     /// Make the mount writable; what is written is kept in this directory
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "standing")]
     scratch: Option<PathBuf>,
     /// Whose files these are [default: as root the owner of the backed up cluster, else yourself]
     #[arg(long, env = "PGCAIRN_OWNER", value_name = "USER")]
@@ -56,10 +57,6 @@ pub(super) struct Mount {
 
 impl Mount {
     pub(super) fn run(mut self, common: &Common) -> Result<()> {
-        if self.scratch.is_some() && self.backup.is_none() && self.point.is_empty() {
-            return Err(Error::new("--scratch needs a point to stand on")
-                .hint("give --backup LABEL, --backup latest or a --target"));
-        }
         if !daemon::is_child() {
             self.settle(common)?;
         }

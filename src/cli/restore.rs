@@ -58,10 +58,8 @@ impl Restore {
         let course = point::find(&repository, &point, Bound::Open, &no_cache())?;
         let prepared = match &course.recovery {
             Some(recovery) => Some(Prepared {
-                settings: recovery.settings_with(
-                    point.action.unwrap_or(Action::Pause),
-                    &point::restore_command(common, false)?,
-                ),
+                settings: recovery
+                    .settings_with(point.action.unwrap_or(Action::Pause), &point::restore_command(common, false)?),
                 recovery: recovery.clone(),
                 presents_wal: false,
             }),

@@ -143,14 +143,18 @@ impl Start {
         let mut point = self.point.point(self.backup.as_deref())?;
         match (&point.target, point.action) {
             (_, Some(Action::Shutdown)) => {
-                return Err(Error::new("a clone that shuts down at its target is none").hint("leave --target-action out"));
+                return Err(
+                    Error::new("a clone that shuts down at its target is none").hint("leave --target-action out")
+                );
             }
             (_, Some(Action::Promote)) if self.read_only => {
                 return Err(Error::new("--read-only waits at the target, --target-action promote goes on from it")
                     .hint("give one of them"));
             }
             (Target::Standby | Target::Preserve, _) => {
-                return Err(Error::new("a clone follows nobody").hint("\"pgcairn restore --type standby\" makes a standby"));
+                return Err(
+                    Error::new("a clone follows nobody").hint("\"pgcairn restore --type standby\" makes a standby")
+                );
             }
             (Target::None, _) if self.waits() => point.target = Target::Immediate,
             _ => {}
@@ -188,14 +192,13 @@ impl Start {
         of: &Description,
         owner: Owner,
     ) -> Result<String> {
-        let mount =
-            Mount::for_clone(
-                (&clone.label, clone.recovery.as_ref()),
-                &place.scratch(),
-                self.owner.as_deref(),
-                &place.mount(),
-                &self.cache,
-            )?;
+        let mount = Mount::for_clone(
+            (&clone.label, clone.recovery.as_ref()),
+            &place.scratch(),
+            self.owner.as_deref(),
+            &place.mount(),
+            &self.cache,
+        )?;
         super::stop::end_server(place)?;
         mount::spawn(&mount, common, &place.mount_log())?;
         forget_old_server(place)?;
@@ -205,33 +208,39 @@ impl Start {
         command.arg("-l").arg(place.log()).arg("-o").arg(self.server_options(place, clone, of)?);
         run(command, &place.log())?;
         let superuser = of.superuser.as_deref().unwrap_or("postgres");
-        first_answer(&clone.conninfo(place, superuser))?;
-        if clone.read_only {
-            self.reach_target(place, &clone.conninfo(place, superuser))?;
-        }
+        self.reach_target(place, clone, &clone.conninfo(place, superuser))?;
         Ok(superuser.to_owned())
     }
 
-    /// Waits until replay has stopped at the target.
-    fn reach_target(&self, place: &Place, conninfo: &str) -> Result<()> {
+    /// Waits for the answer to a first query, at the target: pg_ctl is content with a server that replays.
+    fn reach_target(&self, place: &Place, clone: &Clone, conninfo: &str) -> Result<()> {
         let started = Instant::now();
-        let paused = || -> std::result::Result<bool, postgres::Error> {
+        let query = match clone.read_only {
+            true => "SELECT NOT pg_is_in_recovery() OR pg_is_wal_replay_paused()",
+            false => "SELECT NOT pg_is_in_recovery()",
+        };
+        let is_there = || -> std::result::Result<bool, postgres::Error> {
             let mut client = postgres::Client::connect(conninfo, postgres::NoTls)?;
-            let row = client.query_one("SELECT NOT pg_is_in_recovery() OR pg_is_wal_replay_paused()", &[])?;
-            Ok(row.get(0))
+            Ok(client.query_one(query, &[])?.get(0))
         };
         loop {
-            match paused() {
+            let error = match is_there() {
                 Ok(true) => return Ok(()),
-                Err(_) if super::stop::running_server(place).is_none() => {
-                    return Err(did_not_start(&place.log(), "ended before its target"));
-                }
-                _ if started.elapsed() > Duration::from_secs(self.start_timeout) => {
-                    return Err(Error::new(format!("the clone did not reach its target within {} s", self.start_timeout))
-                        .hint("give it more time with --start-timeout"));
-                }
-                _ => std::thread::sleep(Duration::from_millis(20)),
+                Ok(false) => None,
+                Err(error) => Some(error),
+            };
+            if super::stop::running_server(place).is_none() {
+                return Err(did_not_start(&place.log(), "ended before its target"));
             }
+            if started.elapsed() > Duration::from_secs(self.start_timeout) {
+                let late = format!("the clone did not answer at its target within {} s", self.start_timeout);
+                let late = Error::new(late).hint("give it more time with --start-timeout");
+                return Err(match error {
+                    Some(error) => late.source(error),
+                    None => late,
+                });
+            }
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 
@@ -310,7 +319,8 @@ fn forget_old_server(place: &Place) -> Result<()> {
 fn source_limits(place: &Place) -> Result<Vec<(String, String)>> {
     let path = place.mount().join(CONTROL_FILE);
     let bytes = fs::read(&path).map_err(|error| Error::io("read", &path, error))?;
-    let control = ControlFile::parse(&bytes).map_err(|error| Error::new("the backup's pg_control is damaged").source(error))?;
+    let control =
+        ControlFile::parse(&bytes).map_err(|error| Error::new("the backup's pg_control is damaged").source(error))?;
     let limits = [
         ("max_connections", control.max_connections),
         ("max_worker_processes", control.max_worker_processes),
@@ -387,22 +397,6 @@ fn leave_backup_segment(conninfo: &str) {
         .and_then(|mut client| client.simple_query("SELECT pg_switch_wal()"));
     if let Err(error) = switched {
         tracing::info!(%error, "the clone goes on in the backup's WAL segment");
-    }
-}
-
-/// Waits for the answer to a first query.
-fn first_answer(conninfo: &str) -> Result<()> {
-    let started = Instant::now();
-    loop {
-        let answer =
-            postgres::Client::connect(conninfo, postgres::NoTls).and_then(|mut client| client.simple_query("SELECT 1"));
-        match answer {
-            Ok(_) => return Ok(()),
-            Err(error) if started.elapsed() > Duration::from_secs(30) => {
-                return Err(Error::new("the clone's server does not answer").source(error));
-            }
-            Err(_) => std::thread::sleep(Duration::from_millis(10)),
-        }
     }
 }
 

@@ -40,7 +40,12 @@ impl fmt::Display for TimestampTz {
                 let (date, time) = (civil.date(), civil.time());
                 match time.subsec_nanosecond() {
                     0 => write!(f, "{date} {time}+00"),
-                    nanos => write!(f, "{date} {}.{:06}+00", time.with().subsec_nanosecond(0).build().unwrap_or(time), nanos / 1000),
+                    nanos => write!(
+                        f,
+                        "{date} {}.{:06}+00",
+                        time.with().subsec_nanosecond(0).build().unwrap_or(time),
+                        nanos / 1000
+                    ),
                 }
             }
             Err(_) => write!(f, "{} us since 2000", self.0),

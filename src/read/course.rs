@@ -80,7 +80,12 @@ impl Course {
     ///
     /// # Errors
     /// With the nearest moments that can be reached as a hint.
-    pub fn find(repository: &Repository, point: &Point, bound: Bound, horizon: impl FnOnce() -> Result<Horizon>) -> Found<Self> {
+    pub fn find(
+        repository: &Repository,
+        point: &Point,
+        bound: Bound,
+        horizon: impl FnOnce() -> Result<Horizon>,
+    ) -> Found<Self> {
         if matches!(point.target, Target::None | Target::Preserve) {
             let label = repository.resolve(point.label.as_deref().unwrap_or("latest"))?;
             return Ok(Self { label, recovery: None });
@@ -134,7 +139,8 @@ impl Search<'_> {
     fn histories(&self) -> Found<Vec<TimelineHistory>> {
         let horizon = self.horizon;
         let history = |timeline: Timeline| horizon.coverage().history(timeline);
-        let own = self.point.label.as_ref().and_then(|label| horizon.stones().iter().find(|stone| stone.label == *label));
+        let own =
+            self.point.label.as_ref().and_then(|label| horizon.stones().iter().find(|stone| stone.label == *label));
         Ok(match self.point.timeline {
             TargetTimeline::Id(timeline) => {
                 let known = horizon.timelines();
@@ -228,7 +234,7 @@ impl Search<'_> {
                 continue;
             }
             let road = self.consistent_road(stone, history)?;
-            if stone.stop_s == at.unix_s() && !self.is_consistent_before(stone, &road, &passes)? {
+            if stone.stop_s == at.unix_s() && !self.is_consistent_before(stone, history, at)? {
                 continue;
             }
             let from = road.index_of(stone.stop).unwrap_or(0);
@@ -252,20 +258,11 @@ impl Search<'_> {
         Err(NoCourse::Unreachable(self.before(history, Some(at))?))
     }
 
-    /// Whether no transaction that `passes` ended before the backup was consistent: PostgreSQL would stop there, and refuse.
-    fn is_consistent_before(&self, stone: &Stone, road: &Road, passes: &dyn Fn(TimestampTz) -> bool) -> Result<bool> {
-        let Some(last) = road.index_of(Lsn(stone.stop.0.saturating_sub(1))) else { return Ok(false) };
-        let mut consistent = true;
-        for index in 0..=last {
-            let Some(name) = road.segment(index) else { return Ok(false) };
-            let before = index.checked_sub(1).and_then(|index| road.segment(index));
-            self.horizon.times().events(name, before, &mut |lsn, event| {
-                if let Event::End { time, .. } = event {
-                    consistent &= !(lsn >= stone.start && lsn < stone.stop && passes(*time));
-                }
-            })?;
-        }
-        Ok(consistent)
+    /// Whether no transaction that `passes` ended before the backup was consistent, or before it began: PostgreSQL would not notice
+    /// that it was there already. The last time told before that is the proof, since times rise; without one the answer is no.
+    fn is_consistent_before(&self, stone: &Stone, history: &TimelineHistory, at: TimestampTz) -> Result<bool> {
+        let last = self.horizon.last_told_before(history, stone.stop)?;
+        Ok(last.is_some_and(|last| if self.point.exclusive { last < at } else { last <= at }))
     }
 
     fn to_lsn(&self, history: &TimelineHistory, lsn: Lsn) -> Found<Way<'_>> {
@@ -311,15 +308,20 @@ impl Search<'_> {
             [point] => self.to_record(history, Lsn(point.lsn), ("recovery_target_name", name.to_owned())),
             [] => {
                 let error = Error::new(format!("there is no restore point \"{name}\" in the WAL that can be reached"));
-                let newest: Vec<String> = points.iter().rev().take(5).map(|point| format!("\"{}\"", point.name)).collect();
+                let newest: Vec<String> =
+                    points.iter().rev().take(5).map(|point| format!("\"{}\"", point.name)).collect();
                 Err(NoCourse::Unreachable(match newest.is_empty() {
-                    true => error.hint("the server makes one with pg_create_restore_point(); give a time or an LSN instead"),
+                    true => {
+                        error.hint("the server makes one with pg_create_restore_point(); give a time or an LSN instead")
+                    }
                     false => error.hint(format!("the newest are {}", newest.join(", "))),
                 }))
             }
             [..] => {
-                let all: Vec<String> = named.iter().map(|point| format!("{} ({})", Lsn(point.lsn), point.at())).collect();
-                let error = Error::new(format!("there are {} restore points \"{name}\": at {}", all.len(), all.join(" and ")));
+                let all: Vec<String> =
+                    named.iter().map(|point| format!("{} ({})", Lsn(point.lsn), point.at())).collect();
+                let error =
+                    Error::new(format!("there are {} restore points \"{name}\": at {}", all.len(), all.join(" and ")));
                 Err(NoCourse::Unreachable(error.hint("say which with --type lsn and its position")))
             }
         }
@@ -332,7 +334,9 @@ impl Search<'_> {
         };
         let road = self.consistent_road(stone, history)?;
         match road.index_of(lsn) {
-            Some(index) => Ok(Way { stone, history: history.clone(), road: road.up_to(index + 1), target: Some(target) }),
+            Some(index) => {
+                Ok(Way { stone, history: history.clone(), road: road.up_to(index + 1), target: Some(target) })
+            }
             None => Err(NoCourse::Unreachable(self.behind(history, &road, None)?)),
         }
     }
@@ -357,9 +361,9 @@ impl Search<'_> {
     fn behind(&self, history: &TimelineHistory, road: &Road, at: Option<TimestampTz>) -> Result<Error> {
         let target = &self.point.target;
         let error = match road.end {
-            RoadEnd::Gap { missing, then } => {
-                Error::new(format!("{target} cannot be reached: WAL segment {missing} is missing, the next there is {then}"))
-            }
+            RoadEnd::Gap { missing, then } => Error::new(format!(
+                "{target} cannot be reached: WAL segment {missing} is missing, the next there is {then}"
+            )),
             RoadEnd::Open => Error::new(format!("{target} is not in the archive, which ends at {}", road.end_lsn())),
         };
         self.hinted(error, history, at)
@@ -394,12 +398,15 @@ impl Search<'_> {
         let mut settings = Vec::new();
         let has_target = target.is_some();
         if let Some((name, value)) = target {
-            let takes_inclusive = matches!(name, "recovery_target_time" | "recovery_target_xid" | "recovery_target_lsn");
-            // the end of the archive, or a stand-in for a time, is always wanted with its last record
-            let exclusive = self.point.exclusive && !(name == "recovery_target_lsn" && !matches!(self.point.target, Target::Lsn(_)));
+            let takes_inclusive =
+                matches!(name, "recovery_target_time" | "recovery_target_xid" | "recovery_target_lsn");
+            // the end of the archive, or of what proves a time, is always wanted with its last record
+            let is_last_record = name == "recovery_target_lsn" && !matches!(self.point.target, Target::Lsn(_));
+            let exclusive = self.point.exclusive && !is_last_record;
             settings.push((name.to_owned(), value));
             if takes_inclusive {
-                settings.push(("recovery_target_inclusive".to_owned(), if exclusive { "off" } else { "on" }.to_owned()));
+                settings
+                    .push(("recovery_target_inclusive".to_owned(), if exclusive { "off" } else { "on" }.to_owned()));
             }
         }
         let follows = matches!(self.point.target, Target::Standby | Target::End) && self.bound == Bound::Open;
@@ -410,7 +417,8 @@ impl Search<'_> {
         };
         settings.push(("recovery_target_timeline".to_owned(), timeline));
         let histories = history.ancestors.iter().map(|ancestor| ancestor.timeline).chain([history.timeline]);
-        let histories = histories.filter(|timeline| *timeline != Timeline(1) && self.horizon.coverage().has_history(*timeline));
+        let histories =
+            histories.filter(|timeline| *timeline != Timeline(1) && self.horizon.coverage().has_history(*timeline));
         let recovery = Recovery {
             standby: self.point.target == Target::Standby,
             settings,

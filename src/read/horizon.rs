@@ -8,6 +8,7 @@ use crate::error::{Context, Error, Result};
 use crate::format::info::BackupSummary;
 use crate::format::manifest::Database;
 use crate::postgres::wal::coverage::{Coverage, Road, RoadEnd};
+use crate::postgres::wal::records::Event;
 use crate::postgres::{Lsn, SegmentName, SegmentSize, Timeline, TimelineHistory, TimestampTz, WalName};
 use crate::repo::Repository;
 
@@ -154,6 +155,25 @@ impl Horizon {
             }
         }
         Ok(found)
+    }
+
+    /// The last exact time that the WAL before `lsn` tells, if it is not far before.
+    pub fn last_told_before(&self, history: &TimelineHistory, lsn: Lsn) -> Result<Option<TimestampTz>> {
+        let size = self.coverage.size();
+        let last = size.segment_of(Lsn(lsn.0.saturating_sub(1)));
+        for number in (last.saturating_sub(LOOK_BACK)..=last).rev() {
+            let road = self.coverage.road(history, size.first_lsn(number).unwrap_or(lsn));
+            let Some(name) = road.segment(0) else { break };
+            let mut told = None;
+            self.times.events(name, None, &mut |at, event| match event {
+                Event::End { time, .. } | Event::RestorePoint { time, .. } if at < lsn => told = told.max(Some(*time)),
+                _ => {}
+            })?;
+            if told.is_some() {
+                return Ok(told);
+            }
+        }
+        Ok(None)
     }
 
     fn times_at(&self, road: &Road, index: u64) -> Result<Arc<SegmentTimes>> {

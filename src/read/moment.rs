@@ -181,7 +181,10 @@ mod tests {
             ("yesterday", "\"yesterday\" is not a time: the time of day is missing"),
             ("25:00", "\"25:00\" is not a time: no such time of day"),
             ("2026-07-14 14", "\"2026-07-14 14\" is not a time: a time of day has hours and minutes, as 14:30"),
-            ("2026-07-14 14:30 Mars/Olympus", "\"2026-07-14 14:30 Mars/Olympus\" is not a time: unknown zone Mars/Olympus"),
+            (
+                "2026-07-14 14:30 Mars/Olympus",
+                "\"2026-07-14 14:30 Mars/Olympus\" is not a time: unknown zone Mars/Olympus",
+            ),
             ("2026-07-14 14:30+1", "\"2026-07-14 14:30+1\" is not a time: unknown zone +1"),
             ("14:30:00.1234567", "\"14:30:00.1234567\" is not a time: PostgreSQL knows no parts of a microsecond"),
             ("some time ago", "\"some time ago\" is not a time: no such time span"),

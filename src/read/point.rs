@@ -257,7 +257,8 @@ fn as_lsn(text: &str) -> Option<Lsn> {
 
 fn lsn(text: &str) -> Result<Target> {
     as_lsn(text).map(Target::Lsn).ok_or_else(|| {
-        Error::new(format!("\"{text}\" is not an LSN")).hint("an LSN reads like 16/B374D848, in names of files 16-B374D848")
+        Error::new(format!("\"{text}\" is not an LSN"))
+            .hint("an LSN reads like 16/B374D848, in names of files 16-B374D848")
     })
 }
 
@@ -265,7 +266,8 @@ fn lsn(text: &str) -> Result<Target> {
 fn xid(text: &str) -> Result<Target> {
     let number = text.parse::<u64>().ok().map(|number| number as u32).filter(|number| *number >= 3);
     number.map(Target::Xid).ok_or_else(|| {
-        Error::new(format!("\"{text}\" is no transaction")).hint("a transaction is a number from 3 on, as txid_current() gives")
+        Error::new(format!("\"{text}\" is no transaction"))
+            .hint("a transaction is a number from 3 on, as txid_current() gives")
     })
 }
 
@@ -319,8 +321,16 @@ mod tests {
             ("name:14:30", Target::Name("14:30".into())),
             ("v1.2-rc", Target::Name("v1.2-rc".into())),
         ] {
-            assert_eq!(read(PointParts { point: Some(text), ..PointParts::default() }).unwrap().target, target, "{text}");
-            assert_eq!(read(PointParts { target: Some(text), ..PointParts::default() }).unwrap().target, target, "{text}");
+            assert_eq!(
+                read(PointParts { point: Some(text), ..PointParts::default() }).unwrap().target,
+                target,
+                "{text}"
+            );
+            assert_eq!(
+                read(PointParts { target: Some(text), ..PointParts::default() }).unwrap().target,
+                target,
+                "{text}"
+            );
         }
     }
 

@@ -85,7 +85,8 @@ fn recovery(builder: &mut Builder, repository: &Repository, of: &Description, pr
     let size = SegmentSize::new(of.database.wal_segment_size).context(|| "the manifest".into())?;
     let archive = repository.archive(&of.database);
     for leg in prepared.recovery.wal.chunk_by(|a, b| a.0 == b.0) {
-        let needed: Vec<SegmentName> = Recovery { wal: leg.to_vec(), ..prepared.recovery.clone() }.segments(size).collect();
+        let needed: Vec<SegmentName> =
+            Recovery { wal: leg.to_vec(), ..prepared.recovery.clone() }.segments(size).collect();
         present(builder, repository, of, &needed)?;
     }
     for timeline in &prepared.recovery.histories {

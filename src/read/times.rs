@@ -187,12 +187,18 @@ impl Times {
     }
 
     /// Hands every event of a segment to `each`, in order; that of a record which began in `before` comes first.
-    pub fn events(&self, name: SegmentName, before: Option<SegmentName>, each: &mut dyn FnMut(Lsn, &Event)) -> Result<()> {
+    pub fn events(
+        &self,
+        name: SegmentName,
+        before: Option<SegmentName>,
+        each: &mut dyn FnMut(Lsn, &Event),
+    ) -> Result<()> {
         let found = self.repository.archive(&self.database).find(&name.to_string())?;
         let object = found.ok_or_else(|| Error::new(format!("the archive has no {name} any more")))?;
         let bytes = self.bytes(name, &object.key)?;
         let mut events = Vec::new();
-        let times = SegmentTimes::read(&self.database, name, &bytes, &mut |lsn, event| events.push((lsn, event.clone())))?;
+        let times =
+            SegmentTimes::read(&self.database, name, &bytes, &mut |lsn, event| events.push((lsn, event.clone())))?;
         if let Some(before) = before.filter(|_| times.rest.0 > 0)
             && let Some((lsn, event)) = times.first_event(&*self.of(before)?, &self.database)?
         {

@@ -299,9 +299,23 @@ mod tests {
             (&[(1, 2..=9), (2, 7..=8)], &forked, 3, vec![leg(1, 3, 6), leg(2, 7, 8)], RoadEnd::Open, None),
             (&[(1, 2..=9)], &forked, 3, vec![leg(1, 3, 6), leg(1, 7, 7)], RoadEnd::Open, Some(7.5)),
             (&[(1, 2..=6)], &forked, 3, vec![leg(1, 3, 6)], RoadEnd::Open, None),
-            (&[(1, 2..=9), (2, 8..=9)], &forked, 3, vec![leg(1, 3, 6), leg(1, 7, 7)], gap(name(2, 7), name(2, 8)), Some(7.5)),
+            (
+                &[(1, 2..=9), (2, 8..=9)],
+                &forked,
+                3,
+                vec![leg(1, 3, 6), leg(1, 7, 7)],
+                gap(name(2, 7), name(2, 8)),
+                Some(7.5),
+            ),
             (&[(1, 2..=5), (2, 7..=8)], &forked, 3, vec![leg(1, 3, 5)], gap(name(1, 6), name(2, 7)), None),
-            (&[(1, 2..=9), (2, 7..=7), (2, 9..=9)], &forked, 6, vec![leg(1, 6, 6), leg(2, 7, 7)], gap(name(2, 8), name(2, 9)), None),
+            (
+                &[(1, 2..=9), (2, 7..=7), (2, 9..=9)],
+                &forked,
+                6,
+                vec![leg(1, 6, 6), leg(2, 7, 7)],
+                gap(name(2, 8), name(2, 9)),
+                None,
+            ),
             (&[(1, 2..=9), (2, 7..=8)], &alone, 3, vec![leg(1, 3, 9)], RoadEnd::Open, None),
         ];
         for (runs, history, from, legs, end, fork) in cases {

@@ -243,7 +243,7 @@ impl Pages<'_> {
         let mut at = len;
         let mut left = left as usize;
         while left > 0 {
-            if at % self.page == 0 {
+            if at.is_multiple_of(self.page) {
                 let (info, rem_len, len) = self.header(at)?;
                 if info & FIRST_IS_REST == 0 || rem_len as usize != left {
                     return None;
@@ -265,7 +265,7 @@ impl Pages<'_> {
         if at >= self.bytes.len() {
             return Next::End;
         }
-        if at % self.page != 0 {
+        if !at.is_multiple_of(self.page) {
             return Next::At(at);
         }
         match self.header(at) {
@@ -289,7 +289,7 @@ impl Pages<'_> {
                 let written = record.seen as u32;
                 return (record, Way::Cut(written));
             }
-            if at % self.page == 0 {
+            if at.is_multiple_of(self.page) {
                 match self.header(at) {
                     Some((info, ..)) if info & FIRST_IS_INSTEAD != 0 => return (record, Way::Instead(at)),
                     Some((info, left, len)) if info & FIRST_IS_REST != 0 && left as usize == length - record.seen => {

@@ -30,7 +30,7 @@ impl Writer {
 
     fn page_header(&mut self, left: usize) {
         let at = self.bytes.len();
-        let is_first = at % SIZE as usize == 0;
+        let is_first = at.is_multiple_of(SIZE as usize);
         let info = if left > 0 { FIRST_IS_REST } else { 0 } | if is_first { LONG_HEADER } else { 0 };
         self.bytes.extend(0xD110u16.to_le_bytes());
         self.bytes.extend(info.to_le_bytes());
@@ -58,14 +58,14 @@ impl Writer {
         let crc = crc32c::crc32c_append(crc32c::crc32c(&body), &record);
         record.extend(crc.to_le_bytes());
         record.extend(body);
-        if self.bytes.len() % PAGE == 0 {
+        if self.bytes.len().is_multiple_of(PAGE) {
             self.page_header(0);
         }
         let lsn = self.first + self.bytes.len() as u64;
         self.before = lsn;
         let mut rest = &record[..];
         while !rest.is_empty() {
-            if self.bytes.len() % PAGE == 0 {
+            if self.bytes.len().is_multiple_of(PAGE) {
                 self.page_header(rest.len());
             }
             let room = PAGE - self.bytes.len() % PAGE;
