@@ -44,6 +44,15 @@ impl Stanza {
         Self { repo, environment, place }
     }
 
+    /// From now on its runs archive and fetch WAL through workers and a spool in its place.
+    pub fn asynchronous(mut self) -> Self {
+        for (name, directory) in [("PGCAIRN_SPOOL_PATH", "spool"), ("XDG_STATE_HOME", "state")] {
+            self.environment.push((name.to_owned(), self.place.directory(directory).display().to_string()));
+        }
+        self.environment.push(("PGCAIRN_ARCHIVE_ASYNC".to_owned(), "y".to_owned()));
+        self
+    }
+
     /// The repository's URL or path.
     pub fn repo(&self) -> &str {
         &self.repo

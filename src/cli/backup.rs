@@ -2,10 +2,12 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 
-use super::options::{Common, Output, size};
+use super::options::{Common, Output, YesNo, size};
 use super::output::{self, Progress, bytes};
-use crate::error::{Error, Result};
+use super::retention::{RetentionOptions, tell};
+use crate::error::{Context, Error, Result};
 use crate::format::manifest::Description;
+use crate::keep::expire::expire;
 use crate::write::backup::{BackupOptions, WalChoice, backup};
 
 /// Back up the running cluster
@@ -40,6 +42,11 @@ pub(super) struct Backup {
     /// What to do about pages whose checksum is wrong
     #[arg(long, env = "PGCAIRN_PAGE_ERRORS", value_name = "WHAT", default_value = "report")]
     page_errors: PageErrors,
+    /// Remove afterwards what the retention, if one is set, no longer keeps
+    #[arg(long, env = "PGCAIRN_EXPIRE_AUTO", value_name = "y|n", default_value = "y")]
+    expire_auto: YesNo,
+    #[command(flatten)]
+    retention: RetentionOptions,
     /// Output for people or programs
     #[arg(long, env = "PGCAIRN_OUTPUT", default_value = "text")]
     output: Output,
@@ -48,12 +55,6 @@ pub(super) struct Backup {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kind {
     Full,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum YesNo {
-    Y,
-    N,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -94,6 +95,14 @@ impl Backup {
         match self.output {
             Output::Json => output::line(&serde_json::to_string_pretty(&description)?),
             Output::Text => report(&description, started.elapsed()),
+        }
+        if self.expire_auto == YesNo::Y && !self.retention.retention().is_none() {
+            let expired = expire(&repository, &self.retention.expire(None, true, false), &progress);
+            progress.clear();
+            let expired = expired.context(|| format!("backup {} was taken, but expire failed", description.label))?;
+            if self.output == Output::Text {
+                tell(&expired, false);
+            }
         }
         Ok(())
     }

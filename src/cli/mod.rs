@@ -2,12 +2,14 @@
 
 mod archive_get;
 mod archive_push;
+mod archive_worker;
 mod backup;
 mod check;
 pub mod clones;
 mod config;
 mod daemon;
 mod demo;
+mod expire;
 mod info;
 mod mount;
 mod options;
@@ -15,7 +17,9 @@ mod output;
 mod pg;
 mod point;
 mod restore;
+mod retention;
 mod stanza_create;
+mod stanza_upgrade;
 mod start;
 mod stop;
 mod umount;
@@ -45,9 +49,11 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     StanzaCreate(stanza_create::StanzaCreate),
+    StanzaUpgrade(stanza_upgrade::StanzaUpgrade),
     Check(check::Check),
     Backup(backup::Backup),
     Info(info::Info),
+    Expire(expire::Expire),
     Mount(mount::Mount),
     Umount(umount::Umount),
     Start(start::Start),
@@ -55,6 +61,8 @@ enum Verb {
     Restore(restore::Restore),
     ArchivePush(archive_push::ArchivePush),
     ArchiveGet(archive_get::ArchiveGet),
+    #[command(hide = true)]
+    ArchiveWorker(archive_worker::ArchiveWorker),
     Demo(demo::Demo),
 }
 
@@ -89,9 +97,11 @@ impl Cli {
         let common = &self.common;
         match self.verb {
             Verb::StanzaCreate(verb) => verb.run(common),
+            Verb::StanzaUpgrade(verb) => verb.run(common),
             Verb::Check(verb) => verb.run(common),
             Verb::Backup(verb) => verb.run(common),
             Verb::Info(verb) => verb.run(common),
+            Verb::Expire(verb) => verb.run(common),
             Verb::Mount(verb) => verb.run(common),
             Verb::Umount(verb) => verb.run(),
             Verb::Start(verb) => verb.run(common),
@@ -99,6 +109,7 @@ impl Cli {
             Verb::Restore(verb) => verb.run(common),
             Verb::ArchivePush(verb) => verb.run(common),
             Verb::ArchiveGet(verb) => return Ok(verb.run(common)),
+            Verb::ArchiveWorker(verb) => verb.run(common),
             Verb::Demo(verb) => verb.run(common),
         }?;
         Ok(ExitCode::SUCCESS)

@@ -2,6 +2,8 @@
 
 pub mod catalog;
 pub mod keys;
+pub mod lock;
+pub mod packs;
 pub mod wal;
 
 use std::sync::Arc;

@@ -14,6 +14,7 @@ use super::packer::{PACK_BYTES, Uploads};
 use super::scan::{Scan, Scanned, ScannedKind, scan};
 use super::server::{Archiving, Server, Stopped};
 use crate::error::{Context, Error, Result};
+use crate::format::info::LockKind;
 use crate::format::manifest::{Database, Description, Sizes, Tablespace};
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
 use crate::postgres::{BackupKind, Label, Layout, Lsn, SegmentName, SegmentSize, Timeline};
@@ -79,7 +80,9 @@ pub fn backup(repository: &Repository, options: &BackupOptions, monitor: &dyn Mo
     let mut server = Server::connect(&options.conninfo)?;
     let database = proven_database(repository, &server)?;
     server.lock()?;
+    let lock = repository.lock(LockKind::Backup, "")?;
     let started = start(repository, &mut server, database, options, monitor)?;
+    lock.set_note(&started.label.to_string());
     let mut copied = copy_all(repository, &mut server, &started, options, monitor)?;
     let totals = copied.assembler.totals();
     if options.page_errors_fail && !totals.page_errors.is_empty() {
@@ -88,7 +91,12 @@ pub fn backup(repository: &Repository, options: &BackupOptions, monitor: &dyn Mo
             .hint("run pg_checksums or pg_amcheck on the server; without --page-errors=fail the backup is kept"));
     }
     let description = describe(&mut server, started, &copied, totals)?;
+    // without it, packs that this backup refers to may be gone
+    lock.check()?;
     commit(repository, copied.assembler, &description)?;
+    if let Err(error) = lock.dead_backups().and_then(|dead| lock.remove(&dead)) {
+        tracing::warn!(%error, "locks of backups that died could not be removed");
+    }
     Ok(description)
 }
 
