@@ -5,6 +5,8 @@ use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use pgcairn_integration::process::run_ok;
 use pgcairn_integration::{Cluster, Data, Stanza, files, install};
 use serde_json::Value;
@@ -141,7 +143,15 @@ fn a_killed_backup_does_not_lock_the_next_one_out() {
     let mut child = command.args(["backup", "--pg", cluster.conninfo()]).spawn().unwrap();
     let locks = std::path::Path::new(stanza.repo()).join("lock/main");
     let held = || fs::read_dir(&locks).is_ok_and(|mut locks| locks.next().is_some());
-    pgcairn_integration::wait_until(LONG, "the lock", held);
+    let since = |entry: fs::DirEntry| fs::read_to_string(entry.path()).is_ok_and(|text| text.contains("\"since\""));
+    let taken = || fs::read_dir(&locks).is_ok_and(|locks| locks.flatten().any(since));
+    pgcairn_integration::wait_until(LONG, "the lock", taken);
+    // it must not come to its end
+    kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGSTOP).unwrap();
+    let info = json(&stanza.run(["info", "--output", "json"]).ok());
+    assert_eq!(info[0]["status"]["lock"]["backup"]["held"], true, "{info}");
+    assert!(stanza.run(["info"]).ok().contains("a backup"));
+    stanza.run(["stanza-upgrade", "--pg", cluster.conninfo()]).fails(1, "stanza main is locked: a backup");
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(held());

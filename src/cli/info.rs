@@ -4,11 +4,12 @@ use serde_json::{Value, json};
 use super::options::{Common, Output};
 use super::output::{self, bytes, time};
 use crate::error::Result;
-use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary};
+use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, LockKind};
 use crate::format::manifest::Database;
 use crate::postgres::Lsn;
 use crate::repo::Repository;
 use crate::repo::catalog::stanzas;
+use crate::repo::lock::Other;
 
 /// Show what backups there are, what they weigh, and which WAL is archived
 ///
@@ -30,6 +31,8 @@ struct Stanza {
     backups: BackupInfo,
     /// oldest and newest segment, for each cluster of the stanza
     wal: Vec<Option<(String, String)>>,
+    /// who works on it
+    locks: Vec<Other>,
 }
 
 impl Info {
@@ -63,7 +66,15 @@ impl Info {
         }
         let range = |database: &Database| repository.archive(database).range();
         let wal = archive.history.iter().map(range).collect::<Result<_>>()?;
-        Ok(Stanza { name: repository.stanza.clone(), archive, backups, wal })
+        let mut locks = repository.locks()?;
+        locks.retain(|lock| !lock.dead);
+        Ok(Stanza { name: repository.stanza.clone(), archive, backups, wal, locks })
+    }
+}
+
+impl Stanza {
+    fn backup_runs(&self) -> bool {
+        self.locks.iter().any(|lock| lock.kind() == Some(LockKind::Backup))
     }
 }
 
@@ -75,6 +86,9 @@ fn to_text(stanza: &Stanza) {
             Some((first, last)) => format!("    WAL archive: {first} to {last}"),
             None => "    WAL archive: empty".to_owned(),
         });
+    }
+    for lock in &stanza.locks {
+        output::line(&format!("    {}", lock.describe()));
     }
     if stanza.backups.backups.is_empty() {
         output::line("    no backup yet");
@@ -133,7 +147,7 @@ fn to_json(stanza: &Stanza) -> Value {
         "db": db,
         "name": stanza.name,
         "repo": [{"cipher": "none", "key": 1, "status": {"code": code, "message": message}}],
-        "status": {"code": code, "lock": {"backup": {"held": false}}, "message": message},
+        "status": {"code": code, "lock": {"backup": {"held": stanza.backup_runs()}}, "message": message},
     })
 }
 
