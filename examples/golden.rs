@@ -6,7 +6,7 @@ use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
-use pgcairn::format::chunk::{ChunkRef, Encoder, HashKeys, PackId};
+use pgcairn::format::chunk::{ChunkRef, Encoder, Keys, PackId};
 use pgcairn::format::manifest::{
     BlockWriter, Database, Description, Entry, File, Node, Place, Sizes, Tablespace, encode_description, path_cmp,
 };
@@ -27,21 +27,22 @@ const MTIME: i64 = 1_704_628_800;
 
 /// Chunks on their way into one pack.
 struct Packer {
-    keys: HashKeys,
+    keys: Keys,
     encoder: Encoder,
     pack: PackWriter,
 }
 
 impl Packer {
     fn new(kind: PackKind, number: u8) -> Result<Self> {
-        let pack = PackWriter::new(kind, PackId([number; 16]), 0);
-        Ok(Self { keys: HashKeys::new(b""), encoder: Encoder::new(3)?, pack })
+        let keys = Keys::new(b"");
+        let pack = PackWriter::new(kind, keys.seal_kind(), PackId([number; 16]), 0);
+        Ok(Self { keys, encoder: Encoder::new(3)?, pack })
     }
 
     fn add(&mut self, plain: &[u8]) -> Result<ChunkRef> {
-        let mut stored = Vec::new();
-        self.encoder.encode(plain, &mut stored)?;
-        Ok(self.pack.add(self.keys.digest(plain).id, plain.len(), &stored))
+        let (id, mut stored) = (self.keys.digest(plain).id, Vec::new());
+        self.encoder.encode(&self.keys, &id, plain, &mut stored)?;
+        Ok(self.pack.add(id, plain.len(), &stored))
     }
 
     fn store(self, repository: &Repository) -> Result<()> {
@@ -50,17 +51,17 @@ impl Packer {
     }
 }
 
-fn change(keys: &HashKeys, slot: &[u8]) -> SlotChange {
+fn change(keys: &Keys, slot: &[u8]) -> SlotChange {
     SlotChange { crc: crc32c::crc32c(slot), grains: keys.digest(slot).grains }
 }
 
-fn changes(keys: &HashKeys, file: &[u8]) -> Vec<u8> {
+fn changes(keys: &Keys, file: &[u8]) -> Vec<u8> {
     encode_changes(&file.chunks(SLOT).map(|slot| change(keys, slot)).collect::<Vec<_>>())
 }
 
 /// Entries of small files: grouped in chunks, their changes in one chunk.
 fn small(packs: &mut Packs) -> Result<Vec<Entry>> {
-    let keys = HashKeys::new(b"");
+    let keys = Keys::new(b"");
     let files = files::small();
     let (mut group, mut groups, mut all_changes) = (Vec::new(), Vec::new(), Vec::new());
     let mut places = Vec::new();
@@ -113,14 +114,14 @@ fn mapped(packs: &mut Packs) -> Result<Entry> {
         ]);
     }
     let map = packs.maps.add(&leaf.encode())?;
-    let changes = packs.changes.add(&changes(&HashKeys::new(b""), &content))?;
+    let changes = packs.changes.add(&changes(&Keys::new(b""), &content))?;
     let place = Place::Leaves(vec![LeafRef { map, changes }]);
     Ok(file(b"base/5/16384", content.len() as u64, crc32c::crc32c(&content), place))
 }
 
 /// A file of more than 64 leaves, so with an index; all its slots have the same content.
 fn huge(packs: &mut Packs) -> Result<Entry> {
-    let keys = HashKeys::new(b"");
+    let keys = Keys::new(b"");
     let slot = files::huge_slot();
     let chunk = packs.data.add(&slot)?;
     let part = files::HUGE_BYTES - 64 * LEAF_BYTES - SLOT as u64;

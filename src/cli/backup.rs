@@ -6,6 +6,7 @@ use super::options::{Common, Output, size};
 use super::output::{self, Progress, bytes};
 use crate::error::{Error, Result};
 use crate::format::manifest::Description;
+use crate::postgres::BackupKind;
 use crate::write::backup::{BackupOptions, WalChoice, backup};
 
 /// Back up the running cluster
@@ -16,9 +17,12 @@ use crate::write::backup::{BackupOptions, WalChoice, backup};
 pub(super) struct Backup {
     #[command(flatten)]
     server: super::pg::ServerOptions,
-    /// Kind of backup
-    #[arg(long = "type", env = "PGCAIRN_TYPE", value_name = "TYPE", default_value = "full")]
+    /// Kind of backup: full reads every file; diff and incr only those that changed since the last full, or the last backup
+    #[arg(long = "type", env = "PGCAIRN_TYPE", value_name = "TYPE", default_value = "incr")]
     kind: Kind,
+    /// Read and hash every file, also those whose size and time did not change
+    #[arg(long, env = "PGCAIRN_CHECKSUM")]
+    checksum: bool,
     /// Threads that read, hash and compress [default: number of CPUs, at most 8]
     #[arg(long, env = "PGCAIRN_PROCESS_MAX", value_name = "N")]
     process_max: Option<usize>,
@@ -48,6 +52,8 @@ pub(super) struct Backup {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kind {
     Full,
+    Diff,
+    Incr,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -71,10 +77,15 @@ enum PageErrors {
 
 impl Backup {
     pub(super) fn run(self, common: &Common) -> Result<()> {
-        let Kind::Full = self.kind;
         let repository = common.repository(false)?;
         let progress = Progress::new(self.output == Output::Json);
         let options = BackupOptions {
+            kind: match self.kind {
+                Kind::Full => BackupKind::Full,
+                Kind::Diff => BackupKind::Diff,
+                Kind::Incr => BackupKind::Incr,
+            },
+            checksum: self.checksum,
             conninfo: self.server.pg.clone(),
             process_max: self.process_max.unwrap_or_else(default_process_max),
             buffer_bytes: self.buffer_size as usize,

@@ -19,6 +19,11 @@ pub fn pack(stanza: &str, id: PackId) -> String {
     format!("chunk/{stanza}/{}/{id}", &id[..2])
 }
 
+/// All packs of chunks.
+pub fn packs(stanza: &str) -> String {
+    format!("chunk/{stanza}/")
+}
+
 /// Everything about the stanza's backups.
 pub fn backups(stanza: &str) -> String {
     format!("backup/{stanza}/")

@@ -5,8 +5,8 @@ use std::io::Read;
 use std::path::Path;
 
 use crate::error::{Context, Error, Result};
-use crate::format::SLOT;
-use crate::format::chunk::{Digest, Encoder, PackId};
+use crate::format::CHUNK;
+use crate::format::chunk::{ChunkId, Encoder, Keys, PackId};
 use crate::format::manifest::Database;
 use crate::format::pack::{PackKind, PackWriter};
 use crate::postgres::WalName;
@@ -35,14 +35,14 @@ pub fn push(repository: &Repository, path: &Path, level: i32) -> Result<Pushed> 
     let database = info.current()?;
     let bytes = read(path, database)?;
     check(kind, name, &bytes, database)?;
-    let slots: Vec<Digest> = bytes.chunks(SLOT).map(|slot| repository.keys.digest(slot)).collect();
-    let content = repository.keys.file(slots.iter().map(|slot| slot.id));
+    let chunks: Vec<ChunkId> = bytes.chunks(CHUNK).map(|plain| repository.keys.digest(plain).id).collect();
+    let content = repository.keys.file(chunks.iter().copied());
     let archive = repository.archive(database);
     if let Some(there) = archive.find(name)? {
         return compare(repository, name, &there.key, content, &bytes);
     }
     let key = archive.key(name, content);
-    repository.store.put(&key, Body::Bytes(encode(content, &bytes, &slots, level)?.into()))?;
+    repository.store.put(&key, Body::Bytes(encode(&repository.keys, content, &bytes, &chunks, level)?.into()))?;
     // somebody else may have pushed other content at the same moment: then both are told
     archive.find(name)?.map(|_| Pushed::New).ok_or_else(|| {
         Error::new(format!("{name} was written to the archive, but is not listed there"))
@@ -101,14 +101,14 @@ fn compare(repository: &Repository, name: &str, key: &str, content: PackId, byte
     }
 }
 
-fn encode(content: PackId, bytes: &[u8], slots: &[Digest], level: i32) -> Result<Vec<u8>> {
+fn encode(keys: &Keys, content: PackId, bytes: &[u8], chunks: &[ChunkId], level: i32) -> Result<Vec<u8>> {
     let mut encoder = Encoder::new(level).context(|| "cannot set up zstd".into())?;
-    let mut pack = PackWriter::new(PackKind::Wal, content, 0);
+    let mut pack = PackWriter::new(PackKind::Wal, keys.seal_kind(), content, 0);
     let mut stored = Vec::new();
-    for (plain, digest) in bytes.chunks(SLOT).zip(slots) {
+    for (plain, id) in bytes.chunks(CHUNK).zip(chunks) {
         stored.clear();
-        encoder.encode(plain, &mut stored).context(|| "cannot compress".into())?;
-        pack.add(digest.id, plain.len(), &stored);
+        encoder.encode(keys, id, plain, &mut stored).context(|| "cannot compress".into())?;
+        pack.add(*id, plain.len(), &stored);
     }
     Ok(pack.finish())
 }

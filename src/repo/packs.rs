@@ -1,0 +1,43 @@
+//! The packs that are there.
+
+use std::collections::HashMap;
+
+use super::{Repository, keys};
+use crate::error::Result;
+use crate::format::FormatError;
+use crate::format::chunk::PackId;
+use crate::format::manifest::PackUse;
+
+impl Repository {
+    /// Every pack below `chunk/` and its length: a page of a listing for a thousand of them.
+    pub fn packs(&self) -> Result<HashMap<PackId, u64>> {
+        let prefix = keys::packs(&self.stanza);
+        let (mut packs, mut after) = (HashMap::new(), None);
+        loop {
+            let page = self.store.list(&prefix, after.as_deref())?;
+            let id = |key: &str| key.rsplit('/').next().and_then(PackId::from_hex);
+            packs.extend(page.objects.iter().filter_map(|object| Some((id(&object.key)?, object.size))));
+            match page.next {
+                Some(next) => after = Some(next),
+                None => return Ok(packs),
+            }
+        }
+    }
+
+    /// Fails, as damage, unless all of these packs are there in their length.
+    pub fn prove_packs(&self, needed: &[PackUse]) -> Result<()> {
+        if needed.is_empty() {
+            return Ok(());
+        }
+        let present = self.packs()?;
+        for PackUse { pack, size, .. } in needed {
+            let what = match present.get(pack) {
+                Some(found) if found == size => continue,
+                Some(found) => format!("it has {found} bytes, and had {size} when it was written"),
+                None => "the object is missing".into(),
+            };
+            return Err(FormatError::new(&keys::pack(&self.stanza, *pack), 0, what).into());
+        }
+        Ok(())
+    }
+}
