@@ -350,7 +350,7 @@ impl<'a> Worker<'a> {
         }
         let (id, plain_len) = (group.pending.id(self.cutting.keys), group.pending.plain.len());
         let bytes = match self.cutting.dedup.get(&id) {
-            // stored by a backup that died: only its place is needed
+            // stored meanwhile by another worker, perhaps in a larger chunk, or by a backup that died
             Some(_) => Vec::new(),
             None => {
                 self.encode(&id, &group.pending.plain)?;
@@ -371,15 +371,18 @@ impl<'a> Worker<'a> {
             }
         };
         for (stored, members) in group.chunks {
-            let chunk = match self.cutting.dedup.get(&stored.id).filter(|_| stored.bytes.is_empty()) {
-                Some(seen) => seen.chunk,
+            let base = match self.cutting.dedup.get(&stored.id).filter(|_| stored.bytes.is_empty()) {
+                Some(seen) => seen,
                 None if stored.bytes.is_empty() => {
                     return Err(Error::new(format!("the place of chunk {} was forgotten", stored.id)));
                 }
-                None => lane.add(self.cutting.uploads, stored.id, stored.plain_len, &stored.bytes)?,
+                None => {
+                    let chunk = lane.add(self.cutting.uploads, stored.id, stored.plain_len, &stored.bytes)?;
+                    Seen { chunk, offset: 0 }
+                }
             };
             for member in &members {
-                let seen = Seen { chunk, offset: member.offset };
+                let seen = Seen { chunk: base.chunk, offset: base.offset + member.offset };
                 member.id.iter().for_each(|id| self.cutting.dedup.insert(*id, seen));
                 place(member, seen);
             }
@@ -431,3 +434,6 @@ fn concatenated<'c>(files: impl Iterator<Item = &'c [SlotChange]>) -> (Vec<u8>, 
     }
     (plain, offsets)
 }
+
+#[cfg(test)]
+mod tests;
