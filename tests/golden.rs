@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pgcairn::format::chunk::{ChunkRef, Keys, PackId};
+use pgcairn::format::chunk::{ChunkRef, Encoder, Keys, PackId};
 use pgcairn::format::manifest::{File, Node, PackUse, Place};
 use pgcairn::format::map::{Leaf, LeafRef, SlotChange, apply_changes, changes_base, decode_changes, decode_index};
 use pgcairn::format::seal::SealKind;
@@ -138,6 +138,17 @@ fn every_format_version_has_a_golden_repository() {
         let name = format!("v{version}");
         assert!(golden(&name).join("archive").is_dir(), "write tests/golden/{name} with examples/golden.rs");
     }
+}
+
+#[test]
+fn the_example_of_the_document_holds() {
+    let (keys, mut stored) = (Keys::new(b""), Vec::new());
+    let digest = keys.digest(b"pgcairn");
+    assert_eq!(digest.grains, [0x4286_7331_c0cc_f771]);
+    assert_eq!(digest.id.to_string(), "19b932d310d7706d05fdfb5a51b264f9389c010014b2b5b4b5777fc71f8560ca");
+    Encoder::new(3).unwrap().encode(&keys, &digest.id, b"pgcairn", &mut stored).unwrap();
+    assert_eq!(stored[..8], *b"\0pgcairn");
+    assert_eq!(stored[8..], 0x2c93_3c91_e073_79e5_757c_4f1c_8abf_8aa4_u128.to_be_bytes());
 }
 
 #[test]
