@@ -254,9 +254,9 @@ impl Backup {
                 description.sizes.read += file.size;
             }
         }
-        description.sizes.stored_all = self.weights.total();
         let in_table = |(pack, weight)| PackUse { pack, size: sizes[&pack], weight };
         let packs: Vec<_> = self.weights.sorted().into_iter().map(in_table).collect();
+        description.sizes.stored_all = packs.iter().map(|pack| pack.weight.min(pack.size)).sum();
         let mut plains = encode_description(&description)?;
         // two blocks, as a larger manifest has
         for half in self.entries.chunks(self.entries.len().div_ceil(2)) {

@@ -16,25 +16,29 @@
 //!   into a backup.
 //! - [`write`](mod@write): PGDATA to packs. Session with the server, scan, cut into slots, pack, commit; the push of WAL files.
 //! - [`format`](mod@format): every stored byte layout. `docs/format.md` says the same in prose, `docs/reader.py` proves the prose.
-//! - [`repo`]: keys, the catalog, the WAL archive: what writing and reading share.
+//! - [`repo`]: keys, the catalog, the WAL archive, locks: what writing, reading and keeping share.
 //! - [`store`]: where objects live: a directory, S3, memory; decorated by retry, recording and faults.
 //! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore.
+//! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep.
 //! - `pgcairn_mount`, a crate of its own: a FUSE filesystem over any `Tree`, with a copy-on-write scratch.
 //! - [`error`], [`progress`]: how failures and long work are told; nothing but `cli` prints.
 //!
-//! Dependencies point one way: `cli -> {write, read} -> repo -> {format, store}`; `postgres` is a leaf.
+//! Dependencies point one way: `cli -> {write, read, keep} -> repo -> {format, store}`; `postgres` is a leaf.
 //!
 //! # Invariants
 //!
 //! 1. **`format` and `postgres` do no I/O.** Test: `tests/architecture.rs`.
 //! 2. **`pgcairn_mount` knows nothing of S3, PostgreSQL or tokio.** Test: `tests/architecture.rs`.
-//! 3. **An object, once written, is never rewritten**, but for `backup.info`, `archive.info`, their `.copy` and the `latest`
-//!    pointers. Packs have random names; a WAL object's name holds the hash of its content. `tests/architecture.rs` knows the
+//! 3. **An object, once written, is never rewritten**, but for `backup.info`, `archive.info`, their `.copy`, the `latest`
+//!    pointers, and locks, which their holders write again and again to show that they live. Packs have random names; a WAL object's name holds the hash of its content. `tests/architecture.rs` knows the
 //!    few places that put objects.
 //! 4. **Commit order: packs, then the manifest, then the catalog.** A backup exists when its manifest exists; whatever died
 //!    before is garbage, never damage. Held by `write::backup::commit`, which runs after every upload has ended;
 //!    `tests/golden.rs` shows that the catalog can be made again from the manifests.
-//! 5. **Writing and reading never delete objects.** (The demo removes the stanza that it made.) Test: `tests/architecture.rs`.
+//! 5. **Only [`keep`] deletes objects.** (A lock is taken away by its holder, or when that is dead; the demo removes the stanza
+//!    that it made.) Test: `tests/architecture.rs`. It deletes a pack only while no backup runs, when no manifest refers to it,
+//!    and a grace period after that was first seen; a manifest that cannot be read stops it. Held by `keep::sweep`; tests:
+//!    [`keep::expire`]'s, with a store that fails at every call.
 //! 6. **Every byte that leaves `read::fetch` was checked against its chunk's name**, or, from the disk cache, against the hashes
 //!    kept beside it. A byte that cannot be had is EIO (mount) or an error (restore), never zeros and never old bytes.
 //!    Held by [`format::chunk::Decoder`] and [`read::cache`]. Tests: theirs, and `read::fetch`'s `one_damaged_chunk_harms_only_itself`.
@@ -52,6 +56,7 @@
 pub mod cli;
 pub mod error;
 pub mod format;
+pub mod keep;
 pub mod postgres;
 pub mod progress;
 pub mod read;

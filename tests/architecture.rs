@@ -95,9 +95,10 @@ fn the_mount_knows_no_store_no_postgres_and_no_runtime() {
 
 #[test]
 fn dependencies_point_one_way() {
-    refuse("src/write", &["crate::read", "crate::cli", "pgcairn_mount"], &[]);
-    refuse("src/read", &["crate::write", "crate::cli"], &[]);
-    refuse("src/repo", &["crate::write", "crate::read", "crate::cli", "pgcairn_mount"], &[]);
+    refuse("src/write", &["crate::read", "crate::keep", "crate::cli", "pgcairn_mount"], &[]);
+    refuse("src/read", &["crate::write", "crate::keep", "crate::cli"], &[]);
+    refuse("src/keep", &["crate::write", "crate::read", "crate::cli", "pgcairn_mount"], &[]);
+    refuse("src/repo", &["crate::write", "crate::read", "crate::keep", "crate::cli", "pgcairn_mount"], &[]);
     for leaf in ["src/store", "src/postgres"] {
         refuse(leaf, &["crate::write", "crate::read", "crate::cli", "crate::repo", "crate::format"], &[]);
     }
@@ -125,11 +126,11 @@ fn only_the_program_prints() {
 }
 
 #[test]
-fn writing_and_reading_delete_nothing() {
-    // the demo removes the repository that it made
-    let demo = ["src/cli/demo/home.rs"];
+fn only_keep_deletes() {
+    // the demo removes the repository that it made; a lock is taken away by its holder, or when that is dead
+    let allowed = ["src/cli/demo/home.rs", "src/repo/lock.rs"];
     for directory in ["src/write", "src/read", "src/repo", "src/cli"] {
-        refuse(directory, &[".delete("], &demo);
+        refuse(directory, &[".delete("], &allowed);
     }
 }
 
@@ -139,8 +140,10 @@ fn objects_are_put_in_few_places() {
     assert_eq!(puts("src/read") + puts("src/cli"), 0);
     // packs; WAL objects; the manifest
     assert_eq!(puts("src/write"), 3);
-    // info files with their copies, and the latest pointers: all that is ever rewritten
-    assert_eq!(puts("src/repo"), 3);
+    // info files with their copies, the latest pointers, and locks: all that is ever rewritten
+    assert_eq!(puts("src/repo"), 4);
+    // marks
+    assert_eq!(puts("src/keep"), 1);
 }
 
 #[test]

@@ -4,8 +4,11 @@ use clap::{Args, ValueEnum};
 
 use super::options::{Common, Output, size};
 use super::output::{self, Progress, bytes};
-use crate::error::{Error, Result};
+use super::retention::{RetentionOptions, tell};
+use crate::error::{Context, Error, Result};
+use crate::format::chunk::DEFAULT_LEVEL;
 use crate::format::manifest::Description;
+use crate::keep::expire::expire;
 use crate::postgres::BackupKind;
 use crate::write::backup::{BackupOptions, WalChoice, backup};
 
@@ -29,8 +32,8 @@ pub(super) struct Backup {
     /// Bytes of packs held in memory at once; bounds threads and uploads too
     #[arg(long, env = "PGCAIRN_BUFFER_SIZE", value_name = "SIZE", default_value = "128M", value_parser = size)]
     buffer_size: u64,
-    /// zstd level
-    #[arg(long, env = "PGCAIRN_COMPRESS_LEVEL", value_name = "LEVEL", default_value_t = 3, allow_hyphen_values = true)]
+    /// zstd level for what it pays for; the rest is compressed at level 1
+    #[arg(long, env = "PGCAIRN_COMPRESS_LEVEL", value_name = "LEVEL", default_value_t = DEFAULT_LEVEL, allow_hyphen_values = true)]
     compress_level: i32,
     /// Begin with an immediate checkpoint (y), or wait for the server's next one (n)
     #[arg(long, env = "PGCAIRN_START_FAST", value_name = "y|n", default_value = "y")]
@@ -44,6 +47,11 @@ pub(super) struct Backup {
     /// What to do about pages whose checksum is wrong
     #[arg(long, env = "PGCAIRN_PAGE_ERRORS", value_name = "WHAT", default_value = "report")]
     page_errors: PageErrors,
+    /// Remove afterwards what the retention, if one is set, no longer keeps
+    #[arg(long, env = "PGCAIRN_EXPIRE_AUTO", value_name = "y|n", default_value = "y")]
+    expire_auto: YesNo,
+    #[command(flatten)]
+    retention: RetentionOptions,
     /// Output for people or programs
     #[arg(long, env = "PGCAIRN_OUTPUT", default_value = "text")]
     output: Output,
@@ -105,6 +113,14 @@ impl Backup {
         match self.output {
             Output::Json => output::line(&serde_json::to_string_pretty(&description)?),
             Output::Text => report(&description, started.elapsed()),
+        }
+        if self.expire_auto == YesNo::Y && !self.retention.retention().is_none() {
+            let expired = expire(&repository, &self.retention.expire(None, true, false), &progress);
+            progress.clear();
+            let expired = expired.context(|| format!("backup {} was taken, but expire failed", description.label))?;
+            if self.output == Output::Text {
+                tell(&expired, false);
+            }
         }
         Ok(())
     }

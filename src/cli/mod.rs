@@ -8,13 +8,16 @@ pub mod clones;
 mod config;
 mod daemon;
 mod demo;
+mod expire;
 mod info;
 mod mount;
 mod options;
 mod output;
 mod pg;
 mod restore;
+mod retention;
 mod stanza_create;
+mod stanza_upgrade;
 mod start;
 mod stop;
 mod umount;
@@ -44,9 +47,11 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     StanzaCreate(stanza_create::StanzaCreate),
+    StanzaUpgrade(stanza_upgrade::StanzaUpgrade),
     Check(check::Check),
     Backup(backup::Backup),
     Info(info::Info),
+    Expire(expire::Expire),
     Mount(mount::Mount),
     Umount(umount::Umount),
     Start(start::Start),
@@ -88,9 +93,11 @@ impl Cli {
         let common = &self.common;
         match self.verb {
             Verb::StanzaCreate(verb) => verb.run(common),
+            Verb::StanzaUpgrade(verb) => verb.run(common),
             Verb::Check(verb) => verb.run(common),
             Verb::Backup(verb) => verb.run(common),
             Verb::Info(verb) => verb.run(common),
+            Verb::Expire(verb) => verb.run(common),
             Verb::Mount(verb) => verb.run(common),
             Verb::Umount(verb) => verb.run(),
             Verb::Start(verb) => verb.run(common),

@@ -33,6 +33,9 @@ pub struct ChunkRef {
     pub id: ChunkId,
 }
 
+/// zstd level of the writer where nothing else is asked for.
+pub const DEFAULT_LEVEL: i32 = 5;
+
 /// Codec byte in front of a stored chunk: the plaintext follows as it is.
 const RAW: u8 = 0;
 /// Codec byte in front of a stored chunk: one zstd frame follows.
@@ -131,15 +134,35 @@ pub struct Decoded {
     pub grains: Vec<GrainHash>,
 }
 
-/// Turns plaintext into stored bytes; keeps its compression context between calls.
+/// Turns plaintext into stored bytes; keeps its compression contexts between calls.
+///
+/// A higher level pays for text and indexes; rows of numbers compress better at level 1, and random bytes not at all. So a part of
+/// a large chunk is tried both ways, and what wins is taken for it and the chunks that follow.
 pub struct Encoder {
-    zstd: zstd::bulk::Compressor<'static>,
+    fast: zstd::bulk::Compressor<'static>,
+    thorough: Option<zstd::bulk::Compressor<'static>>,
+    pays: bool,
+    /// large chunks until the next trial
+    untried: usize,
+    trial: Vec<u8>,
 }
 
+/// Level for what a higher one does not pay for.
+const FAST_LEVEL: i32 = 1;
+/// Bytes of a trial; smaller chunks are compressed thoroughly without one.
+const TRIAL_BYTES: usize = 64 * 1024;
+/// Large chunks that follow the outcome of one trial.
+const TRIAL_EVERY: usize = 6;
+/// A higher level pays where it saves at least this much of every thousand bytes that level 1 stores.
+const PAYS_PERMILLE: usize = 40;
+
 impl Encoder {
-    /// `level` as of zstd; 3 is the default of pgcairn.
+    /// `level` as of zstd, for what it pays for; see [`DEFAULT_LEVEL`].
     pub fn new(level: i32) -> io::Result<Self> {
-        Ok(Self { zstd: zstd::bulk::Compressor::new(level)? })
+        let compressor = zstd::bulk::Compressor::new;
+        let thorough = if level > FAST_LEVEL { Some(compressor(level)?) } else { None };
+        let fast = compressor(level.min(FAST_LEVEL))?;
+        Ok(Self { fast, thorough, pays: true, untried: 0, trial: Vec::new() })
     }
 
     /// Appends the stored form of the chunk `id` to `out`; incompressible plaintext is kept raw.
@@ -147,7 +170,7 @@ impl Encoder {
         let start = out.len();
         out.push(ZSTD);
         out.resize(start + 1 + zstd::zstd_safe::compress_bound(plain.len()), 0);
-        let written = self.zstd.compress_to_buffer(plain, &mut out[start + 1..])?;
+        let written = self.choose(plain)?.compress_to_buffer(plain, &mut out[start + 1..])?;
         if written < plain.len() {
             out.truncate(start + 1 + written);
         } else {
@@ -156,6 +179,24 @@ impl Encoder {
             out.extend_from_slice(plain);
         }
         keys.seal.close(id, out, start)
+    }
+
+    fn choose(&mut self, plain: &[u8]) -> io::Result<&mut zstd::bulk::Compressor<'static>> {
+        let Some(thorough) = &mut self.thorough else { return Ok(&mut self.fast) };
+        if plain.len() < 2 * TRIAL_BYTES {
+            return Ok(thorough);
+        }
+        if self.untried == 0 {
+            let middle = plain.len() / 2 - TRIAL_BYTES / 2;
+            let sample = &plain[middle..middle + TRIAL_BYTES];
+            self.trial.resize(zstd::zstd_safe::compress_bound(TRIAL_BYTES), 0);
+            let fast = self.fast.compress_to_buffer(sample, &mut self.trial[..])?;
+            let slow = thorough.compress_to_buffer(sample, &mut self.trial[..])?;
+            self.pays = slow * 1000 <= fast * (1000 - PAYS_PERMILLE);
+            self.untried = TRIAL_EVERY;
+        }
+        self.untried -= 1;
+        Ok(if self.pays { thorough } else { &mut self.fast })
     }
 }
 

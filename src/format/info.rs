@@ -70,6 +70,65 @@ pub struct Latest {
     pub label: String,
 }
 
+/// What the holder of a lock does, and so whom it excludes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LockKind {
+    /// takes a backup
+    Backup,
+    /// removes expired backups and WAL, and marks packs
+    Expire,
+    /// deletes packs that nothing refers to
+    Sweep,
+    /// changes what the stanza is: `stanza-upgrade`, `repo repair`
+    Stanza,
+}
+
+/// `lock/...`: who works on the stanza. Its holder writes it again and again to show that it lives.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct LockInfo {
+    /// what its holder does
+    pub kind: LockKind,
+    /// since when it is held, by the store's clock; absent while its writer still looks whether it may hold it
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<i64>,
+    /// when this was written, by the holder's clock; for people, the store's own time counts
+    pub heartbeat: i64,
+    /// the holder's host
+    pub host: String,
+    /// its process id there
+    pub pid: u32,
+    /// the user it runs as
+    pub user: String,
+    /// the process among all that ever ran on this host: so that others there see at once that it is gone
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<String>,
+    /// what it works on: the label of the backup
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub note: String,
+    /// version of pgcairn
+    pub pgcairn: String,
+}
+
+/// `mark/...`: packs that no manifest referred to when this was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// their ids, 32 hexadecimal digits each
+    pub packs: Vec<String>,
+}
+
+impl std::fmt::Display for LockKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Backup => "backup",
+            Self::Expire => "expire",
+            Self::Sweep => "sweep",
+            Self::Stanza => "change of the stanza",
+        })
+    }
+}
+
 /// Something that is stored in this form; `NAME` stands in the magic line.
 pub trait Info: Serialize + DeserializeOwned {
     /// e.g. `backup.info`
@@ -86,6 +145,14 @@ impl Info for ArchiveInfo {
 
 impl Info for Latest {
     const NAME: &'static str = "latest";
+}
+
+impl Info for LockInfo {
+    const NAME: &'static str = "lock";
+}
+
+impl Info for Mark {
+    const NAME: &'static str = "mark";
 }
 
 /// The stored form.

@@ -84,7 +84,7 @@ pub struct Sizes {
     pub read: u64,
     /// bytes of packs this backup wrote
     pub stored_new: u64,
-    /// bytes of all chunks this backup needs, whoever wrote them
+    /// bytes of packs this backup needs, whoever wrote them: of each pack its weight, at most its length
     pub stored_all: u64,
     /// number of files
     pub files: u64,
@@ -339,22 +339,29 @@ pub struct ManifestReader {
     object: String,
     json: Vec<u8>,
     last: Option<Vec<u8>>,
+    /// the pack table, which is the end, has begun
+    ended: bool,
 }
 
 impl ManifestReader {
     /// Errors call the manifest `object`.
     pub fn new(object: &str) -> Self {
-        Self { object: object.to_owned(), json: Vec::new(), last: None }
+        Self { object: object.to_owned(), json: Vec::new(), last: None, ended: false }
     }
 
     /// Reads the next chunk's plaintext and hands its entries to `each`.
     pub fn chunk(&mut self, plain: &[u8], mut each: impl FnMut(Entry)) -> Result<()> {
         let object = self.object.clone();
         let mut reader = Reader::new(&object, plain);
-        match reader.u8()? {
+        let part = reader.u8()?;
+        if self.ended && part != PACKS {
+            return Err(reader.error(format!("part {part} behind the pack table")));
+        }
+        match part {
             DESCRIPTION => self.json.extend_from_slice(reader.take(reader.remaining())?),
             ENTRIES => self.block(&mut reader, &mut each)?,
-            PACKS | OWN => {}
+            PACKS => self.ended = true,
+            OWN => {}
             other => return Err(reader.error(format!("unknown part {other}"))),
         }
         Ok(())

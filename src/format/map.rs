@@ -219,8 +219,13 @@ pub fn apply_changes(object: &str, bytes: &[u8], changes: &mut [SlotChange]) -> 
         return Err(reader.error(format!("changes of {slots} slots since those of {}", changes.len())));
     }
     ChunkTable::decode(&mut reader)?;
+    let mut next = 0;
     for _ in 0..reader.count(6, "changed slots")? {
         let number = reader.bounded(slots.saturating_sub(1), "changed slot")? as usize;
+        if number < next {
+            return Err(reader.error(format!("slot {number} behind slot {}", next - 1)));
+        }
+        next = number + 1;
         let crc = reader.u32()?;
         let bits = reader.varint()?;
         let slot = changes.get_mut(number).ok_or_else(|| reader.error("a slot beyond the run"))?;

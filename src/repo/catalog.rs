@@ -7,7 +7,7 @@ use super::{Repository, keys};
 use crate::error::{Error, Result};
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, Info, Latest, decode, encode};
 use crate::format::manifest::{Database, Description};
-use crate::postgres::BackupKind;
+use crate::postgres::{BackupKind, Label};
 use crate::store::{Body, ErrorKind, Store};
 
 impl Repository {
@@ -48,17 +48,28 @@ impl Repository {
         Ok(info)
     }
 
-    /// Labels below the stanza, oldest first; one whose manifest was never written may be among them.
+    /// Labels of the stanza's backups, oldest first.
     pub fn labels(&self) -> Result<Vec<String>> {
-        let mut names = self.store.names(&keys::backups(&self.stanza))?;
-        names.retain(|name| name.parse::<crate::postgres::Label>().is_ok());
-        Ok(names)
+        let prefix = keys::backups(&self.stanza);
+        let (mut labels, mut after) = (Vec::new(), None);
+        loop {
+            // the manifests themselves: a directory may have outlived its manifest
+            let page = self.store.list(&prefix, after.as_deref())?;
+            for object in &page.objects {
+                let label = object.key.strip_prefix(&prefix).and_then(|rest| rest.strip_suffix("/backup.manifest"));
+                labels.extend(label.filter(|label| label.parse::<Label>().is_ok()).map(str::to_owned));
+            }
+            after = page.next;
+            if after.is_none() {
+                return Ok(labels);
+            }
+        }
     }
 
     /// The label that `latest` or a label names, proved to exist.
     pub fn resolve(&self, backup: &str) -> Result<String> {
         if backup != "latest" {
-            if backup.parse::<crate::postgres::Label>().is_err() {
+            if backup.parse::<Label>().is_err() {
                 return Err(self.unknown_backup(backup));
             }
             return match self.store.size(&keys::manifest(&self.stanza, backup)) {
@@ -67,10 +78,8 @@ impl Repository {
                 Err(error) => Err(error.into()),
             };
         }
-        for label in self.labels()?.into_iter().rev() {
-            if self.store.size(&keys::manifest(&self.stanza, &label))?.is_some() {
-                return Ok(label);
-            }
+        if let Some(label) = self.labels()?.pop() {
+            return Ok(label);
         }
         self.archive_info()?;
         Err(Error::new(format!("stanza {} has no backup yet", self.stanza)).hint("take one with \"pgcairn backup\""))
@@ -93,21 +102,71 @@ impl Repository {
         Ok(true)
     }
 
+    /// From now on the stanza is `database`, as after pg_upgrade; returns its number, or `None` when it was that already.
+    /// What was backed up and archived before stays readable under its own number.
+    pub fn upgrade_stanza(&self, mut database: Database) -> Result<Option<u32>> {
+        let mut info = self.archive_info()?;
+        let current = info.current()?;
+        if (current.system_id, current.version) == (database.system_id, database.version) {
+            return Ok(None);
+        }
+        if database.version < current.version {
+            return Err(Error::new(format!(
+                "stanza {} is PostgreSQL {}, the server is the older PostgreSQL {}",
+                self.stanza, current.version, database.version
+            ))
+            .hint("check --stanza and --pg; a cluster that was not upgraded needs a stanza of its own"));
+        }
+        database.id = info.history.iter().map(|known| known.id).max().unwrap_or_default() + 1;
+        let id = database.id;
+        info.history.push(database);
+        self.write_info(&keys::archive_info(&self.stanza), &info)?;
+        Ok(Some(id))
+    }
+
     /// Enters a committed backup into the catalog and moves the pointers.
     pub fn enter(&self, description: &Description) -> Result<()> {
         let info = self.backup_info_with(Some(description))?;
         self.write_info(&keys::backup_info(&self.stanza), &info)?;
-        let mut pointers = vec!["latest"];
-        pointers.push(match description.kind {
-            BackupKind::Full => "latest-full",
-            BackupKind::Diff => "latest-diff",
-            BackupKind::Incr => "latest-incr",
-        });
-        let latest = encode(&Latest { label: description.label.clone() })?;
-        for pointer in pointers {
-            self.store.put(&keys::latest(&self.stanza, pointer), Body::Bytes(latest.clone().into()))?;
+        self.point("latest", &description.label)?;
+        self.point(pointer(description.kind), &description.label)
+    }
+
+    /// Writes the summary of the backups there are, and moves the pointers that name none of them; returns the keys of
+    /// pointers that name nothing any more.
+    pub fn refresh_catalog(&self) -> Result<Vec<String>> {
+        let info = self.backup_info()?;
+        self.write_info(&keys::backup_info(&self.stanza), &info)?;
+        self.refresh_pointers(&info)
+    }
+
+    fn refresh_pointers(&self, info: &BackupInfo) -> Result<Vec<String>> {
+        let newest = |kind: Option<BackupKind>| {
+            info.backups.iter().rfind(|(_, of)| kind.is_none_or(|kind| of.kind == kind)).map(|(label, _)| label)
+        };
+        let mut empty = Vec::new();
+        let kinds = [BackupKind::Full, BackupKind::Diff, BackupKind::Incr].map(|kind| (pointer(kind), Some(kind)));
+        for (name, kind) in std::iter::once(("latest", None)).chain(kinds) {
+            let key = keys::latest(&self.stanza, name);
+            let named = match self.store.get(&key) {
+                Ok(bytes) => decode::<Latest>(&key, &bytes).ok().map(|latest| latest.label),
+                Err(error) if error.kind == ErrorKind::NotFound => None,
+                Err(error) => return Err(error.into()),
+            };
+            match newest(kind) {
+                Some(label) if named.as_ref().is_none_or(|named| !info.backups.contains_key(named)) => {
+                    self.point(name, label)?;
+                }
+                Some(_) => {}
+                None => empty.push(key),
+            }
         }
-        Ok(())
+        Ok(empty)
+    }
+
+    fn point(&self, name: &str, label: &str) -> Result<()> {
+        let latest = encode(&Latest { label: label.to_owned() })?;
+        Ok(self.store.put(&keys::latest(&self.stanza, name), Body::Bytes(latest.into()))?)
     }
 
     fn read_info<T: Info>(&self, key: &str) -> Result<Option<T>> {
@@ -181,7 +240,16 @@ impl ArchiveInfo {
             "stanza {stanza} is PostgreSQL {} with system identifier {}, but the server is PostgreSQL {} with {}",
             ours.version, ours.system_id, database.version, database.system_id
         ))
-        .hint("check --stanza and --pg; another cluster needs a stanza of its own"))
+        .hint("after pg_upgrade: \"pgcairn stanza-upgrade\"; else check --stanza and --pg, another cluster needs a stanza of its own"))
+    }
+}
+
+/// The name of the pointer to the newest backup of a kind.
+fn pointer(kind: BackupKind) -> &'static str {
+    match kind {
+        BackupKind::Full => "latest-full",
+        BackupKind::Diff => "latest-diff",
+        BackupKind::Incr => "latest-incr",
     }
 }
 

@@ -49,6 +49,16 @@ pub fn latest(stanza: &str, name: &str) -> String {
     format!("latest/{stanza}/{name}")
 }
 
+/// The locks of a stanza.
+pub fn locks(stanza: &str) -> String {
+    format!("lock/{stanza}/")
+}
+
+/// The marks of a stanza: packs that wait for their removal.
+pub fn marks(stanza: &str) -> String {
+    format!("mark/{stanza}/")
+}
+
 /// The archive of one cluster: `16-1` is PostgreSQL 16, the stanza's first system identifier.
 pub fn archive(stanza: &str, version: u32, history: u32) -> String {
     format!("archive/{stanza}/{version}-{history}/")

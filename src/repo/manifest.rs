@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 
 use super::{Repository, keys};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::format::FormatError;
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
 use crate::format::manifest::{Description, Entry, ManifestReader, PackUse, decode_packs};
@@ -123,9 +123,11 @@ impl Object {
             }
         }
         let packs: Vec<PackUse> = parts.into_iter().rev().flatten().collect();
-        match packs.is_sorted_by(|a, b| a.pack < b.pack) {
-            true => Ok(packs),
-            false => Err(Error::from(FormatError::new(&self.key, 0, "the pack table is not in order"))),
-        }
+        let what = match packs.is_sorted_by(|a, b| a.pack < b.pack) {
+            true if !packs.is_empty() => return Ok(packs),
+            true => "it has no pack table",
+            false => "the pack table is not in order",
+        };
+        Err(FormatError::new(&self.key, 0, what).into())
     }
 }

@@ -3,6 +3,7 @@
 pub mod catalog;
 pub mod chunks;
 pub mod keys;
+pub mod lock;
 pub mod manifest;
 pub mod packs;
 pub mod wal;

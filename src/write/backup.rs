@@ -20,7 +20,7 @@ use super::source::Pages;
 use super::weights::Weights;
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::PackId;
-use crate::format::info::BackupSummary;
+use crate::format::info::{BackupSummary, LockKind};
 use crate::format::manifest::{Database, Description, PackUse, Sizes, Tablespace};
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
 use crate::postgres::{BackupKind, Label, Layout, Lsn, SegmentName, SegmentSize, Timeline};
@@ -122,10 +122,12 @@ fn attempt(
     let mut server = Server::connect(&options.conninfo)?;
     let database = proven_database(repository, &server)?;
     server.lock()?;
+    let lock = repository.lock(LockKind::Backup, "")?;
     let (kind, compared) = compared(repository, &database, options, share, monitor)?;
     let options = &BackupOptions { kind, ..options.clone() };
     let prior = compared.as_ref().map(|of| of.description.label.clone());
     let started = start(repository, &mut server, database, prior, options, monitor)?;
+    lock.set_note(&started.label.to_string());
     let compared = compared.map(|parent| parent.on_timeline(repository, started.timeline, options)).transpose()?;
     let mut copied = copy_all(repository, &mut server, &started, compared, options, monitor)?;
     let totals = copied.assembler.totals();
@@ -136,8 +138,13 @@ fn attempt(
     }
     let packs = copied.packs.table(&totals.weights)?;
     prove_old(repository, &copied.packs, &packs)?;
-    let description = describe(&mut server, started, &copied, totals)?;
+    let description = describe(&mut server, started, &copied, totals, &packs)?;
+    // without it, packs that this backup refers to may be gone
+    lock.check()?;
     commit(repository, copied.assembler, &description, &packs)?;
+    if let Err(error) = lock.dead_backups().and_then(|dead| lock.remove(&dead)) {
+        tracing::warn!(%error, "locks of backups that died could not be removed");
+    }
     Ok(description)
 }
 
@@ -258,7 +265,13 @@ impl Packs {
     }
 }
 
-fn describe(server: &mut Server, started: Started, copied: &Copied, totals: Totals) -> Result<Description> {
+fn describe(
+    server: &mut Server,
+    started: Started,
+    copied: &Copied,
+    totals: Totals,
+    packs: &[PackUse],
+) -> Result<Description> {
     let (owner, group) = owner(&server.data_directory)?;
     let Stopped { lsn: stop_lsn, backup_label, tablespace_map } = copied.stopped.clone();
     Ok(Description {
@@ -287,7 +300,7 @@ fn describe(server: &mut Server, started: Started, copied: &Copied, totals: Tota
             database: totals.bytes,
             read: totals.read,
             stored_new: copied.packs.new.values().sum(),
-            stored_all: totals.weights.total(),
+            stored_all: packs.iter().map(|pack| pack.weight.min(pack.size)).sum(),
             files: totals.files,
         },
     })

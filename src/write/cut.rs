@@ -144,10 +144,15 @@ impl<'a> Worker<'a> {
                 break;
             }
             let read = self.read_slot(&source, file, at, len, &mut placing)?;
-            for part in self.compare(old.as_ref(), slot, &read, len) {
+            let parts = self.compare(old.as_ref(), slot, &read, len);
+            // what is fresh of a slot lies in one chunk
+            if self.pending.is_full(parts.iter().map(Part::fresh_len).sum()) {
+                self.store_pending(&mut placing)?;
+            }
+            for part in parts {
                 match part {
                     Part::Known(extent) => placing.known(slot, extent),
-                    Part::Fresh(from, len) => self.add_fresh(&read, from, len, slot, &mut placing)?,
+                    Part::Fresh(from, len) => self.add_fresh(&read, from, len, slot, &mut placing),
                 }
             }
             at += len as u64;
@@ -224,20 +229,9 @@ impl<'a> Worker<'a> {
     }
 
     /// Adds a part of the slot in the buffer to the chunk being filled.
-    fn add_fresh(
-        &mut self,
-        read: &SlotRead,
-        from: usize,
-        len: usize,
-        slot: usize,
-        placing: &mut Placing,
-    ) -> Result<()> {
-        if self.pending.is_full(len) {
-            self.store_pending(placing)?;
-        }
+    fn add_fresh(&mut self, read: &SlotRead, from: usize, len: usize, slot: usize, placing: &mut Placing) {
         let extent = placing.waiting(slot, len);
         self.pending.push(&self.buffer[from..from + len], read.grains_of(from, len), 0, extent, None);
-        Ok(())
     }
 
     /// Stores the chunk being filled, unless its content is known, and gives its pieces their place.

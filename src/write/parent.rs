@@ -115,6 +115,16 @@ pub enum Part {
     Fresh(usize, usize),
 }
 
+impl Part {
+    /// Bytes that are to be stored.
+    pub fn fresh_len(&self) -> usize {
+        match self {
+            Self::Known(_) => 0,
+            Self::Fresh(_, len) => *len,
+        }
+    }
+}
+
 impl Parent {
     /// Opens the backup `label`: what it is, its files in order, and the rest for the workers. All its packs are there.
     pub fn open(repository: &Repository, label: &str, reuse: Reuse) -> Result<(Description, ParentFiles, Self)> {

@@ -39,11 +39,6 @@ impl Weights {
         other.0.iter().for_each(|(pack, weight)| *self.0.entry(*pack).or_default() += weight);
     }
 
-    /// Sum over all packs.
-    pub fn total(&self) -> u64 {
-        self.0.values().sum()
-    }
-
     /// Every pack and its weight, ascending by name.
     pub fn sorted(&self) -> Vec<(PackId, u64)> {
         let mut all: Vec<_> = self.0.iter().map(|(pack, weight)| (*pack, *weight)).collect();

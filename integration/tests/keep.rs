@@ -1,0 +1,142 @@
+//! Keeping on a real cluster: what expire removes, what it leaves, and whether that is whole.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+use pgcairn_integration::process::run_ok;
+use pgcairn_integration::{Cluster, Data, Stanza, files, install};
+use serde_json::Value;
+
+const LONG: Duration = Duration::from_secs(120);
+
+fn json(told: &str) -> Value {
+    serde_json::from_str(told).unwrap_or_else(|error| panic!("{error} in {told}"))
+}
+
+fn labels(stanza: &Stanza) -> Vec<String> {
+    let info = json(&stanza.run(["info", "--output", "json"]).ok());
+    let backups = info[0]["backup"].as_array().unwrap();
+    backups.iter().map(|backup| backup["label"].as_str().unwrap().to_owned()).collect()
+}
+
+/// All objects, for comparing.
+fn objects(stanza: &Stanza) -> Vec<std::path::PathBuf> {
+    files::files(stanza.repo().as_ref()).into_iter().filter(|path| !path.starts_with(".tmp")).collect()
+}
+
+#[test]
+fn what_expire_leaves_is_whole() {
+    let stanza = Stanza::in_directory();
+    let mut cluster = stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
+    Data::tiny().random_mb(2).load(&cluster);
+    stanza.create(&cluster);
+    let first = stanza.backup(&cluster);
+    cluster.psql("CREATE TABLE second AS SELECT i, md5(i::text) FROM generate_series(1, 20000) AS i;");
+    let second = stanza.backup(&cluster);
+    cluster.psql("CREATE TABLE third AS SELECT generate_series(1, 20000) AS i;");
+    let third = stanza.backup(&cluster);
+    let expected = cluster.fingerprint();
+    assert_eq!(labels(&stanza), [first.clone(), second.clone(), third.clone()]);
+
+    let retention = ["--repo-retention-full=1", "--grace=0"];
+    let run = |more: &[&str]| stanza.run([&["expire"][..], &retention, more].concat());
+    let before = objects(&stanza);
+    let told = run(&["--dry-run"]).ok();
+    assert!(told.contains(&format!("backup {first}: would be removed: older than the last 1 full")), "{told}");
+    assert!(told.contains(&format!("backup {third}: kept: the last full backup")), "{told}");
+    assert_eq!(objects(&stanza), before);
+
+    let mount = stanza.mount("before", &[]);
+    let report = json(&run(&["--output", "json"]).ok());
+    assert!(report["packs"]["deleted"].as_u64().unwrap() > 0, "{report}");
+    assert!(report["archives"][0]["removed"].as_u64().unwrap() > 0, "{report}");
+    assert_eq!(labels(&stanza), std::slice::from_ref(&third));
+    // a reader that was there before gets errors or right bytes; what is kept it reads on
+    let kept = mount.path().join("backups").join(&third);
+    run_ok(install::client("pg_verifybackup").arg(&kept), &[], LONG);
+    drop(mount);
+    let again = json(&run(&["--output", "json"]).ok());
+    assert_eq!((&again["packs"]["unneeded"], &again["packs"]["deleted"]), (&0.into(), &0.into()), "{again}");
+
+    let copy = stanza.place().join("copy");
+    stanza.run(["restore", copy.to_str().unwrap()]).ok();
+    assert_eq!(Cluster::open(15, &copy, &[]).fingerprint(), expected);
+    stanza.run(["expire", "--set", &third]).fails(1, "last full backup");
+
+    // after a backup it runs by itself
+    let mut backup = stanza.command();
+    backup.args(["backup", "--pg", cluster.conninfo()]).args(retention);
+    run_ok(&mut backup, &[], LONG);
+    assert_eq!(labels(&stanza).len(), 1);
+    assert_ne!(labels(&stanza), [third]);
+    assert!(
+        !fs::exists(format!("{}/lock/main", stanza.repo())).unwrap() || {
+            fs::read_dir(format!("{}/lock/main", stanza.repo())).unwrap().next().is_none()
+        }
+    );
+    cluster.stop(pgcairn_integration::StopMode::Fast);
+}
+
+#[test]
+fn a_stanza_goes_on_with_an_upgraded_cluster() {
+    let stanza = Stanza::in_directory();
+    let old = stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
+    Data::tiny().load(&old);
+    stanza.create(&old);
+    let told = stanza.run(["stanza-upgrade", "--pg", old.conninfo()]).ok();
+    assert!(told.contains("nothing to do"), "{told}");
+    let before = stanza.backup(&old);
+    let expected = old.fingerprint();
+    drop(old);
+
+    // what pg_upgrade makes is a new cluster with another identifier
+    let new = stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
+    new.psql("CREATE TABLE upgraded AS SELECT 1 AS one;");
+    let refused = stanza.run(["backup", "--pg", new.conninfo()]).fails(1, "but the server is PostgreSQL 15");
+    assert!(refused.stderr.contains("stanza-upgrade"), "{refused:?}");
+    let told = stanza.run(["stanza-upgrade", "--pg", new.conninfo()]).ok();
+    assert!(told.contains("archive 15-2"), "{told}");
+    stanza.run(["check", "--pg", new.conninfo()]).ok();
+    let after = stanza.backup(&new);
+    assert_eq!(labels(&stanza), [before.clone(), after.clone()]);
+    let info = json(&stanza.run(["info", "--output", "json"]).ok());
+    assert_eq!(info[0]["backup"][0]["database"]["id"], 1);
+    assert_eq!(info[0]["backup"][1]["database"]["id"], 2);
+    assert!(fs::exists(format!("{}/archive/main/15-2", stanza.repo())).unwrap());
+    for (label, table) in [(&before, None), (&after, Some("upgraded"))] {
+        let copy = stanza.place().join(label);
+        stanza.run(["restore", "--set", label, copy.to_str().unwrap()]).ok();
+        let cluster = Cluster::open(15, &copy, &[]);
+        match table {
+            None => assert_eq!(cluster.fingerprint(), expected),
+            Some(table) => assert_eq!(cluster.psql(&format!("SELECT count(*) FROM {table};")), "1"),
+        }
+    }
+    // the old one's backups and WAL go by the same retention
+    stanza.run(["expire", "--repo-retention-full=1", "--grace=0"]).ok();
+    assert_eq!(labels(&stanza), [after]);
+    assert_eq!(files::files(format!("{}/archive/main/15-1", stanza.repo()).as_ref()).len(), 0);
+}
+
+#[test]
+fn a_killed_backup_does_not_lock_the_next_one_out() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
+    Data::tiny().random_mb(2).load(&cluster);
+    stanza.create(&cluster);
+    let mut command: Command = stanza.command();
+    let mut child = command.args(["backup", "--pg", cluster.conninfo()]).spawn().unwrap();
+    let locks = std::path::Path::new(stanza.repo()).join("lock/main");
+    let held = || fs::read_dir(&locks).is_ok_and(|mut locks| locks.next().is_some());
+    pgcairn_integration::wait_until(LONG, "the lock", held);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(held());
+    pgcairn_integration::wait_until(LONG, "the session to end", || {
+        cluster.psql("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgcairn';") == "0"
+    });
+    stanza.backup(&cluster);
+    assert!(!held());
+}

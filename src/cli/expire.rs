@@ -1,0 +1,41 @@
+use clap::Args;
+
+use super::options::{Common, Output};
+use super::output::{self, Progress};
+use super::retention::{RetentionOptions, tell};
+use crate::error::Result;
+use crate::keep::expire::expire;
+
+/// Remove backups and WAL that the retention no longer keeps, and packs that no backup needs
+///
+/// The last full backup always stays, and so does the WAL that kept backups need. Packs go only after a grace period, and
+/// not while a backup runs. It runs after each backup too, unless --expire-auto is n.
+#[derive(Debug, Args)]
+pub(super) struct Expire {
+    #[command(flatten)]
+    retention: RetentionOptions,
+    /// Remove this backup and what was taken on top of it, whatever the retention says
+    #[arg(long, value_name = "LABEL")]
+    set: Option<String>,
+    /// Only say what would be removed, and why
+    #[arg(long)]
+    dry_run: bool,
+    /// Output for people or programs
+    #[arg(long, env = "PGCAIRN_OUTPUT", default_value = "text")]
+    output: Output,
+}
+
+impl Expire {
+    pub(super) fn run(self, common: &Common) -> Result<()> {
+        let repository = common.repository(false)?;
+        let progress = Progress::new(self.output == Output::Json);
+        let options = self.retention.expire(self.set, false, self.dry_run);
+        let report = expire(&repository, &options, &progress)?;
+        progress.clear();
+        match self.output {
+            Output::Json => output::line(&serde_json::to_string_pretty(&report)?),
+            Output::Text => tell(&report, true),
+        }
+        Ok(())
+    }
+}

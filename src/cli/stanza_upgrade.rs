@@ -1,0 +1,36 @@
+use clap::Args;
+
+use super::options::Common;
+use super::output;
+use crate::error::Result;
+use crate::format::info::LockKind;
+use crate::write::check::identify;
+use crate::write::server::Server;
+
+/// Continue a stanza with the cluster that pg_upgrade made of its own
+///
+/// From then on backups and WAL are the new cluster's, under its own number. Those of the old one stay readable.
+#[derive(Debug, Args)]
+pub(super) struct StanzaUpgrade {
+    #[command(flatten)]
+    server: super::pg::ServerOptions,
+}
+
+impl StanzaUpgrade {
+    pub(super) fn run(self, common: &Common) -> Result<()> {
+        let server = Server::connect(&self.server.pg)?;
+        let database = identify(&server)?;
+        let repository = common.repository(false)?;
+        let (version, system_id) = (database.version, database.system_id);
+        let lock = repository.lock(LockKind::Stanza, "stanza-upgrade")?;
+        lock.check()?;
+        let cluster = format!("PostgreSQL {version}, system identifier {system_id}");
+        output::line(&match repository.upgrade_stanza(database)? {
+            Some(id) => {
+                format!("stanza {} is now {cluster}; its WAL goes to archive {version}-{id}", repository.stanza)
+            }
+            None => format!("stanza {} is {cluster} already: nothing to do", repository.stanza),
+        });
+        Ok(())
+    }
+}

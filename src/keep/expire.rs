@@ -1,0 +1,360 @@
+//! Removes what a retention no longer keeps, in an order in which every step may be the last one: first the manifests, with
+//! which a backup ceases to exist; then WAL; then packs, which no manifest refers to any more, after a grace period.
+//! A run that dies leaves a sound stanza with something too much in it, and the next run finishes.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use super::mark::{self, Needed};
+use super::policy::{Decision, Fate, Known, Retention, WalRule, decide, remove_one};
+use super::sweep::{BATCH, Swept, due, sweep};
+use crate::error::{Context, Error, Result};
+use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, LockKind};
+use crate::format::manifest::Database;
+use crate::postgres::{Label, WalName};
+use crate::progress::Monitor;
+use crate::repo::lock::{Lock, Other};
+use crate::repo::{Repository, keys};
+
+/// How long a pack that nobody needs stays, unless said otherwise: longer than any reader or writer that knows it.
+pub const GRACE: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// What an expire does.
+#[derive(Clone, Debug)]
+pub struct ExpireOptions {
+    /// what stays
+    pub retention: Retention,
+    /// how long a pack that nobody needs stays
+    pub grace: Duration,
+    /// remove this backup, instead of what the retention decides
+    pub set: Option<String>,
+    /// look at packs only when this run or a dead one gave a reason to
+    pub brief: bool,
+    /// change nothing, and say what would be done
+    pub dry_run: bool,
+}
+
+/// What an expire did, or would do.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Report {
+    /// nothing was changed
+    pub dry_run: bool,
+    /// every backup, oldest first
+    pub backups: Vec<BackupReport>,
+    /// the archive of each cluster
+    pub archives: Vec<ArchiveReport>,
+    /// packs, if they were looked at
+    pub packs: Option<PackReport>,
+    /// what was left for another run, and why
+    pub notes: Vec<String>,
+}
+
+/// One backup's fate.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BackupReport {
+    /// which
+    pub label: String,
+    /// it stays
+    pub keep: bool,
+    /// why
+    pub why: String,
+}
+
+/// What went of one archive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ArchiveReport {
+    /// e.g. `15-1`
+    pub id: String,
+    /// what stays
+    pub keep: String,
+    /// why
+    pub why: String,
+    /// files removed
+    pub removed: u64,
+    /// their stored bytes
+    pub bytes: u64,
+}
+
+/// Packs and what happened to them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PackReport {
+    /// all there were
+    pub total: u64,
+    /// those that no backup needs
+    pub unneeded: u64,
+    /// their bytes
+    pub unneeded_bytes: u64,
+    /// newly marked: they go after the grace period
+    pub marked: u64,
+    /// deleted
+    pub deleted: u64,
+    /// their bytes
+    pub deleted_bytes: u64,
+}
+
+/// Who else works on the stanza, by the store's clock.
+struct Moment {
+    now: i64,
+    /// what was written from here on may belong to somebody who works
+    horizon: i64,
+    others: Vec<Other>,
+}
+
+/// Removes what the retention no longer keeps.
+pub fn expire(repository: &Repository, options: &ExpireOptions, monitor: &dyn Monitor) -> Result<Report> {
+    let archive_info = repository.archive_info()?;
+    let lock = if options.dry_run { None } else { Some(repository.lock(LockKind::Expire, "")?) };
+    // first who works, then what there is: a backup that commits in between is in one of the two
+    let moment = moment(repository, lock.as_ref())?;
+    let backup_info = repository.backup_info()?;
+    let decision = decision(repository, options, &archive_info, &backup_info, moment.now)?;
+    let mut report = Report {
+        dry_run: options.dry_run,
+        backups: decision.backups.iter().map(BackupReport::from).collect(),
+        ..Report::default()
+    };
+    if options.retention.is_none() && options.set.is_none() {
+        report.notes.push("no retention is set: backups and WAL stay (see --repo-retention-full)".into());
+    }
+    let gone = remove_backups(repository, lock.as_ref(), &decision)?;
+    let mut failure = None;
+    for database in &archive_info.history {
+        match expire_wal(repository, lock.as_ref(), database, &decision, moment.horizon) {
+            Ok(archive) => report.archives.push(archive),
+            Err(error) => _ = failure.get_or_insert(error),
+        }
+    }
+    let reason = gone > 0 || moment.others.iter().any(is_dead_backup);
+    match packs(repository, lock.as_ref(), options, &moment, reason, &mut report, monitor) {
+        Ok(()) => failure.map_or(Ok(report), Err),
+        Err(error) => Err(failure.unwrap_or(error)),
+    }
+}
+
+fn is_dead_backup(other: &Other) -> bool {
+    other.dead && other.kind().is_none_or(|kind| kind == LockKind::Backup)
+}
+
+fn moment(repository: &Repository, lock: Option<&Lock>) -> Result<Moment> {
+    let (now, others) = match lock {
+        Some(lock) => lock.others()?,
+        None => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64);
+            (now, repository.locks()?)
+        }
+    };
+    let works = others.iter().filter(|other| !other.dead && other.kind().is_none_or(|kind| kind == LockKind::Backup));
+    let since = works.map(|other| other.since().unwrap_or(other.modified).min(other.modified));
+    let own = lock.map_or(now, Lock::since);
+    Ok(Moment { now, horizon: since.fold(own, i64::min), others })
+}
+
+fn decision(
+    repository: &Repository,
+    options: &ExpireOptions,
+    archive_info: &ArchiveInfo,
+    backup_info: &BackupInfo,
+    now: i64,
+) -> Result<Decision> {
+    let clusters: Vec<u32> = archive_info.history.iter().map(|database| database.id).collect();
+    if let Some(label) = &options.set {
+        return decide_set(repository, options, backup_info, label, &clusters);
+    }
+    let known = known(repository, backup_info)?;
+    Ok(decide(&known, &options.retention, &clusters, now))
+}
+
+/// One backup goes because a person says so.
+fn decide_set(
+    repository: &Repository,
+    options: &ExpireOptions,
+    backup_info: &BackupInfo,
+    label: &str,
+    clusters: &[u32],
+) -> Result<Decision> {
+    let label = repository.resolve(label)?;
+    let parsed: Label = label.parse().context(|| "a label".into())?;
+    let mut known = backup_info.backups.iter().map(|(label, of)| known_of(label, of)).collect::<Result<Vec<_>>>()?;
+    // it may be the one that cannot be read: its name is all that is known of it, and enough
+    if let (false, Some(other)) = (backup_info.backups.contains_key(&label), known.first().cloned()) {
+        known.push(Known { label: parsed, prior: None, ..other });
+    }
+    let decision = remove_one(&known, parsed, &options.retention, clusters).map_err(|why| {
+        Error::new(format!("backup {label} is not removed: {why}"))
+            .hint("take a new full backup first; a whole stanza is removed by deleting its objects by hand")
+    })?;
+    let unknown = |other: &String| *other != label && !backup_info.backups.contains_key(other);
+    match repository.labels()?.iter().any(unknown) {
+        // nobody knows what WAL another one needs that cannot be read
+        true => Ok(Decision { archives: BTreeMap::new(), ..decision }),
+        false => Ok(decision),
+    }
+}
+
+/// The backups as the policy sees them.
+///
+/// # Errors
+/// When nothing is known of one, for its manifest cannot be read: what it needs must not go.
+fn known(repository: &Repository, backup_info: &BackupInfo) -> Result<Vec<Known>> {
+    for label in repository.labels()? {
+        if !backup_info.backups.contains_key(&label) {
+            // with the reason, unless it was committed just now
+            if let Err(error) = repository.description(&label) {
+                return Err(Error::new(format!("backup {label} cannot be read, so nothing is removed"))
+                    .hint(format!("if it is lost, remove it with \"pgcairn expire --set {label}\""))
+                    .source(error));
+            }
+        }
+    }
+    backup_info.backups.iter().map(|(label, of)| known_of(label, of)).collect()
+}
+
+fn known_of(label: &str, of: &BackupSummary) -> Result<Known> {
+    let what = || format!("backup.info says something strange of backup {label}");
+    let parse = |text: &str| text.parse::<Label>().context(what);
+    Ok(Known {
+        label: parse(label)?,
+        prior: of.prior.as_deref().map(parse).transpose()?,
+        database: of.database_id,
+        stop_time: of.stop_time,
+        wal: (of.wal_start.parse().context(what)?, of.wal_stop.parse().context(what)?),
+    })
+}
+
+/// With its manifest a backup ceases to exist. Those that build on others go first.
+fn remove_backups(repository: &Repository, lock: Option<&Lock>, decision: &Decision) -> Result<usize> {
+    let gone = decision.backups.iter().rev().filter(|fate| !fate.keep);
+    let gone: Vec<String> = gone.map(|fate| keys::manifest(&repository.stanza, &fate.label.to_string())).collect();
+    let Some(lock) = lock else { return Ok(gone.len()) };
+    for batch in gone.chunks(BATCH) {
+        lock.check()?;
+        repository.store.delete(batch)?;
+    }
+    // even when nothing went: the run that removed it may have died before this
+    let empty = repository.refresh_catalog()?;
+    if !empty.is_empty() {
+        repository.store.delete(&empty)?;
+    }
+    Ok(gone.len())
+}
+
+/// Removes WAL that no kept backup can use. Timeline histories stay: they are small, and tell what the others are.
+fn expire_wal(
+    repository: &Repository,
+    lock: Option<&Lock>,
+    database: &Database,
+    decision: &Decision,
+    horizon: i64,
+) -> Result<ArchiveReport> {
+    let all = (WalRule::All, "nothing is known of that cluster".to_owned());
+    let (rule, why) = decision.archives.get(&database.id).unwrap_or(&all);
+    let mut report = ArchiveReport {
+        id: format!("{}-{}", database.version, database.id),
+        keep: rule.to_string(),
+        why: why.clone(),
+        removed: 0,
+        bytes: 0,
+    };
+    if *rule == WalRule::All {
+        return Ok(report);
+    }
+    let (mut batch, mut failure) = (Vec::new(), None);
+    let remove = |batch: &mut Vec<String>| -> Result<()> {
+        if let Some(lock) = lock.filter(|_| !batch.is_empty()) {
+            lock.check()?;
+            repository.store.delete(batch)?;
+        }
+        batch.clear();
+        Ok(())
+    };
+    repository.archive(database).files(|name, object| {
+        let segment = match WalName::parse(name) {
+            Ok(WalName::Segment(segment) | WalName::Partial(segment) | WalName::BackupHistory { segment, .. }) => {
+                segment
+            }
+            Ok(WalName::History(_)) | Err(_) => return,
+        };
+        // a backup that runs may need what was archived since it began
+        if rule.keeps(segment) || object.modified >= horizon || failure.is_some() {
+            return;
+        }
+        report.removed += 1;
+        report.bytes += object.size;
+        batch.push(object.key.clone());
+        if batch.len() >= BATCH {
+            failure = remove(&mut batch).err();
+        }
+    })?;
+    match failure {
+        Some(error) => Err(error),
+        None => remove(&mut batch).map(|()| report),
+    }
+}
+
+/// Marks packs that nobody needs, and deletes those that were marked long enough ago.
+fn packs(
+    repository: &Repository,
+    lock: Option<&Lock>,
+    options: &ExpireOptions,
+    moment: &Moment,
+    reason: bool,
+    report: &mut Report,
+    monitor: &dyn Monitor,
+) -> Result<()> {
+    let mut marks = mark::marks(repository)?;
+    if options.brief && !reason && marks.is_empty() {
+        return Ok(());
+    }
+    let mut needed = Needed::default();
+    // in a dry run they are still there
+    let gone = |label: &str| report.backups.iter().any(|backup| backup.label == label && !backup.keep);
+    needed.update(repository, monitor, gone)?;
+    monitor.stage("listing packs", 0);
+    let found = mark::look(repository, &needed, moment.horizon)?;
+    let mut packs = PackReport {
+        total: found.total,
+        unneeded: found.unneeded.len() as u64,
+        unneeded_bytes: found.unneeded.values().sum(),
+        ..PackReport::default()
+    };
+    let Some(lock) = lock else {
+        report.packs = Some(packs);
+        return Ok(());
+    };
+    packs.marked = mark::mark(repository, &found.unneeded, &marks)?;
+    let mut now = moment.now;
+    if packs.marked > 0 {
+        marks = mark::marks(repository)?;
+        now = lock.others()?.0;
+    }
+    let due = due(marks, now, options.grace);
+    if !due.is_empty() {
+        match sweep(repository, lock, &due, &mut needed, &found.unneeded, monitor)? {
+            Swept::Done { packs: deleted, bytes } => (packs.deleted, packs.deleted_bytes) = (deleted, bytes),
+            Swept::Busy(other) => report.notes.push(format!("packs are deleted by a later run: {}", other.describe())),
+        }
+    }
+    report.packs = Some(packs);
+    remove_dead_locks(lock, moment, options.grace)
+}
+
+/// A backup that died long ago is not continued: its packs went like all that nobody needs.
+fn remove_dead_locks(lock: &Lock, moment: &Moment, grace: Duration) -> Result<()> {
+    let mut dead = moment.others.clone();
+    let grace = i64::try_from(grace.as_secs()).unwrap_or(i64::MAX);
+    dead.retain(|other| other.dead && moment.now.saturating_sub(other.modified) >= grace);
+    lock.remove(&dead)
+}
+
+impl From<&Fate> for BackupReport {
+    fn from(fate: &Fate) -> Self {
+        Self { label: fate.label.to_string(), keep: fate.keep, why: fate.why.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,329 @@
+#![allow(clippy::unwrap_used)]
+use proptest::prelude::*;
+
+use super::*;
+use crate::format::info::LockInfo;
+use crate::keep::tests::{DAY, Made, segment};
+use crate::postgres::BackupKind::{Diff, Full, Incr};
+use crate::progress::Silent;
+use crate::store::{Body, Effect, ErrorKind};
+
+fn keep_full(count: u32) -> ExpireOptions {
+    let retention = Retention { full: Some(count), ..Retention::NONE };
+    ExpireOptions { retention, grace: GRACE, set: None, brief: false, dry_run: false }
+}
+
+fn run(made: &Made, options: &ExpireOptions) -> Report {
+    expire(&made.repository, options, &Silent).unwrap()
+}
+
+/// A backup of each of these kinds, a day after the other.
+fn made(kinds: &[crate::postgres::BackupKind]) -> Made {
+    let mut made = Made::new();
+    for kind in kinds {
+        made.backup(*kind);
+        made.pass(DAY);
+    }
+    made
+}
+
+#[test]
+fn a_backup_goes_at_once_and_its_packs_after_the_grace_period() {
+    let made = made(&[Full, Diff, Full, Incr]);
+    let before = made.keys("chunk/");
+    let report = run(&made, &keep_full(1));
+    let kept: Vec<bool> = report.backups.iter().map(|backup| backup.keep).collect();
+    assert_eq!(kept, [false, false, true, true]);
+    assert_eq!(made.labels(), [report.backups[2].label.clone(), report.backups[3].label.clone()]);
+    let packs = report.packs.unwrap();
+    assert!(packs.marked > 0 && packs.marked == packs.unneeded && packs.deleted == 0, "{packs:?}");
+    assert_eq!(made.keys("chunk/"), before);
+    // marked once is enough
+    made.pass(DAY / 2);
+    assert_eq!(run(&made, &keep_full(1)).packs.unwrap().marked, 0);
+    assert_eq!(made.keys("chunk/"), before);
+    made.pass(DAY / 2);
+    let swept = run(&made, &keep_full(1)).packs.unwrap();
+    assert_eq!((swept.deleted, swept.deleted_bytes), (packs.marked, packs.unneeded_bytes));
+    assert_eq!(made.keys("chunk/").len() as u64, packs.total - packs.marked);
+    assert!(made.keys("mark/").is_empty() && made.keys("lock/").is_empty());
+    made.assert_sound();
+    let info = made.repository.backup_info().unwrap();
+    assert_eq!(info.backups.keys().cloned().collect::<Vec<_>>(), made.labels());
+}
+
+#[test]
+fn pointers_follow() {
+    let made = made(&[Full, Diff, Full]);
+    run(&made, &keep_full(1));
+    assert_eq!(made.keys("latest/"), ["latest/main/latest", "latest/main/latest-full"]);
+    assert_eq!(made.repository.resolve("latest").unwrap(), made.labels()[0]);
+}
+
+#[test]
+fn wal_goes_but_for_what_kept_backups_need() {
+    let mut made = made(&[Full, Full, Full]);
+    let odd = [format!("{}.partial", segment(1, 2)), format!("{}.00000028.backup", segment(1, 1))];
+    odd.iter().for_each(|name| made.archive_file(name, segment(1, 2)));
+    made.archive_file("00000002.history", segment(1, 1));
+    made.pass(1);
+    let dry = ExpireOptions { dry_run: true, ..keep_full(2) };
+    // three segments a backup; the third one of each is needed by nobody
+    let would = run(&made, &dry).archives[0].clone();
+    assert_eq!(would.removed, 5);
+    assert_eq!(made.archived().len(), 12);
+    assert_eq!(run(&made, &keep_full(2)).archives[0].removed, 5);
+    let mut expected: Vec<String> = (4..10).map(|number| segment(1, number).to_string()).collect();
+    expected.push("00000002.history".into());
+    let mut left = made.archived();
+    left.sort_by_key(|name| (name.ends_with("history"), name.clone()));
+    assert_eq!(left, expected);
+    // WAL of the last one only
+    let retention = Retention { archive: Some(1), ..keep_full(2).retention };
+    run(&made, &ExpireOptions { retention, ..keep_full(2) });
+    let expected: Vec<String> = [4, 5, 7, 8, 9].map(|number| segment(1, number).to_string()).into();
+    assert_eq!(made.archived().iter().filter(|name| name.len() == 24).cloned().collect::<Vec<_>>(), expected);
+    made.assert_sound();
+}
+
+#[test]
+fn a_dry_run_changes_nothing() {
+    let mut made = made(&[Full, Full]);
+    made.garbage();
+    made.pass(DAY);
+    let before = made.keys("");
+    let report = run(&made, &ExpireOptions { dry_run: true, grace: Duration::ZERO, ..keep_full(1) });
+    assert_eq!(made.keys(""), before);
+    let packs = report.packs.unwrap();
+    // those of the first backup that nobody else needs are counted too
+    assert!(packs.unneeded > 1 && packs.marked == 0 && packs.deleted == 0, "{packs:?}");
+    assert!(report.dry_run && !report.backups[0].keep);
+}
+
+#[test]
+fn what_a_backup_that_died_left_goes_even_without_a_retention() {
+    let mut made = made(&[Full]);
+    let garbage = made.garbage();
+    let options = ExpireOptions { retention: Retention::NONE, ..keep_full(1) };
+    // written at this very second: it may belong to a backup that has just begun
+    assert_eq!(run(&made, &options).packs.unwrap().marked, 0);
+    made.pass(1);
+    let report = run(&made, &options);
+    assert_eq!(report.packs.unwrap().marked, 1);
+    assert!(report.notes[0].contains("no retention is set"));
+    made.pass(DAY);
+    assert_eq!(run(&made, &options).packs.unwrap().deleted, 1);
+    assert!(!made.keys("chunk/").contains(&garbage));
+    made.assert_sound();
+}
+
+fn lock_of(made: &Made, dead: bool) -> LockInfo {
+    LockInfo {
+        kind: LockKind::Backup,
+        since: Some(made.now() - if dead { 2 * DAY } else { 0 }),
+        heartbeat: 0,
+        host: "elsewhere".into(),
+        pid: 1,
+        user: "postgres".into(),
+        process: None,
+        note: String::new(),
+        pgcairn: "0.1.0".into(),
+    }
+}
+
+fn write_lock(made: &Made, info: &LockInfo) {
+    let bytes = crate::format::info::encode(info).unwrap();
+    made.repository.store.put("lock/main/backup", Body::Bytes(bytes.into())).unwrap();
+}
+
+#[test]
+fn packs_of_a_running_backup_stay_and_none_is_deleted_meanwhile() {
+    let mut made = made(&[Full, Full]);
+    let old = made.garbage();
+    made.pass(1);
+    let lock = lock_of(&made, false);
+    write_lock(&made, &lock);
+    let fresh = made.garbage();
+    made.pass(100);
+    // its heartbeat
+    write_lock(&made, &lock);
+    let report = run(&made, &ExpireOptions { grace: Duration::ZERO, ..keep_full(1) });
+    let packs = report.packs.unwrap();
+    assert!(packs.marked > 0 && packs.deleted == 0, "{packs:?}");
+    assert!(report.notes.iter().any(|note| note.contains("postgres@elsewhere")), "{:?}", report.notes);
+    assert!(made.keys("chunk/").contains(&old) && made.keys("chunk/").contains(&fresh));
+    // it ends, and took up nothing
+    made.repository.store.delete(&["lock/main/backup".into()]).unwrap();
+    run(&made, &ExpireOptions { grace: Duration::ZERO, ..keep_full(1) });
+    assert!(!made.keys("chunk/").contains(&old));
+    made.assert_sound();
+}
+
+#[test]
+fn a_lock_of_a_dead_backup_stays_as_long_as_its_packs() {
+    let mut made = made(&[Full]);
+    write_lock(&made, &lock_of(&made, true));
+    let garbage = made.garbage();
+    made.pass(3600);
+    assert_eq!(run(&made, &keep_full(1)).packs.unwrap().marked, 1);
+    assert_eq!(made.keys("lock/"), ["lock/main/backup"]);
+    made.pass(DAY);
+    assert_eq!(run(&made, &keep_full(1)).packs.unwrap().deleted, 1);
+    assert!(made.keys("lock/").is_empty());
+    assert!(!made.keys("chunk/").contains(&garbage));
+}
+
+#[test]
+fn a_pack_that_was_taken_up_again_is_not_deleted() {
+    let mut made = made(&[Full, Full]);
+    run(&made, &keep_full(1));
+    let marked = made.keys("mark/");
+    assert!(!marked.is_empty());
+    // a backup that began before the mark ends after it, and refers to packs of the backup that went
+    made.backup(Incr);
+    let needs: Vec<_> = made.labels().iter().flat_map(|label| made.repository.manifest_packs(label).unwrap()).collect();
+    let all = crate::format::info::Mark { packs: needs.iter().map(|of| of.pack.to_string()).collect() };
+    let bytes = crate::format::info::encode(&all).unwrap();
+    made.repository.store.put(&marked[0], Body::Bytes(bytes.into())).unwrap();
+    made.pass(2 * DAY);
+    run(&made, &keep_full(1));
+    made.assert_sound();
+    assert!(!made.keys("mark/").contains(&marked[0]));
+}
+
+#[test]
+fn a_manifest_that_cannot_be_read_stops_the_sweep_but_can_be_removed() {
+    let made = made(&[Full, Full, Full]);
+    let labels = made.labels();
+    let key = keys::manifest("main", &labels[1]);
+    let mut bytes = made.repository.store.get(&key).unwrap().to_vec();
+    bytes[60] ^= 1;
+    made.repository.store.put(&key, Body::Bytes(bytes.into())).unwrap();
+    let before = made.keys("chunk/");
+    let options = ExpireOptions { grace: Duration::ZERO, ..keep_full(2) };
+    for _ in 0..2 {
+        let error = expire(&made.repository, &options, &Silent).unwrap_err();
+        assert!(error.to_string().contains(&format!("backup {} cannot be read", labels[1])), "{error}");
+        assert!(error.hint_text().unwrap().contains(&format!("expire --set {}", labels[1])));
+        assert_eq!(made.keys("chunk/"), before);
+    }
+    // what is known of it is enough to expire backups and WAL
+    assert_eq!(made.labels(), labels[1..]);
+    let set = ExpireOptions { set: Some(labels[1].clone()), ..options };
+    assert!(run(&made, &set).packs.unwrap().deleted > 0);
+    assert_eq!(made.labels(), labels[2..]);
+    made.assert_sound();
+    let error = expire(&made.repository, &ExpireOptions { set: Some("latest".into()), ..set }, &Silent).unwrap_err();
+    assert!(error.to_string().contains("last full backup"), "{error}");
+}
+
+#[test]
+fn nothing_is_removed_when_nothing_is_known_of_a_backup() {
+    let made = made(&[Full, Full, Full]);
+    let labels = made.labels();
+    for key in [keys::manifest("main", &labels[2]), keys::backup_info("main"), "backup/main/backup.info.copy".into()] {
+        made.repository.store.put(&key, Body::Bytes(b"rubbish".as_slice().into())).unwrap();
+    }
+    let before = made.keys("");
+    let error = expire(&made.repository, &keep_full(1), &Silent).unwrap_err();
+    assert!(error.to_string().contains("nothing is removed"), "{error}");
+    assert_eq!(made.keys(""), before);
+    // without it
+    run(&made, &ExpireOptions { set: Some(labels[2].clone()), ..keep_full(1) });
+    run(&made, &keep_full(1));
+    assert_eq!(made.labels(), [labels[1].clone()]);
+    made.assert_sound();
+}
+
+#[test]
+fn two_expires_exclude_each_other() {
+    let made = made(&[Full, Full]);
+    let _lock = made.repository.lock(LockKind::Expire, "").unwrap();
+    let error = expire(&made.repository, &keep_full(1), &Silent).unwrap_err();
+    assert!(error.to_string().contains("an expire is running"), "{error}");
+    assert_eq!(made.labels().len(), 2);
+}
+
+#[test]
+fn a_run_that_dies_at_any_call_is_finished_by_the_next() {
+    let reference = {
+        let made = made(&[Full, Diff, Full, Incr]);
+        run(&made, &ExpireOptions { grace: Duration::ZERO, ..keep_full(1) });
+        made.keys("")
+    };
+    for lost_answer in [false, true] {
+        for call in 1.. {
+            let made = made(&[Full, Diff, Full, Incr]);
+            // deterministic content: every run has the same keys, but for random names of locks and marks
+            let effect = match lost_answer {
+                true => Effect::FailAfter(ErrorKind::Other),
+                false => Effect::Fail(ErrorKind::Other),
+            };
+            made.plan.from_nth(call, effect);
+            let died = expire(&made.repository, &ExpireOptions { grace: Duration::ZERO, ..keep_full(1) }, &Silent);
+            made.plan.clear();
+            made.assert_sound();
+            run(&made, &ExpireOptions { grace: Duration::ZERO, ..keep_full(1) });
+            made.assert_sound();
+            assert_eq!(made.keys(""), reference, "died at call {call}");
+            if died.is_ok() {
+                assert!(call > 20, "{call} calls are too few");
+                break;
+            }
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Backup(crate::postgres::BackupKind),
+    Die,
+    Expire { full: u32, diff: u32, archive: u32, grace_h: u64, fails_at: Option<u64> },
+    Pass(i64),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => prop::sample::select(vec![Full, Diff, Incr]).prop_map(Op::Backup),
+        1 => Just(Op::Die),
+        3 => (1u32..4, 1u32..4, 0u32..4, prop::sample::select(vec![0, 24]), prop::option::of(1u64..80))
+            .prop_map(|(full, diff, archive, grace_h, fails_at)| Op::Expire { full, diff, archive, grace_h, fails_at }),
+        2 => prop::sample::select(vec![60, 3600, DAY]).prop_map(Op::Pass),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+    #[test]
+    fn whatever_happens_what_is_kept_can_be_read(ops in prop::collection::vec(op(), 1..14)) {
+        let mut made = Made::new();
+        made.backup(Full);
+        for op in ops {
+            match op {
+                Op::Backup(kind) => _ = made.backup(kind),
+                Op::Die => made.die(),
+                Op::Pass(seconds) => made.pass(seconds),
+                Op::Expire { full, diff, archive, grace_h, fails_at } => {
+                    let archive = (archive > 0).then_some(archive);
+                    let retention = Retention { diff: Some(diff), archive, ..keep_full(full).retention };
+                    let grace = Duration::from_secs(grace_h * 3600);
+                    if let Some(call) = fails_at {
+                        made.plan.from_nth(call, Effect::Fail(ErrorKind::Other));
+                    }
+                    let outcome = expire(&made.repository, &ExpireOptions { retention, grace, ..keep_full(full) }, &Silent);
+                    made.plan.clear();
+                    prop_assert!(fails_at.is_some() || outcome.is_ok());
+                }
+            }
+            made.assert_sound();
+        }
+        made.pass(2 * DAY);
+        let end = ExpireOptions { grace: Duration::ZERO, ..keep_full(1) };
+        run(&made, &end);
+        // nothing is left but what somebody needs
+        let report = run(&made, &ExpireOptions { dry_run: true, ..end });
+        prop_assert_eq!(report.packs.unwrap().unneeded, 0);
+        made.assert_sound();
+        prop_assert!(made.keys("lock/").is_empty());
+    }
+}

@@ -1,0 +1,173 @@
+//! Which packs nobody needs, and since when that is known.
+//!
+//! A mark is an object that lists packs which no manifest referred to when it was written. It says nothing of now: a backup
+//! that ran meanwhile may have taken them up again. So whoever deletes by it looks once more.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use crate::error::{Context, Error, Result};
+use crate::format::chunk::PackId;
+use crate::format::info::{Mark, decode, encode};
+use crate::progress::Monitor;
+use crate::repo::{Repository, keys};
+use crate::store::{Body, Listed};
+
+/// Packs that one mark names at most: what it weighs stays below half a megabyte.
+const MARK_PACKS_MAX: usize = 10_000;
+/// Manifests read at the same time.
+const READERS: usize = 4;
+
+/// The packs that manifests refer to. Only their names: 16 bytes for each pack of the stanza.
+#[derive(Debug, Default)]
+pub(super) struct Needed {
+    seen: BTreeSet<String>,
+    packs: HashSet<PackId>,
+}
+
+impl Needed {
+    /// Reads the manifests that it has not read yet, but for those of `gone`. Backups that go later only make it name too
+    /// much.
+    ///
+    /// # Errors
+    /// When one cannot be read: then nobody knows what it needs.
+    pub(super) fn update(
+        &mut self,
+        repository: &Repository,
+        monitor: &dyn Monitor,
+        gone: impl Fn(&str) -> bool,
+    ) -> Result<()> {
+        let mut labels = repository.labels()?;
+        labels.retain(|label| !self.seen.contains(label) && !gone(label));
+        monitor.stage("reading manifests", 0);
+        let (next, packs) = (AtomicUsize::new(0), Mutex::new(&mut self.packs));
+        let read = || -> Result<()> {
+            while let Some(label) = labels.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let uses = repository.manifest_packs(label).map_err(|error| unreadable(label, error))?;
+                packs.lock().extend(uses.iter().map(|of| of.pack));
+            }
+            Ok(())
+        };
+        let outcomes: Vec<Result<()>> = std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..READERS.min(labels.len())).map(|_| scope.spawn(read)).collect();
+            let died = |_| Err(Error::new("a thread that read manifests died"));
+            readers.into_iter().map(|reader| reader.join().unwrap_or_else(died)).collect()
+        });
+        outcomes.into_iter().collect::<Result<()>>()?;
+        self.seen.extend(labels);
+        Ok(())
+    }
+
+    pub(super) fn contains(&self, pack: &PackId) -> bool {
+        self.packs.contains(pack)
+    }
+}
+
+fn unreadable(label: &str, error: Error) -> Error {
+    let hint =
+        format!("run \"pgcairn verify\"; if backup {label} is lost, remove it with \"pgcairn expire --set {label}\"");
+    Error::new(format!("backup {label} cannot be read, so no pack may be removed: it may need any of them"))
+        .hint(hint)
+        .source(error)
+}
+
+/// One mark, as found.
+#[derive(Debug)]
+pub(super) struct Marked {
+    pub(super) key: String,
+    /// when it was written, by the store's clock
+    pub(super) modified: i64,
+    pub(super) packs: Vec<PackId>,
+}
+
+/// Every mark there is. One that is damaged counts as one of no packs: they are marked again.
+pub(super) fn marks(repository: &Repository) -> Result<Vec<Marked>> {
+    let mut marks = Vec::new();
+    each_object(repository, &keys::marks(&repository.stanza), |object| {
+        let bytes = repository.store.get(&object.key)?;
+        let packs = match decode::<Mark>(&object.key, &bytes) {
+            Ok(mark) => mark.packs.iter().filter_map(|id| parse(id)).collect(),
+            Err(error) => {
+                tracing::warn!(%error, "a mark cannot be read; what it named is marked again");
+                Vec::new()
+            }
+        };
+        marks.push(Marked { key: object.key.clone(), modified: object.modified, packs });
+        Ok(())
+    })?;
+    Ok(marks)
+}
+
+/// What a look at all packs found.
+#[derive(Debug, Default)]
+pub(super) struct Packs {
+    /// packs there are
+    pub(super) total: u64,
+    /// those that no manifest refers to and no running backup can have written, with their bytes
+    pub(super) unneeded: HashMap<PackId, u64>,
+}
+
+/// Lists all packs. Those written at `horizon` or later, by the store's clock, may belong to a backup that runs.
+pub(super) fn look(repository: &Repository, needed: &Needed, horizon: i64) -> Result<Packs> {
+    let mut packs = Packs::default();
+    each_object(repository, &keys::packs(&repository.stanza), |object| {
+        let Some(id) = object.key.rsplit('/').next().and_then(parse) else { return Ok(()) };
+        packs.total += 1;
+        if !needed.contains(&id) && object.modified < horizon {
+            packs.unneeded.insert(id, object.size);
+        }
+        Ok(())
+    })?;
+    Ok(packs)
+}
+
+/// Writes marks for the packs of `unneeded` that have none yet; returns how many.
+pub(super) fn mark(repository: &Repository, unneeded: &HashMap<PackId, u64>, marks: &[Marked]) -> Result<u64> {
+    let known: HashSet<&PackId> = marks.iter().flat_map(|mark| &mark.packs).collect();
+    let mut fresh: Vec<PackId> = unneeded.keys().filter(|id| !known.contains(id)).copied().collect();
+    fresh.sort_unstable();
+    for part in fresh.chunks(MARK_PACKS_MAX) {
+        let mark = Mark { packs: part.iter().map(PackId::to_string).collect() };
+        let mut name = [0; 16];
+        getrandom::fill(&mut name).context(|| "cannot get random bytes".into())?;
+        let key = format!("{}{}", keys::marks(&repository.stanza), PackId(name));
+        repository.store.put(&key, Body::Bytes(Bytes::from(encode(&mark)?)))?;
+    }
+    Ok(fresh.len() as u64)
+}
+
+/// Calls `each` with every object below `prefix`.
+pub(super) fn each_object(
+    repository: &Repository,
+    prefix: &str,
+    mut each: impl FnMut(&Listed) -> Result<()>,
+) -> Result<()> {
+    let mut after = None;
+    loop {
+        let page = repository.store.list(prefix, after.as_deref())?;
+        page.objects.iter().try_for_each(&mut each)?;
+        after = page.next;
+        if after.is_none() {
+            return Ok(());
+        }
+    }
+}
+
+/// A pack's name as it stands in its key.
+pub(super) fn parse(text: &str) -> Option<PackId> {
+    let digits = text.as_bytes();
+    if digits.len() != 32 {
+        return None;
+    }
+    let mut id = PackId::default();
+    for (byte, pair) in id.0.iter_mut().zip(digits.chunks(2)) {
+        let pair = std::str::from_utf8(pair)
+            .ok()
+            .filter(|pair| pair.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))?;
+        *byte = u8::from_str_radix(pair, 16).ok()?;
+    }
+    Some(id)
+}
