@@ -80,6 +80,11 @@ impl Error {
         self.find::<StoreError>().is_some_and(|error| error.kind == ErrorKind::NotFound)
     }
 
+    /// True when the cause is that an object is shorter than what was to be read of it.
+    pub fn is_truncated(&self) -> bool {
+        self.find::<StoreError>().is_some_and(|error| error.kind == ErrorKind::Truncated)
+    }
+
     /// The nearest cause of this type.
     pub fn find<T: std::error::Error + 'static>(&self) -> Option<&T> {
         let mut cause = self.source.as_deref().map(|source| source as &(dyn std::error::Error + 'static));

@@ -17,9 +17,10 @@
 //! - [`write`](mod@write): PGDATA to packs. Session with the server, scan, cut into slots, pack, commit; the push of WAL files.
 //! - [`format`](mod@format): every stored byte layout. `docs/format.md` says the same in prose, `docs/reader.py` proves the prose.
 //! - [`repo`]: keys, the catalog, the WAL archive, locks: what writing, reading and keeping share.
+//! - [`spool`]: the local directory in which the archive's background workers leave answers for the calls that come later.
 //! - [`store`]: where objects live: a directory, S3, memory; decorated by retry, recording and faults.
 //! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore.
-//! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep.
+//! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep, verify, repair.
 //! - `pgcairn_mount`, a crate of its own: a FUSE filesystem over any `Tree`, with a copy-on-write scratch.
 //! - [`error`], [`progress`]: how failures and long work are told; nothing but `cli` prints.
 //!
@@ -61,5 +62,6 @@ pub mod postgres;
 pub mod progress;
 pub mod read;
 pub mod repo;
+pub mod spool;
 pub mod store;
 pub mod write;

@@ -44,6 +44,15 @@ impl Stanza {
         Self { repo, environment, place }
     }
 
+    /// From now on its runs archive and fetch WAL through workers and a spool in its place.
+    pub fn asynchronous(mut self) -> Self {
+        for (name, directory) in [("PGCAIRN_SPOOL_PATH", "spool"), ("XDG_STATE_HOME", "state")] {
+            self.environment.push((name.to_owned(), self.place.directory(directory).display().to_string()));
+        }
+        self.environment.push(("PGCAIRN_ARCHIVE_ASYNC".to_owned(), "y".to_owned()));
+        self
+    }
+
     /// The repository's URL or path.
     pub fn repo(&self) -> &str {
         &self.repo
@@ -103,7 +112,7 @@ impl Stanza {
     /// # Panics
     /// When that fails.
     pub fn backup(&self, cluster: &Cluster) -> String {
-        let told = self.run(["backup", "--pg", cluster.conninfo()]).ok();
+        let told = self.run(["backup", "--type=full", "--pg", cluster.conninfo()]).ok();
         let label = told.strip_prefix("backup ").and_then(|rest| rest.split_once(':')).map(|(label, _)| label);
         label.unwrap_or_else(|| panic!("no label in: {told}")).to_owned()
     }

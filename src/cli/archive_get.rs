@@ -1,12 +1,17 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Args;
 
-use super::options::Common;
+use super::archive_worker::{self, Staging};
+use super::options::{Common, YesNo, size};
 use super::output;
-use crate::error::Error;
-use crate::read::wal::{GetError, get};
+use crate::error::{Error, Result};
+use crate::postgres::SegmentName;
+use crate::read::ahead::{Taken, follow, take};
+use crate::read::wal::{GetError, get_and};
+use crate::spool::Spool;
 
 /// PostgreSQL takes any status up to 125 for "there is no such file" and ends recovery; beyond that it stops instead.
 pub(super) const FAILED: u8 = 250;
@@ -21,12 +26,29 @@ pub(super) struct ArchiveGet {
     name: String,
     /// Where to write it (%p)
     path: PathBuf,
+    /// Let a worker in the background fetch the segments that follow (y)
+    #[arg(long, env = "PGCAIRN_ARCHIVE_ASYNC", value_name = "y|n", default_value = "n")]
+    archive_async: YesNo,
+    /// Bytes of segments that the worker may keep ready
+    #[arg(long, env = "PGCAIRN_ARCHIVE_GET_QUEUE_MAX", value_name = "SIZE", default_value = "128M", value_parser = size)]
+    archive_get_queue_max: u64,
+    /// Seconds to wait for a segment that the worker is fetching
+    #[arg(long, env = "PGCAIRN_ARCHIVE_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
+    archive_timeout: u64,
+    #[command(flatten)]
+    staging: Staging,
+}
+
+/// Where the worker leaves what it fetched for this server.
+struct Ahead {
+    spool: Spool,
+    segment: SegmentName,
+    wal: PathBuf,
 }
 
 impl ArchiveGet {
     pub(super) fn run(self, common: &Common) -> ExitCode {
-        let repository = common.repository(false).map_err(GetError::Failed);
-        match repository.and_then(|repository| get(&repository, &self.name, &self.path)) {
+        match self.deliver(common) {
             Ok(()) => ExitCode::SUCCESS,
             Err(GetError::NotThere) => {
                 output::error(&Error::new(format!("the archive has no {}", self.name)));
@@ -36,6 +58,64 @@ impl ArchiveGet {
                 output::error(&error);
                 ExitCode::from(FAILED)
             }
+        }
+    }
+
+    fn deliver(&self, common: &Common) -> std::result::Result<(), GetError> {
+        let ahead = self.ahead(common);
+        if let Some(ahead) = &ahead {
+            match take(&ahead.spool, ahead.segment, &self.path, Duration::from_secs(self.archive_timeout)) {
+                Ok(Taken::Delivered) => {
+                    tracing::info!(segment = self.name, "taken from the spool");
+                    // the worker may have ended meanwhile
+                    self.have_worker(common, ahead);
+                    return Ok(());
+                }
+                Ok(Taken::NotHere) => {}
+                Err(error) => tracing::warn!(%error, "the spool is of no use, so the archive is asked"),
+            }
+        }
+        let repository = common.repository(false).map_err(GetError::Failed)?;
+        let found = || {
+            let Some(ahead) = &ahead else { return };
+            match follow(&ahead.spool, ahead.segment) {
+                Ok(()) => self.have_worker(common, ahead),
+                Err(error) => tracing::warn!(%error, "nothing is fetched ahead"),
+            }
+        };
+        get_and(&repository, &self.name, &self.path, &found)
+    }
+
+    /// Only segments come in order; what is asked for beside them is asked of the archive.
+    fn ahead(&self, common: &Common) -> Option<Ahead> {
+        let segment = self.name.parse().ok().filter(|_| self.archive_async == YesNo::Y)?;
+        let open = || -> Result<Ahead> {
+            let absolute =
+                std::path::absolute(&self.path).and_then(|path| path.parent().unwrap_or(&path).canonicalize());
+            let wal = absolute.map_err(|error| Error::io("find the directory of", &self.path, error))?;
+            Ok(Ahead { spool: self.staging.get_spool(common, &wal)?, segment, wal })
+        };
+        match open() {
+            Ok(ahead) => Some(ahead),
+            Err(error) => {
+                tracing::warn!(%error, "without a spool, nothing is fetched ahead");
+                None
+            }
+        }
+    }
+
+    /// A worker fetches the segments that follow. That there is none is no failure of this call.
+    fn have_worker(&self, common: &Common, ahead: &Ahead) {
+        let start = || -> Result<()> {
+            if ahead.spool.live_run()?.is_none() {
+                let (wal, queue): (&Path, _) = (&ahead.wal, self.archive_get_queue_max);
+                let worker = archive_worker::Get::new(wal, &ahead.spool, queue, &self.staging);
+                drop(archive_worker::start(common, &worker.arguments())?);
+            }
+            Ok(())
+        };
+        if let Err(error) = start() {
+            tracing::warn!(%error, "nothing is fetched ahead");
         }
     }
 }

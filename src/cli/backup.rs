@@ -2,7 +2,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 
-use super::options::{Common, Output, size};
+use super::options::{Common, Output, YesNo, size};
 use super::output::{self, Progress, bytes};
 use super::retention::{RetentionOptions, tell};
 use crate::error::{Context, Error, Result};
@@ -62,12 +62,6 @@ enum Kind {
     Full,
     Diff,
     Incr,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum YesNo {
-    Y,
-    N,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

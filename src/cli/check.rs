@@ -21,8 +21,17 @@ pub(super) struct Check {
 
 impl Check {
     pub(super) fn run(self, common: &Common) -> Result<()> {
-        let repository = common.repository(false)?;
-        let info = repository.archive_info()?;
+        let found = common.repository(false).and_then(|repository| Ok((repository.archive_info()?, repository)));
+        let (info, repository) = match found {
+            Ok(found) => found,
+            Err(error) => {
+                // what a store that is away means for the server
+                if let Ok(mut server) = Server::connect(&self.server.pg) {
+                    tell_waiting(&mut server);
+                }
+                return Err(error);
+            }
+        };
         let mut server = Server::connect(&self.server.pg)?;
         let mut database = identify(&server)?;
         info.check(&repository.stanza, &database)?;
@@ -35,10 +44,28 @@ impl Check {
             );
             return Ok(());
         }
+        tell_waiting(&mut server);
         let size = SegmentSize::new(database.wal_segment_size).context(|| "pg_control".into())?;
         let timeout = Duration::from_secs(self.archive_timeout);
         let segment = prove_archiving(&mut server, &repository.archive(&database), size, timeout)?;
         output::line(&format!("WAL segment {segment} was archived"));
         Ok(())
+    }
+}
+
+/// Says how much WAL waits for the archive. Who may not see that is not told.
+fn tell_waiting(server: &mut Server) {
+    match server.waiting() {
+        Ok(Some(waiting)) => {
+            output::line(&format!(
+                "{} WAL files wait to be archived, the oldest since {}",
+                waiting.files, waiting.oldest
+            ));
+            if let Some(failure) = waiting.failure {
+                output::line(&format!("archiving has failed {failure}; the server's log says why"));
+            }
+        }
+        Ok(None) => {}
+        Err(error) => tracing::warn!(%error, "cannot tell how much WAL waits to be archived"),
     }
 }

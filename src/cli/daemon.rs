@@ -4,7 +4,7 @@
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use crate::error::{Error, Result};
 
@@ -47,6 +47,31 @@ pub(super) fn spawn(arguments: &[String], secret: Option<(&str, &str)>, log: &Pa
     let what = told.next().filter(|what| !what.is_empty()).unwrap_or("the mount daemon died");
     let error = Error::new(what.to_owned());
     Err(error.hint(told.next().map_or_else(|| format!("see {}", log.display()), str::to_owned)))
+}
+
+/// Starts this program with `arguments` in the background, and does not wait for anything.
+pub(super) fn launch(arguments: &[String], secret: Option<(&str, &str)>, log: &Path) -> Result<Child> {
+    // a log that cannot be written is no reason not to work
+    let log_file = log.parent().and_then(|parent| {
+        fs::create_dir_all(parent).ok()?;
+        OpenOptions::new().create(true).append(true).open(log).ok()
+    });
+    let log_file = log_file.map_or_else(Stdio::null, Stdio::from);
+    let program = std::env::current_exe().map_err(|error| Error::io("find", Path::new("pgcairn"), error))?;
+    let mut command = Command::new(&program);
+    command.args(arguments).envs(secret).current_dir("/");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file);
+    command.spawn().map_err(|error| Error::io("start", &program, error))
+}
+
+/// In the child: closes what was inherited beside the standard streams, such as a server's sockets.
+pub(super) fn let_go() {
+    let open = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers: Vec<i32> = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    for number in numbers.into_iter().filter(|number| *number > 2) {
+        // the one by which they were listed is closed already
+        _ = nix::unistd::close(number);
+    }
 }
 
 /// In the child: tells the parent that the daemon is ready, and lets go of the terminal.

@@ -2,6 +2,7 @@
 
 mod archive_get;
 mod archive_push;
+mod archive_worker;
 mod backup;
 mod check;
 pub mod clones;
@@ -14,6 +15,7 @@ mod mount;
 mod options;
 mod output;
 mod pg;
+mod repo;
 mod restore;
 mod retention;
 mod stanza_create;
@@ -21,6 +23,7 @@ mod stanza_upgrade;
 mod start;
 mod stop;
 mod umount;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -52,6 +55,8 @@ enum Verb {
     Backup(backup::Backup),
     Info(info::Info),
     Expire(expire::Expire),
+    Verify(verify::Verify),
+    Repo(repo::Repo),
     Mount(mount::Mount),
     Umount(umount::Umount),
     Start(start::Start),
@@ -59,6 +64,8 @@ enum Verb {
     Restore(restore::Restore),
     ArchivePush(archive_push::ArchivePush),
     ArchiveGet(archive_get::ArchiveGet),
+    #[command(hide = true)]
+    ArchiveWorker(archive_worker::ArchiveWorker),
     Demo(demo::Demo),
 }
 
@@ -98,6 +105,8 @@ impl Cli {
             Verb::Backup(verb) => verb.run(common),
             Verb::Info(verb) => verb.run(common),
             Verb::Expire(verb) => verb.run(common),
+            Verb::Verify(verb) => verb.run(common),
+            Verb::Repo(verb) => verb.run(common),
             Verb::Mount(verb) => verb.run(common),
             Verb::Umount(verb) => verb.run(),
             Verb::Start(verb) => verb.run(common),
@@ -105,6 +114,7 @@ impl Cli {
             Verb::Restore(verb) => verb.run(common),
             Verb::ArchivePush(verb) => verb.run(common),
             Verb::ArchiveGet(verb) => return Ok(verb.run(common)),
+            Verb::ArchiveWorker(verb) => verb.run(common),
             Verb::Demo(verb) => verb.run(common),
         }?;
         Ok(ExitCode::SUCCESS)

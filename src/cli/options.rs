@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
@@ -9,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::read::cache::DiskCache;
 use crate::read::fetch::{FetchOptions, Fetcher};
 use crate::repo::Repository;
-use crate::store::{self, StoreOptions};
+use crate::store::{self, RetryPolicy, StoreOptions};
 
 /// Options of every verb.
 #[derive(Clone, Debug, Args)]
@@ -83,7 +84,32 @@ pub(super) enum Output {
     Json,
 }
 
+/// A switch as pgBackRest writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum YesNo {
+    /// on
+    #[value(alias = "true")]
+    Y,
+    /// off
+    #[value(alias = "false")]
+    N,
+}
+
 impl Common {
+    /// The stanza, whose store gives up on what fails after `patience`.
+    pub(super) fn repository_within(&self, patience: Duration) -> Result<Repository> {
+        let stanza = self.stanza.as_deref().ok_or_else(|| missing("stanza", "--stanza main"))?;
+        let retry = RetryPolicy { deadline: patience.min(RetryPolicy::default().deadline), ..RetryPolicy::default() };
+        Repository::new(self.store_with(false, retry)?, stanza)
+    }
+
+    /// What tells one repository from another without opening it.
+    pub(super) fn identity(&self) -> [String; 4] {
+        let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        let repo = self.repo.as_deref().map(absolute).unwrap_or_default();
+        [repo, text(&self.s3.repo_s3_endpoint), text(&self.s3.repo_s3_region), text(&self.stanza)]
+    }
+
     /// The stanza, by its name.
     pub(super) fn repository(&self, create: bool) -> Result<Repository> {
         let stanza = self.stanza.as_deref().ok_or_else(|| missing("stanza", "--stanza main"))?;
@@ -92,6 +118,10 @@ impl Common {
 
     /// The store alone.
     pub(super) fn store(&self, create: bool) -> Result<Arc<dyn store::Store>> {
+        self.store_with(create, RetryPolicy::default())
+    }
+
+    fn store_with(&self, create: bool, retry: RetryPolicy) -> Result<Arc<dyn store::Store>> {
         let url =
             self.repo.as_deref().ok_or_else(|| missing("repo", "--repo /backups or --repo s3://bucket/prefix"))?;
         let options = StoreOptions {
@@ -101,6 +131,7 @@ impl Common {
             key: self.s3.repo_s3_key.clone(),
             key_secret: self.s3.repo_s3_key_secret.clone(),
             ca_file: self.s3.repo_storage_ca_file.clone(),
+            retry,
             ..StoreOptions::default()
         };
         store::open(url, &options, create).map_err(|error| {

@@ -54,6 +54,11 @@ pub(super) fn bytes(count: u64) -> String {
     HumanBytes(count).to_string()
 }
 
+/// Seconds since 1970 for people.
+pub(super) fn time(seconds: i64) -> String {
+    jiff::Timestamp::from_second(seconds).map_or_else(|_| seconds.to_string(), |time| time.to_string())
+}
+
 /// A bar on a terminal, a line every ten seconds elsewhere.
 pub(super) struct Progress {
     bar: Option<ProgressBar>,

@@ -213,9 +213,25 @@ impl Decoder {
 
     /// The plaintext of a chunk, checked against its name; `object` is what an error calls the pack.
     pub fn decode(&mut self, keys: &Keys, object: &str, at: &ChunkRef, stored: &[u8]) -> Result<Decoded> {
+        self.decode_named(keys, object, at, stored, false)
+    }
+
+    /// The same, and its seal is checked too: all that any reader may rely on.
+    pub fn prove(&mut self, keys: &Keys, object: &str, at: &ChunkRef, stored: &[u8]) -> Result<Decoded> {
+        self.decode_named(keys, object, at, stored, true)
+    }
+
+    fn decode_named(
+        &mut self,
+        keys: &Keys,
+        object: &str,
+        at: &ChunkRef,
+        stored: &[u8],
+        sealed: bool,
+    ) -> Result<Decoded> {
         let bad = |what: String| FormatError::new(object, u64::from(at.offset), what);
         let mut plain = Vec::new();
-        self.unpack(keys, at, stored, false, &mut plain).map_err(bad)?;
+        self.unpack(keys, at, stored, sealed, &mut plain).map_err(bad)?;
         let Digest { id, grains } = keys.digest(&plain);
         match id == at.id {
             true => Ok(Decoded { plain, grains }),

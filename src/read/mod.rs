@@ -4,6 +4,7 @@
 //! point ──> manifest ──> view ──> file map ──> extents ──> fetch ──> memory | disk cache | store
 //! ```
 
+pub mod ahead;
 pub mod builder;
 pub mod cache;
 pub mod fetch;

@@ -54,37 +54,65 @@ pub enum GetError {
 }
 
 /// Writes an archived file to `target`, which appears whole or not at all.
+///
+/// It is not synced: PostgreSQL reads it at once, and syncs and renames what it keeps of it.
 pub fn get(repository: &Repository, name: &str, target: &Path) -> std::result::Result<(), GetError> {
+    get_and(repository, name, target, &|| ())
+}
+
+/// The same; calls `found` when the file is there, before it is fetched.
+pub fn get_and(
+    repository: &Repository,
+    name: &str,
+    target: &Path,
+    found: &dyn Fn(),
+) -> std::result::Result<(), GetError> {
     let parsed = WalName::parse(name).context(|| format!("{name} is not a file of the archive"));
     parsed.map_err(GetError::Failed)?;
     let info = repository.archive_info().map_err(GetError::Failed)?;
     let database = info.current().map_err(GetError::Failed)?;
-    let found = repository.archive(database).find(name).map_err(GetError::Failed)?;
-    let key = found.ok_or(GetError::NotThere)?.key;
+    let key = repository.archive(database).find(name).map_err(GetError::Failed)?.ok_or(GetError::NotThere)?.key;
+    found();
     deliver(repository, database, name, &key, target).map_err(GetError::Failed)
 }
 
-fn deliver(repository: &Repository, database: &Database, name: &str, key: &str, target: &Path) -> Result<()> {
-    let temporary = target.with_extension("pgcairn-tmp");
-    let write = || -> Result<()> {
-        let file = File::create(&temporary).map_err(|error| Error::io("create", &temporary, error))?;
-        let mut out = std::io::BufWriter::with_capacity(1 << 20, file);
-        let mut is_first = true;
-        repository.read_pack(key, PackKind::Wal, |plain| {
-            if std::mem::take(&mut is_first) {
-                check_first_bytes(database, name, plain)?;
-            }
-            out.write_all(plain).map_err(|error| Error::io("write", &temporary, error))
-        })?;
-        let file = out.into_inner().map_err(|error| Error::io("write", &temporary, error.into_error()))?;
-        file.sync_all().map_err(|error| Error::io("sync", &temporary, error))?;
-        std::fs::rename(&temporary, target).map_err(|error| Error::io("rename to", target, error))
-    };
-    let written = write();
+/// Writes the archived file `name`, whose object is `key`, to `target`, by way of a temporary file beside it.
+pub(super) fn deliver(
+    repository: &Repository,
+    database: &Database,
+    name: &str,
+    key: &str,
+    target: &Path,
+) -> Result<()> {
+    let temporary = target.with_extension(TEMPORARY);
+    let written = write(repository, database, name, key, &temporary)
+        .and_then(|()| std::fs::rename(&temporary, target).map_err(|error| Error::io("rename to", target, error)));
     if written.is_err() {
         _ = std::fs::remove_file(&temporary);
     }
     written
+}
+
+/// What a file is called while it is written.
+pub(super) const TEMPORARY: &str = "pgcairn-tmp";
+
+fn write(repository: &Repository, database: &Database, name: &str, key: &str, path: &Path) -> Result<()> {
+    let file = File::create(path).map_err(|error| Error::io("create", path, error))?;
+    let mut out = std::io::BufWriter::with_capacity(1 << 20, file);
+    let mut len = 0;
+    repository.read_pack(key, PackKind::Wal, |plain| {
+        if len == 0 {
+            check_first_bytes(database, name, plain)?;
+        }
+        len += plain.len() as u64;
+        out.write_all(plain).map_err(|error| Error::io("write", path, error))
+    })?;
+    out.flush().map_err(|error| Error::io("write", path, error))?;
+    let is_segment = matches!(WalName::parse(name), Ok(WalName::Segment(_)));
+    match is_segment && len != database.wal_segment_size {
+        true => Err(FormatError::new(key, 0, format!("a WAL segment of {len} bytes")).into()),
+        false => Ok(()),
+    }
 }
 
 /// Fails unless the chunks are the runs of a file of `size` bytes.

@@ -12,6 +12,15 @@ const WINDOW_BYTES: u64 = 1 << 20;
 /// Windows kept: of maps, of changes and of the changes' bases, for workers that are not far from each other.
 const WINDOWS: usize = 12;
 
+impl Repository {
+    /// One chunk of a pack below `chunk/`, proved in every way.
+    pub fn fetch_chunk(&self, decoder: &mut Decoder, chunk: &ChunkRef) -> Result<Vec<u8>> {
+        let key = keys::pack(&self.stanza, chunk.pack);
+        let stored = self.store.get_range(&key, u64::from(chunk.offset), u64::from(chunk.stored_len))?;
+        Ok(decoder.prove(&self.keys, &key, chunk, &stored)?.plain)
+    }
+}
+
 /// Reads file maps and changes, a window of neighbours at a time.
 pub struct ChunkReader {
     repository: Repository,

@@ -37,7 +37,17 @@ impl Archive<'_> {
 
     /// Finds segments of one timeline, given in ascending order: a page of a listing for a thousand of them.
     pub fn segments(&self, needed: &[SegmentName]) -> Result<Vec<Option<Listed>>> {
-        let mut found = vec![None; needed.len()];
+        let one = |(name, mut found): (&SegmentName, Vec<Listed>)| match found.len() {
+            0 | 1 => Ok(found.pop()),
+            _ => Err(twice(&name.to_string())),
+        };
+        needed.iter().zip(self.stored(needed)?).map(one).collect()
+    }
+
+    /// All that is stored under the name of each of these segments of one timeline, given in ascending order. More than
+    /// one is a conflict, see [`Self::find`].
+    pub fn stored(&self, needed: &[SegmentName]) -> Result<Vec<Vec<Listed>>> {
+        let mut found = vec![Vec::new(); needed.len()];
         let (Some(first), Some(last)) = (needed.first(), needed.last()) else { return Ok(found) };
         let prefix = format!("{}{:08X}", self.prefix, first.timeline().0);
         let mut after = keys::wal_prefix(&self.prefix, &first.to_string());
@@ -50,10 +60,7 @@ impl Archive<'_> {
                     return Ok(found);
                 }
                 if let Ok(at) = needed.binary_search(&segment) {
-                    if found[at].is_some() {
-                        return Err(twice(&segment.to_string()));
-                    }
-                    found[at] = Some(object);
+                    found[at].push(object);
                 }
             }
             match page.next {
@@ -134,7 +141,8 @@ pub fn check_first_bytes(database: &Database, name: &str, first: &[u8]) -> Resul
     })
 }
 
-fn twice(name: &str) -> Error {
+/// Two contents under one name.
+pub fn twice(name: &str) -> Error {
     Error::new(format!("the archive holds different files as {name}"))
         .hint("two clusters pushed under one stanza; find out which, and remove the wrong object by hand")
 }

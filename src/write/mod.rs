@@ -5,6 +5,9 @@
 //!    └────── pg_backup_stop  ──> WAL proved ──> manifest ──> catalog                 (commit)
 //! ```
 
+pub mod ahead;
+pub mod answer;
+pub mod ask;
 pub mod assemble;
 pub mod backup;
 pub mod check;

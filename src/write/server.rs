@@ -40,6 +40,17 @@ pub enum Archiving {
     Unset,
 }
 
+/// WAL that waits for its archive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// files marked ready
+    pub files: u64,
+    /// when the first of them was
+    pub oldest: String,
+    /// how often archiving failed, and when it did last, if it has not succeeded since
+    pub failure: Option<String>,
+}
+
 /// What `pg_backup_stop` returned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stopped {
@@ -81,6 +92,24 @@ impl Server {
             system_id.parse::<i64>().map(|id| id as u64).context(|| format!("system identifier {system_id}"))?;
         let archiving = archiving(&mut client, major)?;
         Ok(Self { client, major, data_directory, system_id, archiving })
+    }
+
+    /// What the server wants archived and is not yet; `None` where nothing waits.
+    pub fn waiting(&mut self) -> Result<Option<Waiting>> {
+        let ready = "FROM pg_ls_archive_statusdir() WHERE name LIKE '%.ready'";
+        let time = |column: &str| format!("to_char({column}, 'YYYY-MM-DD HH24:MI:SS TZ')");
+        let files = self.value(&format!("SELECT count(*) {ready}"))?;
+        let files: u64 = files.parse().context(|| format!("{files} files"))?;
+        if files == 0 {
+            return Ok(None);
+        }
+        let oldest = self.value(&format!("SELECT coalesce({}, 'a moment ago') {ready}", time("min(modification)")))?;
+        let failure = self.value(&format!(
+            "SELECT coalesce(max(failed_count || ' times, last for ' || last_failed_wal || ' at ' || {}), '') \
+             FROM pg_stat_archiver WHERE last_failed_time > coalesce(last_archived_time, '-infinity')",
+            time("last_failed_time")
+        ))?;
+        Ok(Some(Waiting { files, oldest, failure: Some(failure).filter(|failure| !failure.is_empty()) }))
     }
 
     /// Takes the lock that keeps two backups of one server apart; it ends with the session.

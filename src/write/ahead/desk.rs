@@ -1,0 +1,193 @@
+//! What is to be done, what is being done, and what was said about it.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io;
+use std::time::{Duration, Instant};
+
+use super::{AheadOptions, STATUS};
+use crate::error::{Error, Result};
+use crate::postgres::WalName;
+use crate::spool::{Run, Spool};
+use crate::write::answer::{Answer, Outcome};
+
+/// The shortest and the longest pause between two looks for new work.
+const LOOK_EVERY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(100));
+
+/// The shortest and the longest pause before what failed is tried again unasked.
+const AGAIN_AFTER: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+
+/// A worker whose server is gone waits this long for another.
+const ORPHAN_IDLE: Duration = Duration::from_secs(1);
+
+/// Files that are told of one failure at once. More than the queue, and a call asks for the oldest.
+const FAIL_MAX: usize = 64;
+
+/// The same trouble is logged this often.
+const TROUBLE_EVERY: Duration = Duration::from_secs(60);
+
+/// What a thread says of a file; no outcome where the server has no use for one any more.
+pub(super) struct Told {
+    pub(super) name: String,
+    pub(super) outcome: Option<Outcome>,
+}
+
+pub(super) struct Desk<'a> {
+    spool: &'a Spool,
+    run: &'a Run,
+    options: &'a AheadOptions,
+    busy: HashSet<String>,
+    failed: HashMap<String, Failed>,
+    /// when there was last something to do
+    active: Instant,
+    trouble: Option<Trouble>,
+    /// files marked ready when that was last looked at
+    waiting: usize,
+}
+
+struct Failed {
+    again: Instant,
+    pause: Duration,
+}
+
+struct Trouble {
+    since: Instant,
+    logged: Instant,
+    error: String,
+}
+
+impl<'a> Desk<'a> {
+    pub(super) fn new(spool: &'a Spool, run: &'a Run, options: &'a AheadOptions) -> Self {
+        let active = Instant::now();
+        Self { spool, run, options, busy: HashSet::new(), failed: HashMap::new(), active, trouble: None, waiting: 0 }
+    }
+
+    /// Waits until there is something to do; `None` when there was nothing for long enough.
+    pub(super) fn next(&mut self) -> Result<Option<Vec<String>>> {
+        loop {
+            let todo = self.todo()?;
+            if !todo.is_empty() {
+                return Ok(Some(todo));
+            }
+            if self.is_done() {
+                return Ok(None);
+            }
+            std::thread::sleep(self.pause());
+        }
+    }
+
+    /// Names that wait, in the order in which the server asks for them. Takes answers away that nobody needs any more.
+    pub(super) fn todo(&mut self) -> Result<Vec<String>> {
+        // answers first: what is answered now was ready before
+        let files = self.spool.names()?;
+        let answered: HashSet<&str> = files.iter().filter_map(|file| Answer::name(file)).collect();
+        let ready = self.ready()?;
+        self.waiting = ready.len();
+        for name in answered.iter().filter(|name| !ready.contains(**name)) {
+            self.spool.remove(&Answer::file(name))?;
+        }
+        self.failed.retain(|name, _| ready.contains(name));
+        let now = Instant::now();
+        let mut todo: Vec<String> = ready.into_iter().filter(|name| !self.busy.contains(name)).collect();
+        todo.retain(|name| match self.failed.get(name) {
+            // a call took the answer away: it wants another
+            Some(failed) => failed.again <= now || !answered.contains(name.as_str()),
+            None => !answered.contains(name.as_str()),
+        });
+        todo.sort_unstable_by_key(|name| (!name.ends_with(".history"), name.clone()));
+        if !todo.is_empty() {
+            self.active = now;
+        }
+        Ok(todo)
+    }
+
+    fn ready(&self) -> Result<HashSet<String>> {
+        let path = self.options.wal.join(STATUS);
+        let entries = match fs::read_dir(&path) {
+            Ok(entries) => entries,
+            // the server's directory is gone, and the server with it
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(HashSet::new()),
+            Err(error) => return Err(Error::io("list", &path, error)),
+        };
+        let mut ready = HashSet::new();
+        for entry in entries {
+            let name = entry.map_err(|error| Error::io("list", &path, error))?.file_name();
+            let name = name.to_str().and_then(|name| name.strip_suffix(".ready"));
+            ready.extend(name.filter(|name| WalName::parse(name).is_ok()).map(str::to_owned));
+        }
+        Ok(ready)
+    }
+
+    pub(super) fn begin(&mut self, name: &str) {
+        self.busy.insert(name.to_owned());
+        self.active = Instant::now();
+    }
+
+    /// After all threads have ended.
+    pub(super) fn forget_busy(&mut self) {
+        self.busy.clear();
+    }
+
+    /// Writes an answer.
+    pub(super) fn hear(&mut self, told: Told) -> Result<()> {
+        self.active = Instant::now();
+        match &told.outcome {
+            Some(Outcome::Archived { .. }) => {
+                tracing::info!(file = told.name, "archived");
+                self.failed.remove(&told.name);
+                if let Some(trouble) = self.trouble.take() {
+                    tracing::warn!("archiving works again after {} s", trouble.since.elapsed().as_secs());
+                }
+            }
+            Some(Outcome::Failed { error, .. }) => self.note_failure(&told.name, error),
+            None => {}
+        }
+        if let Some(outcome) = told.outcome {
+            Answer { run: self.run.id.clone(), outcome }.write(self.spool, &told.name)?;
+        }
+        self.busy.remove(&told.name);
+        Ok(())
+    }
+
+    /// All of these failed for one reason.
+    pub(super) fn fail(&mut self, names: &[String], error: &Error) -> Result<()> {
+        let outcome = Outcome::failed(error);
+        names
+            .iter()
+            .take(FAIL_MAX)
+            .try_for_each(|name| self.hear(Told { name: name.clone(), outcome: Some(outcome.clone()) }))
+    }
+
+    fn note_failure(&mut self, name: &str, error: &str) {
+        let now = Instant::now();
+        let failed = self.failed.entry(name.to_owned()).or_insert(Failed { again: now, pause: AGAIN_AFTER.0 / 2 });
+        failed.pause = (failed.pause * 2).min(AGAIN_AFTER.1);
+        failed.again = now + failed.pause;
+        let trouble = self.trouble.get_or_insert_with(|| Trouble { since: now, logged: now, error: String::new() });
+        if trouble.error != error || trouble.logged.elapsed() >= TROUBLE_EVERY {
+            trouble.logged = now;
+            trouble.error = error.to_owned();
+            let since = trouble.since.elapsed().as_secs();
+            let waiting = self.waiting;
+            tracing::warn!(file = name, "archiving fails since {since} s, {waiting} files wait in pg_wal: {error}");
+        }
+    }
+
+    /// Whether the worker may end.
+    pub(super) fn is_done(&self) -> bool {
+        if !self.busy.is_empty() {
+            return false;
+        }
+        let idle = self.active.elapsed();
+        let data = self.options.wal.parent().unwrap_or(&self.options.wal);
+        if !data.join("postmaster.pid").exists() {
+            return idle >= ORPHAN_IDLE.min(self.options.idle);
+        }
+        // while a store is away, the server's calls come rarely; what they wait for is tried meanwhile
+        idle >= self.options.idle && self.failed.is_empty()
+    }
+
+    pub(super) fn pause(&self) -> Duration {
+        (self.active.elapsed() / 20).clamp(LOOK_EVERY.0, LOOK_EVERY.1)
+    }
+}
