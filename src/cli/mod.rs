@@ -15,6 +15,7 @@ mod mount;
 mod options;
 mod output;
 mod pg;
+mod point;
 mod repo;
 mod restore;
 mod retention;

@@ -19,6 +19,11 @@ pub(super) fn line(text: &str) {
     _ = writeln!(std::io::stdout(), "{text}");
 }
 
+/// One line beside a result: what was assumed, what is being done.
+pub(super) fn note(text: &str) {
+    _ = writeln!(std::io::stderr(), "{text}");
+}
+
 /// An error, its causes on the same line, its hint on the next.
 pub(super) fn error(error: &Error) {
     let mut text = error.to_string();
