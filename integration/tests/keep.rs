@@ -80,7 +80,7 @@ fn what_expire_leaves_is_whole() {
 
     // after a backup it runs by itself
     let mut backup = stanza.command();
-    backup.args(["backup", "--pg", cluster.conninfo()]).args(retention);
+    backup.args(["backup", "--type=full", "--pg", cluster.conninfo()]).args(retention);
     run_ok(&mut backup, &[], LONG);
     assert_eq!(labels(&stanza).len(), 1);
     assert_ne!(labels(&stanza), [third]);
@@ -203,7 +203,17 @@ fn verify_names_what_is_harmed_and_by_what() {
     assert!(!harmed.is_empty() && harmed.iter().all(|label| [&first, &second].iter().any(|known| label == *known)));
     let output = stanza.run(["verify"]).fails(1, "stanza main is harmed: 1 objects, 0 gaps");
     assert!(output.stdout.contains("harmed in 1 files"), "{output:?}");
+    // what lies in a harmed pack is stored anew, whatever kind of backup it is
+    for kind in ["incr", "full"] {
+        stanza.run(["backup", "--type", kind, "--pg", cluster.conninfo()]).ok();
+    }
+    let report = verify(&stanza, &[]);
+    let sound: Vec<bool> =
+        report["backups"].as_array().unwrap().iter().map(|backup| backup["sound"] == true).collect();
+    assert!(sound.len() == 4 && sound[2..] == [true, true] && sound[..2].contains(&false), "{report}");
     fs::write(&pack, &whole).unwrap();
+    assert!(verify(&stanza, &[])["sound"] == true);
+    assert!(files::files(&repo.join("harm")).is_empty());
 
     // a segment that no backup needs, but points in time do
     let segment = {
@@ -221,6 +231,7 @@ fn verify_names_what_is_harmed_and_by_what() {
     let report = verify(&stanza, &["--quick"]);
     assert!(report["harms"].as_array().unwrap().is_empty(), "{report}");
     assert_eq!((&report["gaps"][0]["after"], &report["gaps"][0]["until"]), (&first.into(), &second.into()), "{report}");
+    assert_eq!(report["gaps"].as_array().unwrap().len(), 1);
 
     // the summaries can be made again
     for key in ["archive/main/archive.info", "archive/main/archive.info.copy", "backup/main/backup.info"] {
@@ -228,6 +239,6 @@ fn verify_names_what_is_harmed_and_by_what() {
     }
     stanza.run(["info"]).fails(1, "does not exist");
     stanza.run(["repo", "repair"]).ok();
-    assert_eq!(labels(&stanza).len(), 2);
+    assert_eq!(labels(&stanza).len(), 4);
     stanza.run(["check", "--pg", cluster.conninfo()]).ok();
 }

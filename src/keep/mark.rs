@@ -89,7 +89,7 @@ pub(super) fn marks(repository: &Repository) -> Result<Vec<Marked>> {
     each_object(repository, &keys::marks(&repository.stanza), |object| {
         let bytes = repository.store.get(&object.key)?;
         let packs = match decode::<Mark>(&object.key, &bytes) {
-            Ok(mark) => mark.packs.iter().filter_map(|id| PackId::parse(id)).collect(),
+            Ok(mark) => mark.packs.iter().filter_map(|id| PackId::from_hex(id)).collect(),
             Err(error) => {
                 tracing::warn!(%error, "a mark cannot be read; what it named is marked again");
                 Vec::new()
@@ -114,7 +114,7 @@ pub(super) struct Packs {
 pub(super) fn look(repository: &Repository, needed: &Needed, horizon: i64) -> Result<Packs> {
     let mut packs = Packs::default();
     each_object(repository, &keys::packs(&repository.stanza), |object| {
-        let Some(id) = object.key.rsplit('/').next().and_then(PackId::parse) else { return Ok(()) };
+        let Some(id) = object.key.rsplit('/').next().and_then(PackId::from_hex) else { return Ok(()) };
         packs.total += 1;
         if !needed.contains(&id) && object.modified < horizon {
             packs.unneeded.insert(id, object.size);

@@ -229,7 +229,7 @@ fn summaries(repository: &Repository) -> Result<Vec<String>> {
 fn list_packs(repository: &Repository, needed: &HashMap<PackId, u64>) -> Result<(HashMap<PackId, u64>, u64)> {
     let (mut there, mut unneeded) = (HashMap::new(), 0);
     each_object(repository, &keys::packs(&repository.stanza), |object| {
-        match object.key.rsplit('/').next().and_then(PackId::parse) {
+        match object.key.rsplit('/').next().and_then(PackId::from_hex) {
             Some(id) if needed.contains_key(&id) && object.key == keys::pack(&repository.stanza, id) => {
                 there.insert(id, object.size);
             }

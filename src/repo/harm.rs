@@ -25,7 +25,7 @@ impl Repository {
                     Err(error) if error.kind == ErrorKind::NotFound => continue,
                     Err(error) => return Err(error.into()),
                 };
-                notes.push((object.key, harm.iter().filter_map(|id| PackId::parse(id)).collect()));
+                notes.push((object.key, harm.iter().filter_map(|id| PackId::from_hex(id)).collect()));
             }
             after = page.next;
             if after.is_none() {

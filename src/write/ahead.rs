@@ -240,7 +240,7 @@ impl Session<'_> {
         }
         let (key, stored) = {
             let _token = Token::take(&lines.tokens);
-            (file.key(&self.repository, &self.database), file.encode(self.options.level, 1)?)
+            (file.key(&self.repository, &self.database), file.encode(&self.repository.keys, self.options.level, 1)?)
         };
         drop(file);
         put(&self.repository, &key, stored)?;

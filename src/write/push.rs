@@ -7,8 +7,8 @@ use std::path::Path;
 use std::thread;
 
 use crate::error::{Context, Error, Result};
-use crate::format::SLOT;
-use crate::format::chunk::{Digest, Encoder, PackId};
+use crate::format::CHUNK;
+use crate::format::chunk::{ChunkId, Encoder, Keys, PackId};
 use crate::format::manifest::Database;
 use crate::format::pack::{PackKind, PackWriter};
 use crate::postgres::{SegmentName, WalName};
@@ -37,7 +37,7 @@ pub fn push(repository: &Repository, path: &Path, level: i32) -> Result<Pushed> 
     let (info, file) = thread::scope(|scope| {
         let info = scope.spawn(|| repository.archive_info());
         let file = WalFile::read(repository, path).map(|file| {
-            let stored = file.encode(level, ENCODE_THREADS_MAX);
+            let stored = file.encode(&repository.keys, level, ENCODE_THREADS_MAX);
             (file, stored)
         });
         (info.join().unwrap_or_else(|panic| resume_unwind(panic)), file)
@@ -70,7 +70,7 @@ pub(super) struct WalFile {
     pub(super) name: String,
     kind: WalName,
     bytes: Vec<u8>,
-    slots: Vec<Digest>,
+    chunks: Vec<ChunkId>,
     content: PackId,
 }
 
@@ -84,9 +84,9 @@ impl WalFile {
                 .source(error)
         })?;
         let bytes = read(path)?;
-        let slots: Vec<Digest> = bytes.chunks(SLOT).map(|slot| repository.keys.digest(slot)).collect();
-        let content = repository.keys.file(slots.iter().map(|slot| slot.id));
-        Ok(Self { name: name.to_owned(), kind, bytes, slots, content })
+        let chunks: Vec<ChunkId> = bytes.chunks(CHUNK).map(|plain| repository.keys.digest(plain).id).collect();
+        let content = repository.keys.file(chunks.iter().copied());
+        Ok(Self { name: name.to_owned(), kind, bytes, chunks, content })
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
@@ -145,30 +145,28 @@ impl WalFile {
     }
 
     /// The object, made by up to this many threads.
-    pub(super) fn encode(&self, level: i32, threads: usize) -> Result<Vec<u8>> {
-        let chunks: Vec<&[u8]> = self.bytes.chunks(SLOT).collect();
+    pub(super) fn encode(&self, keys: &Keys, level: i32, threads: usize) -> Result<Vec<u8>> {
+        let chunks: Vec<(&[u8], ChunkId)> = self.bytes.chunks(CHUNK).zip(self.chunks.iter().copied()).collect();
         let threads = threads.min(thread::available_parallelism().map_or(1, usize::from)).min(chunks.len()).max(1);
-        let mut pack = PackWriter::new(PackKind::Wal, self.content, 0);
+        let mut pack = PackWriter::new(PackKind::Wal, keys.seal_kind(), self.content, 0);
         thread::scope(|scope| {
             let parts = chunks.chunks(chunks.len().div_ceil(threads).max(1));
-            let encoding: Vec<_> = parts.map(|part| scope.spawn(move || encode(part, level))).collect();
-            let mut number = 0;
+            let encoding: Vec<_> = parts.map(|part| scope.spawn(move || encode(keys, part, level))).collect();
+            let mut ahead = chunks.iter();
             for part in encoding {
-                for stored in part.join().unwrap_or_else(|panic| resume_unwind(panic))? {
-                    pack.add(self.slots[number].id, chunks[number].len(), &stored);
-                    number += 1;
-                }
+                let stored = part.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+                stored.iter().zip(&mut ahead).for_each(|(stored, (plain, id))| _ = pack.add(*id, plain.len(), stored));
             }
             Ok(pack.finish())
         })
     }
 }
 
-fn encode(chunks: &[&[u8]], level: i32) -> Result<Vec<Vec<u8>>> {
+fn encode(keys: &Keys, chunks: &[(&[u8], ChunkId)], level: i32) -> Result<Vec<Vec<u8>>> {
     let mut encoder = Encoder::new(level).context(|| "cannot set up zstd".into())?;
-    let one = |plain: &&[u8]| {
+    let one = |(plain, id): &(&[u8], ChunkId)| {
         let mut stored = Vec::new();
-        encoder.encode(plain, &mut stored).context(|| "cannot compress".into())?;
+        encoder.encode(keys, id, plain, &mut stored).context(|| "cannot compress".into())?;
         Ok(stored)
     };
     chunks.iter().map(one).collect()

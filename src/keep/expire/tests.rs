@@ -314,6 +314,34 @@ fn a_run_that_dies_at_any_call_is_finished_by_the_next() {
     }
 }
 
+/// The most memory this process ever had, in bytes.
+fn memory_peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() * 1024
+}
+
+/// Each test is a process of its own.
+#[test]
+fn a_thousand_backups_of_many_packs_need_little_memory() {
+    const BACKUPS: u64 = 1000;
+    // of these, each backup after the first has a hundred of its own and shares the others
+    const PACKS: u64 = 2000;
+    let place = tempfile::tempdir().unwrap();
+    let store = crate::store::DirectoryStore::open(place.path(), true).unwrap();
+    let mut made = Made::on(store);
+    made.many(BACKUPS, PACKS);
+    let before = memory_peak();
+    let report = run(&made, &ExpireOptions { grace: Duration::ZERO, ..keep_full(10) });
+    assert_eq!(report.backups.iter().filter(|backup| backup.keep).count(), 10);
+    let options = crate::keep::verify::VerifyOptions { quick: true, process_max: 4 };
+    let report = crate::keep::verify::verify(&made.repository, &options, &Silent).unwrap();
+    // the packs themselves were never written, and neither were two segments
+    assert_eq!(report.harms.len() as u64, PACKS + 9 * 100 + 2);
+    let needed = memory_peak().saturating_sub(before);
+    assert!(needed < 48 << 20, "{needed} bytes more than the {before} before");
+}
+
 #[derive(Clone, Debug)]
 enum Op {
     Backup(crate::postgres::BackupKind),

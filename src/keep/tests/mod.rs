@@ -10,11 +10,12 @@ use parking_lot::Mutex;
 
 use crate::format::chunk::{ChunkRef, Encoder, PackId};
 use crate::format::manifest::{
-    BlockWriter, Database, Description, Entry, File, Node, Place, Sizes, encode_description,
+    BlockWriter, Database, Description, Entry, File, Node, PackUse, Place, Sizes, encode_description, encode_packs,
 };
 use crate::format::map::{Extent, Leaf, LeafRef, SlotChange, encode_changes};
 use crate::format::pack::{PackKind, PackWriter};
-use crate::format::{GRAIN, LEAF_BYTES, SLOT};
+use crate::format::seal::SealKind;
+use crate::format::{CHUNK, GRAIN, LEAF_BYTES, SLOT};
 use crate::postgres::{BackupKind, Label, SegmentName, SegmentSize, Timeline};
 use crate::repo::{Repository, keys};
 use crate::store::{Body, Fault, FaultPlan, MemoryStore, Page, Result, Store};
@@ -80,7 +81,16 @@ pub(super) struct Made {
 impl Made {
     pub(super) fn new() -> Self {
         let now = Arc::new(AtomicI64::new(START));
-        let store = Fault::new(Clocked { inner: MemoryStore::new(), now: now.clone(), modified: Mutex::default() });
+        Self::with(Clocked { inner: MemoryStore::new(), now: now.clone(), modified: Mutex::default() }, now)
+    }
+
+    /// On another store, which has its own clock.
+    pub(super) fn on(store: impl Store + 'static) -> Self {
+        Self::with(store, Arc::new(AtomicI64::new(START)))
+    }
+
+    fn with(store: impl Store + 'static, now: Arc<AtomicI64>) -> Self {
+        let store = Fault::new(store);
         let plan = store.plan();
         let repository = Repository::new(Arc::new(store), "main").unwrap();
         repository.create_stanza(database()).unwrap();
@@ -125,7 +135,7 @@ impl Made {
     pub(super) fn chunk(&mut self, pack: &mut PackWriter, plain: &[u8]) -> ChunkRef {
         let id = self.repository.keys.digest(plain).id;
         let mut stored = Vec::new();
-        self.encoder.encode(plain, &mut stored).unwrap();
+        self.encoder.encode(&self.repository.keys, &id, plain, &mut stored).unwrap();
         pack.add(id, plain.len(), &stored)
     }
 
@@ -136,7 +146,7 @@ impl Made {
 
     /// A pack that nothing refers to, as a backup that died leaves it.
     pub(super) fn garbage(&mut self) -> String {
-        let mut pack = PackWriter::new(PackKind::Data, self.pack_id(), 0);
+        let mut pack = PackWriter::new(PackKind::Data, SealKind::Hashed, self.pack_id(), 0);
         let plain = self.random().to_le_bytes();
         self.chunk(&mut pack, &plain);
         let key = keys::pack(&self.repository.stanza, pack.id());
@@ -163,6 +173,32 @@ impl Made {
         label.to_string()
     }
 
+    /// Manifests of `count` full backups, each of which says that it needs `packs` packs; none of these is there.
+    pub(super) fn many(&mut self, count: u64, packs: u64) {
+        let id = |number: u64| {
+            let mut id = PackId::default();
+            id.0[..8].copy_from_slice(&number.to_be_bytes());
+            id
+        };
+        for number in 0..count {
+            let own = packs - 100..packs;
+            let ids = (0..packs).map(|pack| if own.contains(&pack) { packs + number * 100 + pack } else { pack });
+            let uses: Vec<PackUse> =
+                ids.map(|number| PackUse { pack: id(number), size: 16 << 20, weight: 16 << 20 }).collect();
+            let label = self.next_label_quickly();
+            let wal = (segment(1, 1), segment(1, 2));
+            let description = description(&label.to_string(), BackupKind::Full, None, wal, self.now());
+            let directory = Entry { path: Vec::new(), mode: 0o700, mtime: 0, node: Node::Directory };
+            self.put_manifest(&[directory], &uses, &description);
+            self.labels.push(label);
+            self.pass(DAY);
+        }
+    }
+
+    fn next_label_quickly(&self) -> Label {
+        Label::next(BackupKind::Full, None, self.now(), self.labels.last().copied()).unwrap()
+    }
+
     /// The packs of a backup that dies before its manifest.
     pub(super) fn die(&mut self) {
         let slots = self.slots.clone();
@@ -180,7 +216,7 @@ impl Made {
 
     fn store_files(&mut self) -> Vec<Entry> {
         let (data_id, small_id, map_id) = (self.pack_id(), self.pack_id(), self.pack_id());
-        let mut data = PackWriter::new(PackKind::Data, data_id, 0);
+        let mut data = PackWriter::new(PackKind::Data, SealKind::Hashed, data_id, 0);
         let count = LARGE.div_ceil(SLOT as u64) as usize;
         let is_first = self.slots.is_empty();
         for slot in 0..count {
@@ -196,7 +232,7 @@ impl Made {
                 false => self.slots[slot] = chunk,
             }
         }
-        let mut map = PackWriter::new(PackKind::Map, map_id, 0);
+        let mut map = PackWriter::new(PackKind::Map, SealKind::Hashed, map_id, 0);
         let leaves: Vec<LeafRef> = (self.slots.clone().chunks((LEAF_BYTES / SLOT as u64) as usize))
             .map(|slots| {
                 let mut leaf = Leaf::default();
@@ -211,7 +247,7 @@ impl Made {
                 }
             })
             .collect();
-        let mut small = PackWriter::new(PackKind::Small, small_id, 0);
+        let mut small = PackWriter::new(PackKind::Small, SealKind::Hashed, small_id, 0);
         let text = format!("small file {}", self.random());
         let plain = self.chunk(&mut small, text.as_bytes());
         let changes = self.chunk(&mut small, &encode_changes(&[SlotChange { crc: 0, grains: vec![0] }]));
@@ -234,18 +270,46 @@ impl Made {
         ]
     }
 
+    /// The packs of these entries and of the slots of the large file.
+    fn packs_of(&self, entries: &[Entry]) -> Vec<PackUse> {
+        let mut chunks = self.slots.clone();
+        for entry in entries {
+            match &entry.node {
+                Node::File(File { place: Place::Inline { extents, changes }, .. }) => {
+                    chunks.extend(extents.iter().map(|extent| extent.chunk));
+                    chunks.extend(changes.iter().map(|(chunk, _)| *chunk));
+                }
+                Node::File(File { place: Place::Leaves(leaves), .. }) => {
+                    chunks.extend(leaves.iter().flat_map(|leaf| [leaf.map, leaf.changes]));
+                }
+                _ => {}
+            }
+        }
+        let sizes = self.repository.packs().unwrap();
+        let mut weights = BTreeMap::new();
+        for chunk in chunks {
+            *weights.entry(chunk.pack).or_default() += u64::from(chunk.stored_len);
+        }
+        weights.into_iter().map(|(pack, weight)| PackUse { pack, size: sizes[&pack], weight }).collect()
+    }
+
     fn commit(&mut self, entries: &[Entry], description: &Description) {
-        let mut pack = PackWriter::new(PackKind::Manifest, self.pack_id(), 0);
+        self.put_manifest(entries, &self.packs_of(entries), description);
+        self.repository.enter(description).unwrap();
+    }
+
+    fn put_manifest(&mut self, entries: &[Entry], packs: &[PackUse], description: &Description) {
+        let mut pack = PackWriter::new(PackKind::Manifest, SealKind::Hashed, self.pack_id(), 0);
         let mut parts = encode_description(description).unwrap();
         let mut writer = BlockWriter::default();
         parts.extend(entries.iter().filter_map(|entry| writer.push(entry)));
         parts.extend(writer.finish());
+        parts.extend(encode_packs(packs));
         for part in &parts {
             self.chunk(&mut pack, part);
         }
         let key = keys::manifest(&self.repository.stanza, &description.label);
         self.repository.store.put(&key, Body::Bytes(pack.finish().into())).unwrap();
-        self.repository.enter(description).unwrap();
     }
 
     /// The next segment of the archive.
@@ -259,11 +323,11 @@ impl Made {
     /// One file of the archive, as large as a segment, with the header of `segment`.
     pub(super) fn archive_file(&mut self, name: &str, segment: SegmentName) {
         let bytes = wal_bytes(segment);
-        let ids: Vec<_> = bytes.chunks(SLOT).map(|slot| self.repository.keys.digest(slot).id).collect();
+        let ids: Vec<_> = bytes.chunks(CHUNK).map(|plain| self.repository.keys.digest(plain).id).collect();
         let content = self.repository.keys.file(ids.iter().copied());
-        let mut pack = PackWriter::new(PackKind::Wal, content, 0);
-        for slot in bytes.chunks(SLOT) {
-            self.chunk(&mut pack, slot);
+        let mut pack = PackWriter::new(PackKind::Wal, SealKind::Hashed, content, 0);
+        for plain in bytes.chunks(CHUNK) {
+            self.chunk(&mut pack, plain);
         }
         let key = self.repository.archive(&database()).key(name, content);
         self.repository.store.put(&key, Body::Bytes(pack.finish().into())).unwrap();
@@ -279,7 +343,7 @@ impl Made {
     /// Demands that everything the manifests refer to can be read.
     #[track_caller]
     pub(super) fn assert_sound(&self) {
-        let mut decoder = crate::format::chunk::Decoder::new().unwrap();
+        let reader = crate::repo::chunks::ChunkReader::new(&self.repository).unwrap();
         for label in self.labels() {
             for of in self.repository.manifest_packs(&label).unwrap() {
                 let key = keys::pack(&self.repository.stanza, of.pack);
@@ -295,7 +359,7 @@ impl Made {
                 })
                 .unwrap();
             for chunk in chunks.values() {
-                self.repository.fetch_chunk(&mut decoder, chunk).unwrap();
+                reader.read(chunk, None).unwrap();
             }
             for name in [&description.wal_start, &description.wal_stop] {
                 assert!(self.archived().contains(name), "{label} lost {name}");
