@@ -303,7 +303,7 @@ pub struct PackUse {
     pub weight: u64,
 }
 
-/// The plaintexts of the chunks that hold a pack table; `packs` ascend by name.
+/// The plaintexts of the chunks that hold a pack table, at least one; `packs` ascend by name.
 pub fn encode_packs(packs: &[PackUse]) -> Vec<Vec<u8>> {
     let part = |part: &[PackUse]| {
         let mut out = vec![PACKS];
@@ -315,7 +315,10 @@ pub fn encode_packs(packs: &[PackUse]) -> Vec<Vec<u8>> {
         }
         out
     };
-    packs.chunks(PACKS_EACH).map(part).collect()
+    match packs.is_empty() {
+        true => vec![part(&[])],
+        false => packs.chunks(PACKS_EACH).map(part).collect(),
+    }
 }
 
 /// Reads one chunk of a pack table; `None` where the chunk holds something else.
