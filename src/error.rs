@@ -84,14 +84,23 @@ impl Error {
 
     /// True when the cause is that the store has no such object.
     pub fn is_not_found(&self) -> bool {
+        self.store_error() == Some(ErrorKind::NotFound)
+    }
+
+    /// True when the cause is that an object is shorter than what was to be read of it.
+    pub fn is_truncated(&self) -> bool {
+        self.store_error() == Some(ErrorKind::Truncated)
+    }
+
+    fn store_error(&self) -> Option<ErrorKind> {
         let mut cause = self.source.as_deref().map(|source| source as &(dyn std::error::Error + 'static));
         while let Some(error) = cause {
             if let Some(error) = error.downcast_ref::<StoreError>() {
-                return error.kind == ErrorKind::NotFound;
+                return Some(error.kind);
             }
             cause = error.source();
         }
-        false
+        None
     }
 }
 

@@ -19,8 +19,9 @@
 //! - [`repo`]: keys, the catalog, the WAL archive, locks: what writing, reading and keeping share.
 //! - [`spool`]: the local directory in which the archive's background workers leave answers for the calls that come later.
 //! - [`store`]: where objects live: a directory, S3, memory; decorated by retry, recording and faults.
-//! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore.
-//! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep.
+//! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore. A point in time
+//!   becomes a backup and a recovery: [`read::point`] is the grammar, [`read::horizon`] what can be reached, [`read::course`] the way.
+//! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep, verify, repair.
 //! - `pgcairn_mount`, a crate of its own: a FUSE filesystem over any `Tree`, with a copy-on-write scratch.
 //! - [`error`], [`progress`]: how failures and long work are told; nothing but `cli` prints.
 //!

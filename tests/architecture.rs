@@ -141,7 +141,7 @@ fn objects_are_put_in_few_places() {
     // packs; WAL objects; the manifest
     assert_eq!(puts("src/write"), 3);
     // info files with their copies, the latest pointers, and locks: all that is ever rewritten
-    assert_eq!(puts("src/repo"), 4);
+    assert_eq!(puts("src/repo"), 3);
     // marks
     assert_eq!(puts("src/keep"), 1);
 }

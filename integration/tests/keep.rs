@@ -26,6 +26,14 @@ fn objects(stanza: &Stanza) -> Vec<std::path::PathBuf> {
     files::files(stanza.repo().as_ref()).into_iter().filter(|path| !path.starts_with(".tmp")).collect()
 }
 
+fn modified(stanza: &Stanza, path: &std::path::Path) -> i64 {
+    std::os::unix::fs::MetadataExt::mtime(&fs::metadata(std::path::Path::new(stanza.repo()).join(path)).unwrap())
+}
+
+fn now_s() -> i64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64
+}
+
 #[test]
 fn what_expire_leaves_is_whole() {
     let stanza = Stanza::in_directory();
@@ -49,6 +57,9 @@ fn what_expire_leaves_is_whole() {
     assert_eq!(objects(&stanza), before);
 
     let mount = stanza.mount("before", &[]);
+    // what was written in this very second could belong to a backup that has just begun
+    let newest = objects(&stanza).iter().map(|path| modified(&stanza, path)).max().unwrap();
+    pgcairn_integration::wait_until(LONG, "the next second", || now_s() > newest);
     let report = json(&run(&["--output", "json"]).ok());
     assert!(report["packs"]["deleted"].as_u64().unwrap() > 0, "{report}");
     assert!(report["archives"][0]["removed"].as_u64().unwrap() > 0, "{report}");
@@ -139,4 +150,74 @@ fn a_killed_backup_does_not_lock_the_next_one_out() {
     });
     stanza.backup(&cluster);
     assert!(!held());
+}
+
+/// What `verify --output json` says, whatever its exit status.
+fn verify(stanza: &Stanza, more: &[&str]) -> Value {
+    let output = stanza.run([&["verify", "--output", "json"][..], more].concat());
+    let report = json(&output.stdout);
+    assert_eq!(output.code, Some(if report["sound"] == true { 0 } else { 1 }), "{output:?}");
+    report
+}
+
+#[test]
+fn verify_names_what_is_harmed_and_by_what() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
+    Data::tiny().random_mb(2).load(&cluster);
+    stanza.create(&cluster);
+    let first = stanza.backup(&cluster);
+    cluster.psql("CREATE TABLE second AS SELECT i, md5(i::text) FROM generate_series(1, 20000) AS i;");
+    let second = stanza.backup(&cluster);
+    for more in [&[][..], &["--quick"]] {
+        let report = verify(&stanza, more);
+        assert!(report["sound"] == true && report["notes"].as_array().unwrap().is_empty(), "{report}");
+    }
+    let text = stanza.run(["verify"]).ok();
+    assert!(text.contains(&format!("backup {second}: sound")), "{text}");
+
+    // one byte in the middle of the largest pack
+    let repo = std::path::Path::new(stanza.repo());
+    let packs = files::files(&repo.join("chunk"));
+    let size = |path: &&std::path::PathBuf| fs::metadata(repo.join("chunk").join(path)).unwrap().len();
+    let pack = repo.join("chunk").join(packs.iter().max_by_key(size).unwrap());
+    let whole = fs::read(&pack).unwrap();
+    let mut spoilt = whole.clone();
+    spoilt[whole.len() / 3] ^= 1;
+    fs::write(&pack, &spoilt).unwrap();
+    let report = verify(&stanza, &[]);
+    let harms = report["harms"].as_array().unwrap();
+    assert_eq!(harms.len(), 1, "{report}");
+    assert!(pack.ends_with(harms[0]["object"].as_str().unwrap()), "{report}");
+    let harmed = harms[0]["backups"].as_array().unwrap();
+    assert!(!harmed.is_empty() && harmed.iter().all(|label| [&first, &second].iter().any(|known| label == *known)));
+    let output = stanza.run(["verify"]).fails(1, "stanza main is harmed: 1 objects, 0 gaps");
+    assert!(output.stdout.contains("harmed in 1 files"), "{output:?}");
+    fs::write(&pack, &whole).unwrap();
+
+    // a segment that no backup needs, but points in time do
+    let segment = {
+        let info = json(&stanza.run(["info", "--output", "json"]).ok());
+        let stop = info[0]["backup"][0]["archive"]["stop"].as_str().unwrap().to_owned();
+        let start = info[0]["backup"][1]["archive"]["start"].as_str().unwrap().to_owned();
+        let between = |path: &&std::path::PathBuf| {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            name.as_bytes()[24] == b'-' && name[..24] > *stop && name[..24] < *start
+        };
+        let all = files::files(&repo.join("archive/main/15-1"));
+        repo.join("archive/main/15-1").join(all.iter().find(between).expect("WAL between the backups"))
+    };
+    fs::remove_file(&segment).unwrap();
+    let report = verify(&stanza, &["--quick"]);
+    assert!(report["harms"].as_array().unwrap().is_empty(), "{report}");
+    assert_eq!((&report["gaps"][0]["after"], &report["gaps"][0]["until"]), (&first.into(), &second.into()), "{report}");
+
+    // the summaries can be made again
+    for key in ["archive/main/archive.info", "archive/main/archive.info.copy", "backup/main/backup.info"] {
+        fs::remove_file(repo.join(key)).unwrap();
+    }
+    stanza.run(["info"]).fails(1, "does not exist");
+    stanza.run(["repo", "repair"]).ok();
+    assert_eq!(labels(&stanza).len(), 2);
+    stanza.run(["check", "--pg", cluster.conninfo()]).ok();
 }

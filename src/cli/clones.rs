@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::options::state_directory;
 use crate::error::{Error, Result};
+use crate::read::recovery::Prepared;
 use crate::read::tree::Owner;
 
 /// What is kept of a clone while it exists.
@@ -22,6 +23,12 @@ pub struct Clone {
     pub stanza: String,
     /// the backup's label
     pub label: String,
+    /// the recovery it was started with, which says what lies below its scratch
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovery: Option<Prepared>,
+    /// whether its server waits at its target, open for reading
+    #[serde(default)]
+    pub read_only: bool,
     /// port, which names its socket
     pub port: u16,
     /// PostgreSQL's programs

@@ -2,7 +2,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::options::{Common, Output};
-use super::output::{self, bytes};
+use super::output::{self, bytes, time};
 use crate::error::Result;
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary};
 use crate::format::manifest::Database;
@@ -95,10 +95,6 @@ fn to_text(stanza: &Stanza) {
             output::line("        some pages failed their checksum; see the manifest's page-errors");
         }
     }
-}
-
-fn time(seconds: i64) -> String {
-    jiff::Timestamp::from_second(seconds).map_or_else(|_| seconds.to_string(), |time| time.to_string())
 }
 
 fn to_json(stanza: &Stanza) -> Value {

@@ -15,6 +15,8 @@ mod mount;
 mod options;
 mod output;
 mod pg;
+mod point;
+mod repo;
 mod restore;
 mod retention;
 mod stanza_create;
@@ -22,6 +24,7 @@ mod stanza_upgrade;
 mod start;
 mod stop;
 mod umount;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -53,6 +56,8 @@ enum Verb {
     Backup(backup::Backup),
     Info(info::Info),
     Expire(expire::Expire),
+    Verify(verify::Verify),
+    Repo(repo::Repo),
     Mount(mount::Mount),
     Umount(umount::Umount),
     Start(start::Start),
@@ -101,6 +106,8 @@ impl Cli {
             Verb::Backup(verb) => verb.run(common),
             Verb::Info(verb) => verb.run(common),
             Verb::Expire(verb) => verb.run(common),
+            Verb::Verify(verb) => verb.run(common),
+            Verb::Repo(verb) => verb.run(common),
             Verb::Mount(verb) => verb.run(common),
             Verb::Umount(verb) => verb.run(),
             Verb::Start(verb) => verb.run(common),

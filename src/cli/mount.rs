@@ -7,9 +7,13 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::options::{Cache, Common};
+use super::point::{self, PointOptions};
 use super::{daemon, output};
 use crate::error::{Error, Result};
+use crate::read::course::Bound;
+use crate::read::point::Action;
 use crate::read::prefetch::Prefetcher;
+use crate::read::recovery::Prepared;
 use crate::read::stanza::StanzaTree;
 use crate::read::tree::{Owner, ViewTree};
 use crate::read::view::{View, ViewOptions};
@@ -26,14 +30,17 @@ const PREFETCH_THREADS: usize = 8;
 /// With --backup it is itself a data directory; with --scratch that can be written to: PostgreSQL starts on it, and the backup
 /// stays as it is. The command returns when the mount is ready.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("standing").multiple(true).args(["backup", "kind", "target"]))]
 pub(super) struct Mount {
     /// Empty directory to mount on
     mountpoint: PathBuf,
-    /// Show this backup alone: a label, or latest
-    #[arg(long, value_name = "LABEL")]
+    /// Show this point alone: a label, latest, or a target
+    #[arg(long, value_name = "POINT")]
     backup: Option<String>,
+    #[command(flatten)]
+    point: PointOptions,
     /// Make the mount writable; what is written is kept in this directory
-    #[arg(long, value_name = "DIR", requires = "backup")]
+    #[arg(long, value_name = "DIR", requires = "standing")]
     scratch: Option<PathBuf>,
     /// Whose files these are [default: as root the owner of the backed up cluster, else yourself]
     #[arg(long, env = "PGCAIRN_OWNER", value_name = "USER")]
@@ -43,10 +50,16 @@ pub(super) struct Mount {
     foreground: bool,
     #[command(flatten)]
     cache: Cache,
+    /// The recovery the data directory is prepared for, as it was found before
+    #[arg(long, hide = true)]
+    recovery: Option<String>,
 }
 
 impl Mount {
-    pub(super) fn run(self, common: &Common) -> Result<()> {
+    pub(super) fn run(mut self, common: &Common) -> Result<()> {
+        if !daemon::is_child() {
+            self.settle(common)?;
+        }
         if daemon::is_child() {
             daemon::detach();
             return match self.prepare(common) {
@@ -70,22 +83,39 @@ impl Mount {
         Ok(())
     }
 
-    /// A mount of one backup with a scratch, as `start` wants it.
+    /// A mount of one point with a scratch, as `start` wants it.
     pub(super) fn for_clone(
-        label: &str,
+        (label, recovery): (&str, Option<&Prepared>),
         scratch: &Path,
         owner: Option<&str>,
         mountpoint: &Path,
         cache: &Cache,
-    ) -> Self {
-        Self {
+    ) -> Result<Self> {
+        Ok(Self {
             mountpoint: mountpoint.to_owned(),
             backup: Some(label.to_owned()),
+            point: PointOptions::default(),
             scratch: Some(scratch.to_owned()),
             owner: owner.map(str::to_owned),
             foreground: false,
             cache: cache.clone(),
+            recovery: recovery.map(serde_json::to_string).transpose()?,
+        })
+    }
+
+    /// Finds the way to the point, once: the daemon serves what was found.
+    fn settle(&mut self, common: &Common) -> Result<()> {
+        if self.recovery.is_some() || (self.backup.is_none() && self.point.is_empty()) {
+            return Ok(());
         }
+        let point = self.point.point(self.backup.as_deref())?;
+        let repository = common.repository(false)?;
+        let course = point::find(&repository, &point, Bound::Open, &self.cache)?;
+        let restore_command = point::restore_command(common, true)?;
+        let prepared = point::presented(&course, point.action.unwrap_or(Action::Promote), &restore_command);
+        self.recovery = prepared.as_ref().map(serde_json::to_string).transpose()?;
+        (self.backup, self.point) = (Some(course.label), PointOptions::default());
+        Ok(())
     }
 
     fn prepare(&self, common: &Common) -> Result<pgcairn_mount::Mount> {
@@ -105,9 +135,15 @@ impl Mount {
         let label = repository.resolve(backup)?;
         let stanza = repository.stanza.clone();
         let fetcher = self.cache.fetcher(repository)?;
-        let view = Arc::new(View::load(fetcher, &label, &ViewOptions::copy())?);
+        let prepared = self.recovery.as_deref().map(serde_json::from_str).transpose();
+        let prepared = prepared.map_err(|error| Error::new("--recovery cannot be read").source(error))?;
+        let view = Arc::new(View::load(fetcher, &label, &ViewOptions::copy().prepared(prepared))?);
         let owner = owner(self.owner.as_deref(), &view.description.owner)?;
-        let identity = format!("{stanza}/{label}/{}", view.description.stop_lsn);
+        let mut identity = format!("{stanza}/{label}/{}", view.description.stop_lsn);
+        if let Some(recovery) = &self.recovery {
+            // what lies below the scratch depends on the recovery, too
+            identity.push_str(&format!("/{}", &blake3::hash(recovery.as_bytes()).to_hex()[..16]));
+        }
         let scratch = match &self.scratch {
             Some(directory) => Some(Scratch::open(directory, &identity).map_err(mount_error)?),
             None => None,
@@ -129,6 +165,7 @@ impl Mount {
         arguments.extend(self.cache.arguments());
         let option = |name: &str, value: &str| format!("--{name}={value}");
         arguments.extend(self.backup.as_deref().map(|backup| option("backup", backup)));
+        arguments.extend(self.recovery.as_deref().map(|recovery| option("recovery", recovery)));
         arguments.extend(self.owner.as_deref().map(|owner| option("owner", owner)));
         if let Some(scratch) = &self.scratch {
             arguments.push(option("scratch", &absolute(scratch)?));

@@ -193,6 +193,11 @@ impl Cache {
         Ok(Arc::new(Fetcher::new(repository, FetchOptions { memory_bytes: self.cache_memory as usize, disk })))
     }
 
+    /// Where the disk cache is, if there is one.
+    pub(super) fn directory(&self) -> Option<PathBuf> {
+        (self.cache_size > 0).then(|| self.cache_path.clone().unwrap_or_else(default_cache_path))
+    }
+
     /// Options that a child process needs.
     pub(super) fn arguments(&self) -> Vec<String> {
         let mut arguments =

@@ -19,6 +19,11 @@ pub(super) fn line(text: &str) {
     _ = writeln!(std::io::stdout(), "{text}");
 }
 
+/// One line beside a result: what was assumed, what is being done.
+pub(super) fn note(text: &str) {
+    _ = writeln!(std::io::stderr(), "{text}");
+}
+
 /// An error, its causes on the same line, its hint on the next.
 pub(super) fn error(error: &Error) {
     let mut text = error.to_string();
@@ -52,6 +57,11 @@ pub(super) fn start_log(common: &Common) {
 /// Bytes for people.
 pub(super) fn bytes(count: u64) -> String {
     HumanBytes(count).to_string()
+}
+
+/// Seconds since 1970 for people.
+pub(super) fn time(seconds: i64) -> String {
+    jiff::Timestamp::from_second(seconds).map_or_else(|_| seconds.to_string(), |time| time.to_string())
 }
 
 /// A bar on a terminal, a line every ten seconds elsewhere.

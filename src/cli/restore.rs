@@ -7,7 +7,11 @@ use clap::{Args, ValueEnum};
 use super::backup::default_process_max;
 use super::options::{Cache, Common};
 use super::output::{self, Progress, bytes};
+use super::point::{self, PointOptions};
 use crate::error::Result;
+use crate::read::course::Bound;
+use crate::read::point::Action;
+use crate::read::recovery::Prepared;
 use crate::read::restore::{RestoreOptions, restore};
 use crate::read::view::{View, ViewOptions};
 
@@ -19,9 +23,11 @@ use crate::read::view::{View, ViewOptions};
 pub(super) struct Restore {
     /// Directory to write to: empty, or not there yet
     directory: PathBuf,
-    /// Which backup: a label, or latest
-    #[arg(long = "set", env = "PGCAIRN_SET", value_name = "LABEL", default_value = "latest")]
-    set: String,
+    /// Which backup: a label, or latest [default: with a target the last one before it, else the latest]
+    #[arg(long = "set", env = "PGCAIRN_SET", value_name = "LABEL")]
+    set: Option<String>,
+    #[command(flatten)]
+    point: PointOptions,
     /// Where a tablespace goes; without it, where the source had it (which must be empty). May be repeated
     #[arg(long, value_name = "OID=DIR", value_parser = tablespace)]
     tablespace_map: Vec<(u32, PathBuf)>,
@@ -47,16 +53,26 @@ enum ArchiveMode {
 
 impl Restore {
     pub(super) fn run(self, common: &Common) -> Result<()> {
+        let point = self.point.point(self.set.as_deref())?;
         let repository = common.repository(false)?;
-        let label = repository.resolve(&self.set)?;
-        // a copy reads each chunk once: the disk cache would only be in its way
-        let cache = Cache { cache_path: None, cache_size: 0, cache_memory: 64 << 20 };
-        let fetcher = cache.fetcher(repository)?;
+        let course = point::find(&repository, &point, Bound::Open, &no_cache())?;
+        let prepared = match &course.recovery {
+            Some(recovery) => Some(Prepared {
+                settings: recovery
+                    .settings_with(point.action.unwrap_or(Action::Pause), &point::restore_command(common, false)?),
+                recovery: recovery.clone(),
+                presents_wal: false,
+            }),
+            None => None,
+        };
+        let label = course.label;
+        let fetcher = no_cache().fetcher(repository)?;
         let options = match self.archive_mode {
             ArchiveMode::Off => ViewOptions::copy(),
             ArchiveMode::Preserve => ViewOptions::default(),
         };
-        let view = View::load(fetcher, &label, &options)?;
+        let to = prepared.as_ref().map(|prepared| prepared.recovery.to.clone());
+        let view = View::load(fetcher, &label, &options.prepared(prepared))?;
         let root = nix::unistd::geteuid().is_root();
         let owner = match root || self.owner.is_some() {
             true => Some(super::mount::owner(self.owner.as_deref(), &view.description.owner)?),
@@ -82,8 +98,16 @@ impl Restore {
             restored.files,
             started.elapsed().as_secs_f64()
         ));
+        if let Some(to) = to {
+            output::line(&format!("its server recovers to {to} when it is started"));
+        }
         Ok(())
     }
+}
+
+/// A copy reads each chunk once: the disk cache would only be in its way.
+fn no_cache() -> Cache {
+    Cache { cache_path: None, cache_size: 0, cache_memory: 64 << 20 }
 }
 
 fn absolute(path: &std::path::Path) -> Result<PathBuf> {

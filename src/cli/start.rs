@@ -10,10 +10,16 @@ use clap::Args;
 use super::clones::{Clone, Place};
 use super::mount::{self, Mount};
 use super::options::{Cache, Common, Output};
+use super::point::{self, PointOptions};
 use super::{output, pg};
 use crate::error::{Error, Result};
 use crate::format::manifest::Description;
+use crate::postgres::{CONTROL_FILE, ControlFile, SegmentName};
+use crate::read::course::Bound;
+use crate::read::point::{Action, Target};
+use crate::read::recovery::Prepared;
 use crate::read::tree::Owner;
+use crate::repo::Repository;
 
 /// Start PostgreSQL on a backup, in seconds, whatever its size
 ///
@@ -21,9 +27,14 @@ use crate::read::tree::Owner;
 /// socket of its own. Only pages that are touched are fetched; what is written goes to the scratch and never to the backup.
 #[derive(Debug, Args)]
 pub(super) struct Start {
-    /// Which backup: a label, or latest
-    #[arg(default_value = "latest")]
-    backup: String,
+    /// Which point: a label, latest, a time, an LSN, or the name of a restore point [default: latest]
+    #[arg(value_name = "POINT")]
+    backup: Option<String>,
+    #[command(flatten)]
+    point: PointOptions,
+    /// Stop at the target, open for reading only
+    #[arg(long)]
+    read_only: bool,
     /// Name of the clone, by which it is stopped and continued [default: stanza and label]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -58,9 +69,15 @@ impl Start {
         let repository = common.repository(false)?;
         let known =
             self.name.as_deref().map(|name| Place::new(self.clone_path.as_deref(), name)?.load()).transpose()?;
-        let (label, continued) = match known.flatten() {
-            Some(clone) => (self.continued(&clone, &repository.stanza)?, Some(clone)),
-            None => (repository.resolve(&self.backup)?, None),
+        let (label, recovery, continued) = match known.flatten() {
+            Some(clone) => {
+                self.continued(&clone, &repository.stanza)?;
+                (clone.label.clone(), clone.recovery.clone(), Some(clone))
+            }
+            None => {
+                let (label, recovery) = self.course(&repository)?;
+                (label, recovery, None)
+            }
         };
         let name = match &self.name {
             Some(name) => name.clone(),
@@ -79,6 +96,8 @@ impl Start {
             name: name.clone(),
             stanza: repository.stanza.clone(),
             label: label.clone(),
+            recovery,
+            read_only: continued.as_ref().map_or(self.waits(), |clone| clone.read_only),
             port: self.port.map_or_else(free_port, Ok)?,
             programs,
             uid: owner.uid,
@@ -96,7 +115,9 @@ impl Start {
             }
         };
         let took = started.elapsed();
-        leave_backup_segment(&clone.conninfo(&place, &user));
+        if clone.recovery.is_none() {
+            leave_backup_segment(&clone.conninfo(&place, &user));
+        }
         report(&self, &clone, &place, &user, took);
         Ok(())
     }
@@ -112,20 +133,54 @@ impl Start {
         Ok(name.to_owned())
     }
 
-    /// The label of a clone that is started again by name.
-    fn continued(&self, clone: &Clone, stanza: &str) -> Result<String> {
+    /// True when the server is to wait at its target.
+    fn waits(&self) -> bool {
+        self.read_only || self.point.waits()
+    }
+
+    /// The backup to stand on, and the recovery from there.
+    fn course(&self, repository: &Repository) -> Result<(String, Option<Prepared>)> {
+        let mut point = self.point.point(self.backup.as_deref())?;
+        match (&point.target, point.action) {
+            (_, Some(Action::Shutdown)) => {
+                return Err(
+                    Error::new("a clone that shuts down at its target is none").hint("leave --target-action out")
+                );
+            }
+            (_, Some(Action::Promote)) if self.read_only => {
+                return Err(Error::new("--read-only waits at the target, --target-action promote goes on from it")
+                    .hint("give one of them"));
+            }
+            (Target::Standby | Target::Preserve, _) => {
+                return Err(
+                    Error::new("a clone follows nobody").hint("\"pgcairn restore --type standby\" makes a standby")
+                );
+            }
+            (Target::None, _) if self.waits() => point.target = Target::Immediate,
+            _ => {}
+        }
+        let course = point::find(repository, &point, Bound::Archive, &self.cache)?;
+        let action = if self.waits() { Action::Pause } else { Action::Promote };
+        // all the WAL it needs is in its mount: nothing else is asked, so that it ends there or says why not
+        let prepared = point::presented(&course, action, "false");
+        Ok((course.label, prepared))
+    }
+
+    /// Whether a clone can be started again by name.
+    fn continued(&self, clone: &Clone, stanza: &str) -> Result<()> {
         let place = Place::new(self.clone_path.as_deref(), &clone.name)?;
         if pgcairn_mount::mountpoint::mounted_on(&place.mount()).map_err(mount::mount_error)?.is_some() {
             return Err(Error::new(format!("clone {} runs already", clone.name))
                 .hint(format!("\"pgcairn stop {}\" ends it; another --name starts another", clone.name)));
         }
-        let other = self.backup != "latest" && self.backup != clone.label;
+        let named = self.backup.as_deref().is_some_and(|backup| backup != "latest" && backup != clone.label);
+        let other = named || !self.point.is_empty() || (self.read_only && !clone.read_only);
         match other || clone.stanza != stanza {
             true => {
                 Err(Error::new(format!("clone {} stands on backup {} of {}", clone.name, clone.label, clone.stanza))
                     .hint("give another --name"))
             }
-            false => Ok(clone.label.clone()),
+            false => Ok(()),
         }
     }
 
@@ -137,8 +192,13 @@ impl Start {
         of: &Description,
         owner: Owner,
     ) -> Result<String> {
-        let mount =
-            Mount::for_clone(&clone.label, &place.scratch(), self.owner.as_deref(), &place.mount(), &self.cache);
+        let mount = Mount::for_clone(
+            (&clone.label, clone.recovery.as_ref()),
+            &place.scratch(),
+            self.owner.as_deref(),
+            &place.mount(),
+            &self.cache,
+        )?;
         super::stop::end_server(place)?;
         mount::spawn(&mount, common, &place.mount_log())?;
         forget_old_server(place)?;
@@ -148,8 +208,40 @@ impl Start {
         command.arg("-l").arg(place.log()).arg("-o").arg(self.server_options(place, clone, of)?);
         run(command, &place.log())?;
         let superuser = of.superuser.as_deref().unwrap_or("postgres");
-        first_answer(&clone.conninfo(place, superuser))?;
+        self.reach_target(place, clone, &clone.conninfo(place, superuser))?;
         Ok(superuser.to_owned())
+    }
+
+    /// Waits for the answer to a first query, at the target: pg_ctl is content with a server that replays.
+    fn reach_target(&self, place: &Place, clone: &Clone, conninfo: &str) -> Result<()> {
+        let started = Instant::now();
+        let query = match clone.read_only {
+            true => "SELECT NOT pg_is_in_recovery() OR pg_is_wal_replay_paused()",
+            false => "SELECT NOT pg_is_in_recovery()",
+        };
+        let is_there = || -> std::result::Result<bool, postgres::Error> {
+            let mut client = postgres::Client::connect(conninfo, postgres::NoTls)?;
+            Ok(client.query_one(query, &[])?.get(0))
+        };
+        loop {
+            let error = match is_there() {
+                Ok(true) => return Ok(()),
+                Ok(false) => None,
+                Err(error) => Some(error),
+            };
+            if super::stop::running_server(place).is_none() {
+                return Err(did_not_start(&place.log(), "ended before its target"));
+            }
+            if started.elapsed() > Duration::from_secs(self.start_timeout) {
+                let late = format!("the clone did not answer at its target within {} s", self.start_timeout);
+                let late = Error::new(late).hint("give it more time with --start-timeout");
+                return Err(match error {
+                    Some(error) => late.source(error),
+                    None => late,
+                });
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Settings on the server's command line, which beat every file and ALTER SYSTEM.
@@ -168,6 +260,12 @@ impl Start {
             ("wal_recycle", "off".into()),
             ("wal_init_zero", "off".into()),
             ("primary_conninfo", String::new()),
+            ("primary_slot_name", String::new()),
+            ("archive_cleanup_command", String::new()),
+            ("recovery_end_command", String::new()),
+            ("recovery_min_apply_delay", "0".into()),
+            // a server that goes on at its target is not open before it
+            ("hot_standby", if clone.read_only { "on" } else { "off" }.into()),
             ("synchronous_standby_names", String::new()),
             ("logging_collector", "off".into()),
             ("log_destination", "stderr".into()),
@@ -179,6 +277,9 @@ impl Start {
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value))
         .collect();
+        if clone.read_only {
+            settings.extend(source_limits(place)?);
+        }
         if version >= 14 {
             settings.push(("recovery_init_sync_method".into(), "syncfs".into()));
         }
@@ -212,6 +313,22 @@ fn forget_old_server(place: &Place) -> Result<()> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &lock, error)),
         _ => Ok(()),
     }
+}
+
+/// A server that is open during recovery must have room for all that its source had.
+fn source_limits(place: &Place) -> Result<Vec<(String, String)>> {
+    let path = place.mount().join(CONTROL_FILE);
+    let bytes = fs::read(&path).map_err(|error| Error::io("read", &path, error))?;
+    let control =
+        ControlFile::parse(&bytes).map_err(|error| Error::new("the backup's pg_control is damaged").source(error))?;
+    let limits = [
+        ("max_connections", control.max_connections),
+        ("max_worker_processes", control.max_worker_processes),
+        ("max_wal_senders", control.max_wal_senders),
+        ("max_prepared_transactions", control.max_prepared_transactions),
+        ("max_locks_per_transaction", control.max_locks_per_transaction),
+    ];
+    Ok(limits.into_iter().map(|(name, value)| (name.to_owned(), value.to_string())).collect())
 }
 
 fn refuse_root(owner: Owner) -> Result<()> {
@@ -252,11 +369,26 @@ fn run(mut command: Command, log: &Path) -> Result<()> {
     if output.status.success() {
         return Ok(());
     }
+    Err(did_not_start(log, "did not start"))
+}
+
+fn did_not_start(log: &Path, what: &str) -> Error {
     let log_text = fs::read_to_string(log).unwrap_or_default();
     let tail: Vec<&str> = log_text.lines().rev().take(8).collect();
     let tail: Vec<&str> = tail.into_iter().rev().collect();
-    Err(Error::new(format!("the clone's server did not start:\n  {}", tail.join("\n  ")))
-        .hint("the lines above are the end of its log; --option NAME=VALUE changes a setting"))
+    if let Some(segment) = unreadable_segment(&log_text) {
+        return Error::new(format!("recovery stopped at WAL segment {segment}, which cannot be read"))
+            .hint("the mount's log says why; choose a point before it, or run \"pgcairn verify\"")
+            .source(format!("the server's log ends with:\n  {}", tail.join("\n  ")));
+    }
+    Error::new(format!("the clone's server {what}:\n  {}", tail.join("\n  ")))
+        .hint("the lines above are the end of its log; --option NAME=VALUE changes a setting")
+}
+
+/// The segment that the server failed to read, if it says so.
+fn unreadable_segment(log: &str) -> Option<&str> {
+    let line = log.lines().rev().find(|line| line.contains("could not read from") && line.contains("segment"))?;
+    line.split(|c: char| !c.is_ascii_alphanumeric()).find(|word| word.parse::<SegmentName>().is_ok())
 }
 
 /// Leaves the WAL segment that came from the backup: one that is the scratch's own from birth is written without us.
@@ -265,22 +397,6 @@ fn leave_backup_segment(conninfo: &str) {
         .and_then(|mut client| client.simple_query("SELECT pg_switch_wal()"));
     if let Err(error) = switched {
         tracing::info!(%error, "the clone goes on in the backup's WAL segment");
-    }
-}
-
-/// Waits for the answer to a first query.
-fn first_answer(conninfo: &str) -> Result<()> {
-    let started = Instant::now();
-    loop {
-        let answer =
-            postgres::Client::connect(conninfo, postgres::NoTls).and_then(|mut client| client.simple_query("SELECT 1"));
-        match answer {
-            Ok(_) => return Ok(()),
-            Err(error) if started.elapsed() > Duration::from_secs(30) => {
-                return Err(Error::new("the clone's server does not answer").source(error));
-            }
-            Err(_) => std::thread::sleep(Duration::from_millis(10)),
-        }
     }
 }
 

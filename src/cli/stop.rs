@@ -99,7 +99,7 @@ pub(super) fn end_server(place: &Place) -> Result<()> {
 }
 
 /// The process of the clone's server, if it is still that: process ids are used again.
-fn running_server(place: &Place) -> Option<Pid> {
+pub(super) fn running_server(place: &Place) -> Option<Pid> {
     let pid: i32 = std::fs::read_to_string(place.pid_file()).ok()?.trim().parse().ok()?;
     let command_line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let directory = place.mount().into_os_string().into_vec();

@@ -6,7 +6,9 @@
 pub mod expire;
 mod mark;
 pub mod policy;
+pub mod repair;
 mod sweep;
+pub mod verify;
 
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,8 @@
 //! | [`version`] | the majors, and what differs between them |
 //! | [`lsn`] | positions in the WAL, timelines |
 //! | [`control`] | `pg_control`: what a cluster is, where its recovery starts |
-//! | [`wal`] | names of WAL files, a segment's header, timeline histories |
+//! | [`wal`] | names of WAL files, a segment's header and records, timeline histories, which WAL there is |
+//! | [`timestamp`] | `timestamptz` |
 //! | [`page`] | a page's header and checksum |
 //! | [`files`] | what each file under PGDATA is |
 //! | [`backup_label`] | `backup_label` and `tablespace_map` |
@@ -23,6 +24,7 @@ pub mod label;
 pub mod lsn;
 pub mod manifest;
 pub mod page;
+pub mod timestamp;
 pub mod version;
 pub mod wal;
 
@@ -32,6 +34,7 @@ pub use files::{CONTROL_FILE, FileClass, Fork, Layout, RelationFile, SkipReason,
 pub use label::{BackupKind, Label, LabelError};
 pub use lsn::{Lsn, LsnError, Timeline, TimelineError};
 pub use page::Verdict;
+pub use timestamp::TimestampTz;
 pub use version::{Major, TablespaceDirectory, VersionError};
 pub use wal::header::{LongPageHeader, SegmentError, WalIdentity};
 pub use wal::history::{Ancestor, HistoryError, TimelineHistory};

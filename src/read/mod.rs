@@ -7,12 +7,17 @@
 pub mod ahead;
 pub mod builder;
 pub mod cache;
+pub mod course;
 pub mod fetch;
+pub mod horizon;
+pub mod moment;
 pub mod pgmanifest;
+pub mod point;
 pub mod prefetch;
 pub mod recovery;
 pub mod restore;
 pub mod stanza;
+pub mod times;
 pub mod tree;
 pub mod view;
 pub mod wal;

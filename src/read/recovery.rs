@@ -1,14 +1,16 @@
 //! What a backup needs beside its files before PostgreSQL can start on it: `backup_label`, the WAL for consistency,
-//! settings that make a copy harmless, tablespaces inside the view.
+//! settings that make a copy harmless, tablespaces inside the view; and what it needs to recover to a point.
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
 use super::builder::Builder;
+use super::course::Recovery;
 use super::view::{Content, ViewOptions};
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::Decoder;
 use crate::format::manifest::Description;
-use crate::postgres::{SegmentName, SegmentSize, Timeline, conf};
+use crate::postgres::{SegmentName, SegmentSize, Timeline, WalName, conf};
 use crate::repo::{Repository, keys};
 
 /// Answers questions about the mount; hidden from listings.
@@ -19,6 +21,21 @@ const TABLESPACES: &[u8] = b".pgcairn/tablespaces/";
 const LINKS: &[u8] = b"pg_tblspc/";
 /// The file that ALTER SYSTEM writes, read after every other.
 const AUTO_CONF: &[u8] = b"postgresql.auto.conf";
+
+/// And the one before it, where people write.
+const CONF: &[u8] = b"postgresql.conf";
+
+/// A recovery as a data directory is prepared for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Prepared {
+    /// what is reached
+    pub recovery: Recovery,
+    /// settings for `postgresql.auto.conf`: its own, what is done at the target, and `restore_command`
+    pub settings: Vec<(String, String)>,
+    /// whether the WAL it needs lies in `pg_wal`
+    pub presents_wal: bool,
+}
 
 /// Where a view shows what the manifest has at `path`: files of tablespaces lie behind their link.
 pub fn view_path(path: &[u8]) -> Vec<u8> {
@@ -46,13 +63,39 @@ pub fn complete(builder: &mut Builder, repository: &Repository, of: &Description
     builder.add(HIDDEN, 0o700, of.stop_time, Content::Directory);
     builder.add(b".pgcairn/status", 0o400, of.stop_time, Content::Status);
     tablespaces(builder, of);
-    if !options.settings.is_empty() {
+    if !options.settings.is_empty() || options.recovery.is_some() {
         settings(builder, repository, of, options)?;
     }
-    match of.wal_stored {
-        true => Ok(()),
-        false => archived_wal(builder, repository, of),
+    if !of.wal_stored {
+        archived_wal(builder, repository, of)?;
     }
+    match &options.recovery {
+        Some(prepared) => recovery(builder, repository, of, prepared),
+        None => Ok(()),
+    }
+}
+
+/// The signal that makes a server recover, and the WAL it needs for that.
+fn recovery(builder: &mut Builder, repository: &Repository, of: &Description, prepared: &Prepared) -> Result<()> {
+    let signal: &[u8] = if prepared.recovery.standby { b"standby.signal" } else { b"recovery.signal" };
+    builder.add(signal, 0o600, of.stop_time, Content::Text(Bytes::new()));
+    if !prepared.presents_wal {
+        return Ok(());
+    }
+    let size = SegmentSize::new(of.database.wal_segment_size).context(|| "the manifest".into())?;
+    let archive = repository.archive(&of.database);
+    for leg in prepared.recovery.wal.chunk_by(|a, b| a.0 == b.0) {
+        let needed: Vec<SegmentName> =
+            Recovery { wal: leg.to_vec(), ..prepared.recovery.clone() }.segments(size).collect();
+        present(builder, repository, of, &needed)?;
+    }
+    for timeline in &prepared.recovery.histories {
+        let name = WalName::History(Timeline(*timeline)).to_string();
+        let object = archive.find(&name)?.ok_or_else(|| Error::new(format!("the archive has no {name} any more")))?;
+        let text = Content::Text(Bytes::from(repository.wal_file(&object.key)?));
+        builder.add(format!("pg_wal/{name}").as_bytes(), 0o600, of.stop_time, text);
+    }
+    Ok(())
 }
 
 fn tablespaces(builder: &mut Builder, of: &Description) {
@@ -68,10 +111,22 @@ fn tablespaces(builder: &mut Builder, of: &Description) {
     }
 }
 
-/// Appends settings to `postgresql.auto.conf`, which PostgreSQL reads last.
+/// Appends settings to `postgresql.auto.conf`, which PostgreSQL reads last. A recovery's target must be the only one: those
+/// that some file has already become comments.
 fn settings(builder: &mut Builder, repository: &Repository, of: &Description, options: &ViewOptions) -> Result<()> {
     let mut conf = read_stored(builder, repository, AUTO_CONF)?;
-    let settings: Vec<_> = options.settings.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let mut settings: Vec<_> = options.settings.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    if let Some(prepared) = &options.recovery {
+        conf = conf::comment_out(&conf, conf::is_recovery_target);
+        settings.extend(prepared.settings.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+        if builder.inline(CONF).is_some() {
+            let main = read_stored(builder, repository, CONF)?;
+            let cleared = conf::comment_out(&main, conf::is_recovery_target);
+            if cleared != main {
+                builder.add(CONF, 0o600, of.stop_time, Content::Text(Bytes::from(cleared)));
+            }
+        }
+    }
     let comment = format!("written by pgcairn for a copy of backup {}", of.label);
     conf::append(&mut conf, &comment, &settings).context(|| "postgresql.auto.conf".into())?;
     builder.add(AUTO_CONF, 0o600, of.stop_time, Content::Text(Bytes::from(conf)));
@@ -104,10 +159,14 @@ fn archived_wal(builder: &mut Builder, repository: &Repository, of: &Description
     let lsn = |text: &str| text.parse().context(|| format!("WAL position {text} of backup {}", of.label));
     let (start, stop) = (lsn(&of.start_lsn)?, lsn(&of.stop_lsn)?);
     let needed: Vec<SegmentName> = size.names_covering(Timeline(of.timeline), start, stop).collect();
-    let archive = repository.archive(&of.database);
-    let found = archive.segments(&needed)?;
+    present(builder, repository, of, &needed)
+}
+
+/// Segments of one timeline, in ascending order, as files of `pg_wal`.
+fn present(builder: &mut Builder, repository: &Repository, of: &Description, needed: &[SegmentName]) -> Result<()> {
+    let found = repository.archive(&of.database).segments(needed)?;
     for (segment, object) in needed.iter().zip(found) {
-        let size = u64::from(size.bytes());
+        let size = of.database.wal_segment_size;
         let content = match object {
             Some(object) => Content::Archived { size, key: object.key.into(), stored: object.size },
             None => {

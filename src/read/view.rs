@@ -30,12 +30,19 @@ pub type NodeIndex = u32;
 pub struct ViewOptions {
     /// settings appended to `postgresql.auto.conf`
     pub settings: Vec<(&'static str, String)>,
+    /// an archive recovery that the copy is prepared for
+    pub recovery: Option<recovery::Prepared>,
 }
 
 impl ViewOptions {
     /// What every copy of a cluster gets: it must never archive into its source's stanza.
     pub fn copy() -> Self {
-        Self { settings: vec![("archive_mode", "off".to_owned())] }
+        Self { settings: vec![("archive_mode", "off".to_owned())], recovery: None }
+    }
+
+    /// The same, prepared for a recovery.
+    pub fn prepared(self, recovery: Option<recovery::Prepared>) -> Self {
+        Self { recovery, ..self }
     }
 }
 

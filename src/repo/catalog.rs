@@ -158,6 +158,32 @@ impl Repository {
         self.refresh_pointers(&info)
     }
 
+    /// Writes the summary from the manifests alone; returns how many, and those that cannot be read. Of these the old summary,
+    /// if it is whole, still says what they are.
+    pub fn rebuild_backup_info(&self) -> Result<(usize, Vec<(String, Error)>)> {
+        let mut info = BackupInfo::default();
+        let old: Option<BackupInfo> = self.read_info(&keys::backup_info(&self.stanza)).unwrap_or_default();
+        let mut unreadable = Vec::new();
+        for label in self.labels()? {
+            match self.description(&label) {
+                Ok(description) => _ = info.backups.insert(label, summary(&description)),
+                Err(error) if error.is_damage() => {
+                    let known = old.as_ref().and_then(|old| old.backups.get(&label)).cloned();
+                    info.backups.extend(known.map(|of| (label.clone(), of)));
+                    unreadable.push((label, error));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.write_info(&keys::backup_info(&self.stanza), &info)?;
+        Ok((info.backups.len(), unreadable))
+    }
+
+    /// Writes what clusters the stanza has been.
+    pub fn write_archive_info(&self, info: &ArchiveInfo) -> Result<()> {
+        self.write_info(&keys::archive_info(&self.stanza), info)
+    }
+
     fn refresh_pointers(&self, info: &BackupInfo) -> Result<Vec<String>> {
         let newest = |kind: Option<BackupKind>| {
             info.backups.iter().rfind(|(_, of)| kind.is_none_or(|kind| of.kind == kind)).map(|(label, _)| label)
@@ -187,9 +213,44 @@ impl Repository {
         Ok(self.store.put(&keys::latest(&self.stanza, name), Body::Bytes(latest.into()))?)
     }
 
+    /// Every info file, its copy, and every pointer that should be there, each with what is wrong with it.
+    pub fn info_states(&self) -> Result<Vec<(String, Option<String>)>> {
+        let mut states = Vec::new();
+        for key in with_copy(&keys::archive_info(&self.stanza)) {
+            states.push((key.clone(), self.info_state::<ArchiveInfo>(&key)?.err()));
+        }
+        for key in with_copy(&keys::backup_info(&self.stanza)) {
+            states.push((key.clone(), self.info_state::<BackupInfo>(&key)?.err()));
+        }
+        let labels = self.labels()?;
+        let parsed: Vec<Label> = labels.iter().filter_map(|label| label.parse().ok()).collect();
+        for kind in [BackupKind::Full, BackupKind::Diff, BackupKind::Incr] {
+            if !parsed.iter().any(|label| label.kind() == kind) {
+                continue;
+            }
+            let key = keys::latest(&self.stanza, pointer(kind));
+            let what = match self.info_state::<Latest>(&key)? {
+                Ok(latest) if labels.contains(&latest.label) => None,
+                Ok(latest) => Some(format!("names {}, which is gone", latest.label)),
+                Err(what) => Some(what),
+            };
+            states.push((key, what));
+        }
+        Ok(states)
+    }
+
+    /// What an info file says, or what is wrong with it.
+    fn info_state<T: Info>(&self, key: &str) -> Result<std::result::Result<T, String>> {
+        match self.store.get(key) {
+            Ok(bytes) => Ok(decode(key, &bytes).map_err(|error| format!("is damaged: {}", error.what))),
+            Err(error) if error.kind == ErrorKind::NotFound => Ok(Err("is missing".into())),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     fn read_info<T: Info>(&self, key: &str) -> Result<Option<T>> {
         let mut damage = None;
-        for key in [key.to_owned(), format!("{key}.copy")] {
+        for key in with_copy(key) {
             match self.store.get(&key) {
                 Ok(bytes) => match decode(&key, &bytes) {
                     Ok(info) => return Ok(Some(info)),
@@ -207,8 +268,7 @@ impl Repository {
 
     fn write_info<T: Info>(&self, key: &str, info: &T) -> Result<()> {
         let bytes: bytes::Bytes = encode(info)?.into();
-        self.store.put(key, Body::Bytes(bytes.clone()))?;
-        self.store.put(&format!("{key}.copy"), Body::Bytes(bytes))?;
+        with_copy(key).iter().try_for_each(|key| self.store.put(key, Body::Bytes(bytes.clone())))?;
         Ok(())
     }
 
@@ -260,6 +320,11 @@ impl ArchiveInfo {
         ))
         .hint("after pg_upgrade: \"pgcairn stanza-upgrade\"; else check --stanza and --pg, another cluster needs a stanza of its own"))
     }
+}
+
+/// An info file and its copy.
+fn with_copy(key: &str) -> [String; 2] {
+    [key.to_owned(), format!("{key}.copy")]
 }
 
 /// The name of the pointer to the newest backup of a kind.

@@ -3,6 +3,7 @@
 use super::{Repository, keys};
 use crate::error::{Context, Error, Result};
 use crate::format::manifest::Database;
+use crate::format::pack::PackKind;
 use crate::postgres::{Major, SegmentName, SegmentSize, WalIdentity, WalName};
 use crate::store::Listed;
 
@@ -17,6 +18,16 @@ impl Repository {
     /// The archive of `database`.
     pub fn archive(&self, database: &Database) -> Archive<'_> {
         Archive { repository: self, prefix: keys::archive(&self.stanza, database.version, database.id) }
+    }
+
+    /// The content of an archived file, whole.
+    pub fn wal_file(&self, key: &str) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.read_pack(key, PackKind::Wal, |plain| {
+            bytes.extend_from_slice(plain);
+            Ok(())
+        })?;
+        Ok(bytes)
     }
 }
 

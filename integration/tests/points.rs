@@ -1,0 +1,285 @@
+//! Points in time: what a server holds that was brought to a moment is what the history says.
+#![allow(clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use pgcairn_integration::wait::wait_until;
+use pgcairn_integration::{Client, Cluster, Stanza, StopMode};
+
+/// One row of the history, and where it was written.
+#[derive(Clone, Debug)]
+struct Mark {
+    id: u32,
+    /// the transaction that wrote it
+    xid: String,
+    /// when that committed, to the microsecond
+    committed: String,
+    /// a moment after that, and a position
+    after: String,
+    lsn: String,
+}
+
+impl Mark {
+    /// Writes the row, then a restore point that is called after it.
+    fn write(client: &Client, id: u32) -> Self {
+        let xid = client.psql(&format!("INSERT INTO marks VALUES ({id}) RETURNING txid_current();"));
+        let committed = client.psql(&format!("SELECT pg_xact_commit_timestamp('{xid}'::xid);"));
+        let after = client.psql("SELECT clock_timestamp();");
+        let lsn = client.psql("SELECT pg_current_wal_insert_lsn();");
+        client.psql(&format!("SELECT pg_create_restore_point('mark {id}');"));
+        Self { id, xid, committed, after, lsn }
+    }
+}
+
+/// A server whose history is known, and its stanza.
+struct History {
+    stanza: Stanza,
+    cluster: Cluster,
+    marks: Vec<Mark>,
+    backups: Vec<String>,
+}
+
+impl History {
+    /// Marks 1 to 6, backups before 1 and after 3; a table is dropped between 5 and 6. All of it is archived.
+    fn new(major: u32) -> Self {
+        let stanza = Stanza::in_directory();
+        let builder = Cluster::builder().major(major).wal_segsize_mb(1).conf("track_commit_timestamp", "on");
+        let cluster = stanza.archiving(builder).start();
+        stanza.create(&cluster);
+        cluster.psql("CREATE TABLE marks (id int); CREATE TABLE victim AS SELECT generate_series(1, 5000) AS i;");
+        let mut backups = vec![stanza.backup(&cluster)];
+        let mut marks = Vec::new();
+        for id in 1..=6 {
+            if id == 6 {
+                cluster.psql("DROP TABLE victim;");
+            }
+            marks.push(Mark::write(&cluster, id));
+            match id {
+                3 => backups.push(stanza.backup(&cluster)),
+                // more than a segment of WAL, so that marks lie in different ones
+                _ => {
+                    _ = cluster.psql("CREATE TABLE filler AS SELECT generate_series(1, 20000) AS i; DROP TABLE filler;")
+                }
+            }
+        }
+        let history = Self { stanza, cluster, marks, backups };
+        history.archive_all(&history.cluster);
+        history
+    }
+
+    /// Waits until everything written so far is archived.
+    fn archive_all(&self, client: &Client) {
+        let segment = client.psql("SELECT pg_walfile_name(pg_switch_wal());");
+        let archived = || client.psql("SELECT last_archived_wal FROM pg_stat_archiver;") >= segment;
+        wait_until(Duration::from_secs(60), "the last segment to be archived", archived);
+    }
+
+    fn mark(&self, id: usize) -> &Mark {
+        &self.marks[id - 1]
+    }
+
+    /// Arguments of a target of each type that holds exactly the marks up to `id`.
+    fn targets(&self, id: usize) -> Vec<Vec<String>> {
+        let mark = self.mark(id);
+        let mut targets = vec![
+            vec!["--type=time".to_owned(), format!("--target={}", mark.after)],
+            vec!["--type=time".to_owned(), format!("--target={}", mark.committed)],
+            vec!["--type=xid".to_owned(), format!("--target={}", mark.xid)],
+            vec!["--type=name".to_owned(), format!("--target=mark {}", mark.id)],
+            vec!["--type=lsn".to_owned(), format!("--target={}", mark.lsn)],
+        ];
+        if let Some(next) = self.marks.get(id) {
+            let exclusive = || "--target-exclusive".to_owned();
+            targets.push(vec!["--type=time".to_owned(), format!("--target={}", next.committed), exclusive()]);
+            targets.push(vec!["--type=xid".to_owned(), format!("--target={}", next.xid), exclusive()]);
+        }
+        targets
+    }
+}
+
+fn marks(client: &Client) -> String {
+    client.psql("SELECT string_agg(id::text, ',' ORDER BY id) FROM marks;")
+}
+
+fn up_to(id: usize) -> String {
+    (1..=id).map(|id| id.to_string()).collect::<Vec<_>>().join(",")
+}
+
+fn strs(arguments: &[String]) -> Vec<&str> {
+    arguments.iter().map(String::as_str).collect()
+}
+
+#[test]
+fn a_clone_is_at_its_target() {
+    let history = History::new(15);
+    for id in [2, 4, 5] {
+        for target in history.targets(id) {
+            let clone = history.stanza.start("point", &strs(&target));
+            assert_eq!(marks(&clone), up_to(id), "{target:?}: {}", clone.told());
+            clone.psql("INSERT INTO marks VALUES (1000);");
+            clone.stop(&[]);
+        }
+    }
+    history.stanza.assert_nothing_left();
+}
+
+#[test]
+fn a_reader_waits_at_its_target_and_copies_recover_there() {
+    let history = History::new(15);
+    let stanza = &history.stanza;
+    let reader =
+        stanza.start("reader", &["--read-only", "--type=time", &format!("--target={}", history.mark(5).after)]);
+    assert_eq!(marks(&reader), up_to(5));
+    assert_eq!(reader.psql("SELECT count(*), pg_is_in_recovery() FROM victim;"), "5000|t");
+    assert!(reader.try_psql("INSERT INTO marks VALUES (1000);").is_err());
+    reader.stop(&["--keep"]);
+    let reader = stanza.start("reader", &[]);
+    assert_eq!(marks(&reader), up_to(5), "a clone that is started again stays where it was");
+    reader.stop(&[]);
+    // a backup alone, open for reading
+    let reader = stanza.start("reader", &["--read-only", &history.backups[1]]);
+    assert_eq!(marks(&reader), up_to(3));
+    reader.stop(&[]);
+
+    // written, kept, and gone on with
+    let clone = stanza.start("kept", &["mark 2"]);
+    clone.psql("INSERT INTO marks VALUES (1000);");
+    clone.stop(&["--keep"]);
+    let clone = stanza.start("kept", &[]);
+    assert_eq!(marks(&clone), "1,2,1000");
+    clone.stop(&[]);
+
+    for (number, target) in history.targets(4).into_iter().enumerate() {
+        let copy = stanza.place().join(&format!("copy{number}"));
+        let action = if number == 0 { "--target-action=pause" } else { "--target-action=promote" };
+        stanza.run([&["restore", action], &strs(&target)[..], &[copy.to_str().unwrap()]].concat()).ok();
+        let mut server = Cluster::open(15, &copy, &[]);
+        if number == 0 {
+            wait_until(Duration::from_secs(60), "the pause", || {
+                server.psql("SELECT pg_is_wal_replay_paused();") == "t"
+            });
+        } else {
+            wait_until(Duration::from_secs(60), "the end of recovery", || {
+                server.psql("SELECT pg_is_in_recovery();") == "f"
+            });
+            assert_eq!(server.psql("SHOW archive_mode;"), "off");
+        }
+        assert_eq!(marks(&server), up_to(4), "{target:?}");
+        server.stop(StopMode::Fast);
+    }
+    stanza.assert_nothing_left();
+}
+
+#[test]
+fn recovery_goes_along_the_timeline_that_is_asked_for() {
+    let history = History::new(15);
+    let stanza = &history.stanza;
+    let copy = stanza.place().join("branch");
+    let restore = ["restore", "--target=mark 4", "--target-action=promote", "--archive-mode=preserve"];
+    stanza.run(restore.into_iter().chain([copy.to_str().unwrap()])).ok();
+    let branch = Cluster::open(15, &copy, &[]);
+    wait_until(Duration::from_secs(60), "the promotion", || branch.psql("SELECT pg_is_in_recovery();") == "f");
+    let on_branch = [Mark::write(&branch, 101), Mark::write(&branch, 102)];
+    history.archive_all(&branch);
+    let backup = stanza.backup(&branch);
+    let last = Mark::write(&branch, 103);
+    history.archive_all(&branch);
+
+    let time = |mark: &Mark| format!("--target={}", mark.after);
+    let (fifth, branched, after_backup) = (time(history.mark(5)), time(&on_branch[0]), time(&last));
+    for (arguments, expected) in [
+        (vec!["--type=default"], "1,2,3,4,101,102,103"),
+        (vec!["--type=default", "--target-timeline=1"], "1,2,3,4,5,6"),
+        (vec!["--type=default", "--target-timeline=current", &history.backups[1]], "1,2,3,4,5,6"),
+        (vec!["--type=default", &history.backups[0]], "1,2,3,4,101,102,103"),
+        (vec!["--type=time", &branched], "1,2,3,4,101"),
+        (vec!["--type=time", &branched, "--target-timeline=2"], "1,2,3,4,101"),
+        (vec!["--type=time", &fifth], "1,2,3,4"),
+        (vec!["--type=time", &fifth, "--target-timeline=1"], "1,2,3,4,5"),
+        (vec!["--type=time", &after_backup], "1,2,3,4,101,102,103"),
+        (vec!["mark 3"], "1,2,3"),
+        (vec!["mark 101"], "1,2,3,4,101"),
+        (vec!["--type=immediate"], "1,2,3,4,101,102"),
+        (vec!["--type=immediate", &history.backups[1]], "1,2,3"),
+        (vec!["--read-only", "--type=default", "--target-timeline=1"], "1,2,3,4,5,6"),
+        (vec![&backup[..]], "1,2,3,4,101,102"),
+    ] {
+        let clone = stanza.start("point", &arguments);
+        assert_eq!(marks(&clone), expected, "{arguments:?}: {}", clone.told());
+        clone.stop(&[]);
+    }
+    // a transaction of the branch that was left is none of the other's
+    let refused = stanza.run(["start", "--target-timeline=1", "mark 101"]).fails(1, "there is no restore point");
+    assert!(refused.stderr.contains("hint: "), "{}", refused.stderr);
+    let refused = stanza.run(["start", "--target-timeline=2", &backup, "mark 3"]);
+    assert_eq!(refused.code, Some(2), "{}", refused.stderr);
+    stanza.run(["start", "--target-timeline=1", &backup, "--type=default"]).fails(1, "not on the timeline");
+    drop(branch);
+    stanza.assert_nothing_left();
+}
+
+#[test]
+fn what_cannot_be_reached_is_refused_with_what_can() {
+    let history = History::new(15);
+    let (stanza, cluster) = (&history.stanza, &history.cluster);
+    let refused = |arguments: &[&str], why: &str, hint: &str| {
+        let start = stanza.run([&["start"], arguments].concat()).fails(1, why);
+        assert!(start.stderr.contains(hint) && start.stderr.contains("hint: "), "{arguments:?}: {}", start.stderr);
+        let target = stanza.place().join("refused");
+        let restore = ["restore", target.to_str().unwrap()];
+        let arguments: Vec<&str> =
+            arguments.iter().copied().filter(|argument| !argument.starts_with("--read")).collect();
+        let set = if arguments[0].starts_with("--") { vec![] } else { vec!["--set"] };
+        stanza.run([&restore, &set[..], &arguments].concat()).fails(1, why);
+        assert!(!target.exists(), "{arguments:?} made {}", target.display());
+    };
+    refused(&["2020-01-01 00:00Z"], "is before the first backup", "can be reached from");
+    refused(&["2100-01-01 00:00Z"], "is not in the archive", "pg_switch_wal");
+    refused(&["FF/0"], "is not in the archive", "can be reached from");
+    refused(&["0/1"], "is before the first backup", "can be reached from");
+    refused(&["--type=xid", "--target=4000000000"], "does not end in the WAL", "can be reached from");
+    refused(&["nowhere"], "there is no restore point \"nowhere\"", "\"mark 6\"");
+    refused(&["14:99"], "is not a time", "times read like");
+    refused(&["--type=lsn", "--target=zero"], "is not an LSN", "16/B374D848");
+    refused(&["mark 1", "--target-timeline=9"], "no timeline 9", "its timelines: 1");
+    refused(&["mark 1", "--target-exclusive"], "--target-exclusive goes with", "leave the option out");
+
+    // a name that is there twice
+    cluster.psql("SELECT pg_create_restore_point('twice'); SELECT pg_create_restore_point('twice');");
+    history.archive_all(cluster);
+    refused(&["twice"], "there are 2 restore points \"twice\"", "--type lsn");
+
+    // a segment that is gone: no recovery goes past it
+    let segment = cluster.psql(&format!("SELECT pg_walfile_name('{}');", history.mark(5).lsn));
+    let archived = object(&history, &segment);
+    let aside = stanza.place().join("aside");
+    std::fs::rename(&archived, &aside).unwrap();
+    refused(&["mark 5"], "there is no restore point", "hint: ");
+    refused(
+        &["--type=time", &format!("--target={}", history.mark(6).after)],
+        &format!("segment {segment} is missing"),
+        "can be reached",
+    );
+    let clone = stanza.start("before", &["mark 4"]);
+    assert_eq!(marks(&clone), up_to(4));
+    clone.stop(&[]);
+
+    // a segment that is damaged: recovery stops there, and says so
+    let mut bytes = std::fs::read(&aside).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0xFF;
+    std::fs::write(&archived, &bytes).unwrap();
+    let failed = stanza.run(["start", "--type=default", "--name=damaged"]);
+    assert_eq!(failed.code, Some(1), "{failed:?}");
+    assert!(failed.stderr.contains(&segment), "{}", failed.stderr);
+    std::fs::rename(&aside, &archived).unwrap();
+    stanza.assert_nothing_left();
+}
+
+/// The object that holds a segment.
+fn object(history: &History, segment: &str) -> std::path::PathBuf {
+    let directory = std::path::Path::new(history.stanza.repo()).join(format!("archive/main/15-1/{}", &segment[..16]));
+    let files = std::fs::read_dir(directory).unwrap().flatten().map(|entry| entry.path());
+    let of_segment = |path: &std::path::PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with(segment);
+    files.into_iter().find(of_segment).unwrap()
+}

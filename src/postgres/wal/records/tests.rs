@@ -1,0 +1,256 @@
+#![allow(clippy::unwrap_used)]
+use proptest::prelude::*;
+
+use super::*;
+use crate::postgres::SegmentSize;
+
+const PAGE: usize = 8192;
+const SIZE: u32 = 1 << 20;
+
+fn identity() -> WalIdentity {
+    WalIdentity {
+        major: Major::new(15).unwrap(),
+        system_identifier: 7,
+        segment_size: SegmentSize::new(SIZE.into()).unwrap(),
+        page_bytes: PAGE as u32,
+    }
+}
+
+/// Writes segments as a server does: records one after the other, headers wherever a page begins.
+struct Writer {
+    bytes: Vec<u8>,
+    before: u64,
+    first: u64,
+}
+
+impl Writer {
+    fn new(number: u64) -> Self {
+        Self { bytes: Vec::new(), before: 0, first: number * u64::from(SIZE) }
+    }
+
+    fn page_header(&mut self, left: usize) {
+        let at = self.bytes.len();
+        let is_first = at.is_multiple_of(SIZE as usize);
+        let info = if left > 0 { FIRST_IS_REST } else { 0 } | if is_first { LONG_HEADER } else { 0 };
+        self.bytes.extend(0xD110u16.to_le_bytes());
+        self.bytes.extend(info.to_le_bytes());
+        self.bytes.extend(1u32.to_le_bytes());
+        self.bytes.extend((self.first + at as u64).to_le_bytes());
+        self.bytes.extend((left as u32).to_le_bytes());
+        self.bytes.extend([0; 4]);
+        if is_first {
+            self.bytes.extend(7u64.to_le_bytes());
+            self.bytes.extend(SIZE.to_le_bytes());
+            self.bytes.extend((PAGE as u32).to_le_bytes());
+        }
+    }
+
+    fn record(&mut self, manager: u8, info: u8, xid: u32, data: &[u8]) -> Lsn {
+        let mut body = match u8::try_from(data.len()) {
+            Ok(len) => vec![255, len],
+            Err(_) => [&[254][..], &(data.len() as u32).to_le_bytes()].concat(),
+        };
+        body.extend(data);
+        let mut record = (RECORD_HEADER_BYTES as u32 + body.len() as u32).to_le_bytes().to_vec();
+        record.extend(xid.to_le_bytes());
+        record.extend(self.before.to_le_bytes());
+        record.extend([info, manager, 0, 0]);
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&body), &record);
+        record.extend(crc.to_le_bytes());
+        record.extend(body);
+        if self.bytes.len().is_multiple_of(PAGE) {
+            self.page_header(0);
+        }
+        let lsn = self.first + self.bytes.len() as u64;
+        self.before = lsn;
+        let mut rest = &record[..];
+        while !rest.is_empty() {
+            if self.bytes.len().is_multiple_of(PAGE) {
+                self.page_header(rest.len());
+            }
+            let room = PAGE - self.bytes.len() % PAGE;
+            let (now, later) = rest.split_at(room.min(rest.len()));
+            self.bytes.extend(now);
+            rest = later;
+        }
+        self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
+        Lsn(lsn)
+    }
+
+    fn commit(&mut self, xid: u32, time: i64) -> Lsn {
+        self.record(XACT, COMMIT, xid, &time.to_le_bytes())
+    }
+
+    fn restore_point(&mut self, name: &str, time: i64) -> Lsn {
+        let mut data = time.to_le_bytes().to_vec();
+        data.extend(name.as_bytes());
+        data.resize(72, 0);
+        self.record(XLOG, RESTORE_POINT, 0, &data)
+    }
+
+    /// Records that say nothing until `left` bytes are left in the segment.
+    fn fill(&mut self, left: usize) {
+        let goal = SIZE as usize - left;
+        while self.bytes.len() < goal {
+            // the last one fits exactly, and lies on one page
+            match goal - self.bytes.len() {
+                room @ ..200 => self.record(10, 0, 3, &vec![1; room - 26]),
+                room => self.record(10, 0, 3, &vec![1; (room - 150).min(5000)]),
+            };
+        }
+        assert_eq!(self.bytes.len(), goal);
+    }
+
+    fn segments(&self) -> Vec<Vec<u8>> {
+        let mut bytes = self.bytes.clone();
+        bytes.resize(bytes.len().next_multiple_of(SIZE as usize), 0);
+        bytes.chunks(SIZE as usize).map(<[u8]>::to_vec).collect()
+    }
+}
+
+fn name(number: u64) -> SegmentName {
+    SegmentName::of_number(Timeline(1), number, identity().segment_size)
+}
+
+fn events(number: u64, bytes: &[u8]) -> (Vec<(Lsn, Event)>, Walk) {
+    let mut events = Vec::new();
+    let walk = walk(&identity(), name(number), bytes, |lsn, _, event| events.push((lsn, event))).unwrap();
+    (events, walk)
+}
+
+fn ended(xid: u32, time: i64) -> Event {
+    Event::End { xid, time: TimestampTz(time), committed: true }
+}
+
+#[test]
+fn finds_what_tells_a_time_between_what_does_not() {
+    let mut wal = Writer::new(3);
+    wal.record(10, 0, 700, &[9; 20_000]);
+    let first = wal.commit(700, 1_000_000);
+    wal.record(XLOG, 0xB0, 0, &[1; 9000]);
+    let point = wal.restore_point("before the change", 2_000_000);
+    let second = wal.record(XACT, ABORT | 0x80, 701, &[3_000_000i64.to_le_bytes().to_vec(), vec![0; 300]].concat());
+    let mut checkpoint = vec![0; 88];
+    checkpoint[64..72].copy_from_slice(&1_800_000_000i64.to_le_bytes());
+    let third = wal.record(XLOG, CHECKPOINT_ONLINE, 0, &checkpoint);
+    let (found, walk) = events(3, &wal.segments()[0]);
+    let expected = vec![
+        (first, ended(700, 1_000_000)),
+        (point, Event::RestorePoint { name: "before the change".into(), time: TimestampTz(2_000_000) }),
+        (second, Event::End { xid: 701, time: TimestampTz(3_000_000), committed: false }),
+        (third, Event::Checkpoint { time: TimestampTz::from_unix_s(1_800_000_000).unwrap() }),
+    ];
+    assert_eq!(found, expected);
+    assert_eq!((walk.last, walk.stop), (Some(third), Stop::Unsound));
+    assert_eq!(walk.end, Lsn(wal.first + wal.bytes.len() as u64));
+}
+
+#[test]
+fn a_record_that_two_segments_share_is_found_from_both() {
+    // every place where the end of the segment can cut it, its header included
+    for left in (8..=96).step_by(8) {
+        let mut wal = Writer::new(1);
+        wal.fill(left);
+        let point = wal.restore_point("cut", 5);
+        let after = wal.commit(9, 6);
+        let segments = wal.segments();
+        assert_eq!(segments.len(), 2, "{left} bytes left");
+        let (_, before_walk) = events(1, &segments[0]);
+        let (found, walk) = events(2, &segments[1]);
+        let Stop::Cut(cut) = before_walk.stop else { panic!("{left} bytes left: {before_walk:?}") };
+        assert_eq!((cut.lsn, cut.written), (point, left as u32));
+        assert!(cut.may_be_restore_point() && cut.may_tell());
+        let expected = Event::RestorePoint { name: "cut".into(), time: TimestampTz(5) };
+        assert_eq!(cut.joined(&walk.rest, identity().major), Some(expected));
+        assert_eq!(cut.joined(&Rest::default(), identity().major), None);
+        assert_eq!(found, [(after, ended(9, 6))]);
+    }
+}
+
+#[test]
+fn a_record_longer_than_a_segment_is_passed_over() {
+    let mut wal = Writer::new(1);
+    wal.commit(5, 1);
+    wal.record(10, 0, 6, &vec![7; 5 << 19]);
+    let last = wal.commit(6, 2);
+    let segments = wal.segments();
+    assert_eq!(segments.len(), 3);
+    let (found, walk) = events(2, &segments[1]);
+    assert_eq!((found, walk.last, walk.stop), (vec![], None, Stop::Unsound));
+    assert_eq!(events(3, &segments[2]).0, [(last, ended(6, 2))]);
+}
+
+#[test]
+fn the_walk_ends_where_a_servers_would() {
+    let mut wal = Writer::new(1);
+    let first = wal.commit(5, 1);
+    let second = wal.commit(6, 2);
+    wal.commit(7, 3);
+    let whole = wal.segments().remove(0);
+    // a flipped byte in the second record, in its data or in its header
+    for at in [(second.0 - wal.first) as usize + 30, (second.0 - wal.first) as usize + 9] {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        let (found, walk) = events(1, &bytes);
+        assert_eq!((found.len(), walk.last, walk.stop), (1, Some(first), Stop::Unsound));
+    }
+    // the server went on in the next segment
+    wal.record(XLOG, SWITCH, 0, &[]);
+    assert_eq!(events(1, &wal.segments()[0]).1.stop, Stop::Switched);
+    // exactly full
+    let mut wal = Writer::new(1);
+    wal.fill(0);
+    assert_eq!(events(1, &wal.segments()[0]).1.stop, Stop::Full);
+}
+
+#[test]
+fn a_prepared_transaction_is_known_by_its_own_number() {
+    for (major, statistics) in [(15, 12), (18, 16)] {
+        let mut data = 42i64.to_le_bytes().to_vec();
+        data.extend((1u32 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 8).to_le_bytes());
+        data.extend([0; 8]);
+        for (count, bytes) in [(3u32, 4), (1, 12), (2, statistics), (1, 16)] {
+            data.extend(count.to_le_bytes());
+            data.extend(vec![0xEE; count as usize * bytes]);
+        }
+        data.extend(4711u32.to_le_bytes());
+        let mut record = vec![0; 24];
+        (record[16], record[17]) = (COMMIT_PREPARED | 0x80, XACT);
+        record.extend([255, data.len() as u8]);
+        record.extend(&data);
+        let expected = Event::End { xid: 4711, time: TimestampTz(42), committed: true };
+        assert_eq!(event(&record, Major::new(major).unwrap()), Some(expected));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn damage_never_panics_and_never_invents(flips in prop::collection::vec((0usize..60_000, any::<u8>()), 1..8)) {
+        let mut wal = Writer::new(1);
+        let mut known = Vec::new();
+        for number in 0..40 {
+            wal.record(10, 0, number, &vec![2; 1000]);
+            known.push((wal.commit(number, i64::from(number)), ended(number, i64::from(number))));
+        }
+        let mut bytes = wal.segments().remove(0);
+        for (at, bits) in flips {
+            // the first header is proved before the walk
+            bytes[40 + at] ^= bits;
+        }
+        let mut found = Vec::new();
+        let _ = walk(&identity(), name(1), &bytes, |lsn, _, event| found.push((lsn, event)));
+        prop_assert!(found.iter().all(|event| known.contains(event)));
+    }
+
+    #[test]
+    fn any_bytes_are_answered(mut page in prop::collection::vec(any::<u8>(), 0..30_000), cut in 0usize..3) {
+        let header = Writer::new(1);
+        let mut start = header;
+        start.page_header([0, 100, 1 << 30][cut]);
+        page.splice(0..0, start.bytes);
+        let _ = walk(&identity(), name(1), &page, |_, _, _| {});
+        let _ = event(&page, identity().major);
+    }
+}

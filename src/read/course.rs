@@ -1,0 +1,486 @@
+//! The way to a point: which backup, along which timeline, what PostgreSQL is told, which WAL it needs for that.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::horizon::{Horizon, Range, Stone};
+use super::point::{Action, Point, Target, TargetTimeline};
+use crate::error::{Error, Result};
+use crate::postgres::wal::coverage::{Road, RoadEnd};
+use crate::postgres::wal::records::Event;
+use crate::postgres::{Lsn, SegmentSize, Timeline, TimelineHistory, TimestampTz};
+use crate::repo::Repository;
+
+/// A point that was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Course {
+    /// the backup to start from
+    pub label: String,
+    /// what is done beyond its consistency; none: nothing
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovery: Option<Recovery>,
+}
+
+/// An archive recovery.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Recovery {
+    /// stay a standby
+    pub standby: bool,
+    /// settings that say what is reached; `restore_command` and the action are the verb's
+    pub settings: Vec<(String, String)>,
+    /// true: the settings name a target, so that PostgreSQL fails rather than stop before it
+    pub has_target: bool,
+    /// the WAL that is needed, as consecutive segments: timeline, first number, last number
+    pub wal: Vec<(u32, u64, u64)>,
+    /// timelines whose history files are needed
+    pub histories: Vec<u32>,
+    /// in words
+    pub to: String,
+}
+
+/// Why there is no way to a point.
+#[derive(Debug)]
+pub enum NoCourse {
+    /// the repository cannot reach it
+    Unreachable(Error),
+    /// it could not be found out
+    Failed(Error),
+}
+
+impl From<Error> for NoCourse {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<NoCourse> for Error {
+    fn from(none: NoCourse) -> Self {
+        match none {
+            NoCourse::Unreachable(error) | NoCourse::Failed(error) => error,
+        }
+    }
+}
+
+/// Shorthand.
+type Found<T> = std::result::Result<T, NoCourse>;
+
+/// How strictly a recovery is bound to what is in the archive now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// to exactly that: the end of the archive is a position, and nothing later is waited for
+    Archive,
+    /// PostgreSQL asks the archive itself: its end is where that says so
+    Open,
+}
+
+impl Course {
+    /// Finds the way to a point.
+    ///
+    /// # Errors
+    /// With the nearest moments that can be reached as a hint.
+    pub fn find(
+        repository: &Repository,
+        point: &Point,
+        bound: Bound,
+        horizon: impl FnOnce() -> Result<Horizon>,
+    ) -> Found<Self> {
+        if matches!(point.target, Target::None | Target::Preserve) {
+            let label = repository.resolve(point.label.as_deref().unwrap_or("latest"))?;
+            return Ok(Self { label, recovery: None });
+        }
+        if let Some(label) = &point.label {
+            repository.resolve(label)?;
+        }
+        let horizon = horizon()?;
+        Search { horizon: &horizon, point, bound }.course()
+    }
+}
+
+/// One search for one point.
+struct Search<'a> {
+    horizon: &'a Horizon,
+    point: &'a Point,
+    bound: Bound,
+}
+
+/// Where recovery starts, along what, and how far.
+struct Way<'a> {
+    stone: &'a Stone,
+    history: TimelineHistory,
+    road: Road,
+    target: Option<(&'static str, String)>,
+}
+
+impl Search<'_> {
+    fn course(&self) -> Found<Course> {
+        let histories = self.histories()?;
+        let mut refused = None;
+        for history in histories {
+            let way = match &self.point.target {
+                Target::Time(moment) => self.to_time(&history, moment.at),
+                Target::Lsn(lsn) => self.to_lsn(&history, *lsn),
+                Target::Xid(xid) => self.to_xid(&history, *xid),
+                Target::Name(name) => self.to_name(&history, name),
+                _ => self.without_target(&history),
+            };
+            match way {
+                Ok(way) => return Ok(self.settle(way)),
+                Err(NoCourse::Unreachable(error)) => _ = refused.get_or_insert(error),
+                Err(failed) => return Err(failed),
+            }
+        }
+        let none = || self.no_backup();
+        Err(NoCourse::Unreachable(refused.unwrap_or_else(none)))
+    }
+
+    /// The histories along which to search, the preferred one first. Only `current` leaves a choice: each backup has its own.
+    fn histories(&self) -> Found<Vec<TimelineHistory>> {
+        let horizon = self.horizon;
+        let history = |timeline: Timeline| horizon.coverage().history(timeline);
+        let own =
+            self.point.label.as_ref().and_then(|label| horizon.stones().iter().find(|stone| stone.label == *label));
+        Ok(match self.point.timeline {
+            TargetTimeline::Id(timeline) => {
+                let known = horizon.timelines();
+                if !known.contains(&timeline) {
+                    let list: Vec<String> = known.iter().map(ToString::to_string).collect();
+                    let error = Error::new(format!("the archive has no timeline {timeline}"));
+                    return Err(NoCourse::Unreachable(error.hint(format!("its timelines: {}", list.join(", ")))));
+                }
+                vec![history(timeline)]
+            }
+            TargetTimeline::Current => match own {
+                Some(stone) => vec![history(stone.timeline)],
+                None => {
+                    let mut timelines: Vec<Timeline> = horizon.stones().iter().map(|stone| stone.timeline).collect();
+                    timelines.sort_unstable();
+                    timelines.dedup();
+                    timelines.into_iter().rev().map(history).collect()
+                }
+            },
+            // a consistent backup is on its own timeline, whatever came later
+            TargetTimeline::Latest if self.point.target == Target::Immediate => {
+                own.or(horizon.stones().last()).map(|stone| history(stone.timeline)).into_iter().collect()
+            }
+            TargetTimeline::Latest => {
+                let newest_first = horizon.timelines().into_iter().rev().map(history);
+                newest_first.filter(|history| own.is_none_or(|stone| stone.is_on(history))).take(1).collect()
+            }
+        })
+    }
+
+    fn no_backup(&self) -> Error {
+        let stanza = self.horizon.times().database();
+        match &self.point.label {
+            Some(label) => Error::new(format!("backup {label} is not on the timeline that is asked for"))
+                .hint("give another --target-timeline, or none"),
+            None => Error::new(format!("there is no backup of PostgreSQL {} on that timeline", stanza.version))
+                .hint("\"pgcairn info\" shows what there is"),
+        }
+    }
+
+    fn without_target(&self, history: &TimelineHistory) -> Found<Way<'_>> {
+        let stone = self.horizon.stones().iter().rev();
+        let named = |stone: &&Stone| self.point.label.as_ref().is_none_or(|label| stone.label == *label);
+        let stone = stone.filter(named).find(|stone| stone.is_on(history));
+        let stone = stone.ok_or_else(|| NoCourse::Unreachable(self.no_backup()))?;
+        let road = self.consistent_road(stone, history)?;
+        let target = match self.point.target {
+            Target::Immediate => Some(("recovery_target", "immediate".to_owned())),
+            Target::End if self.bound == Bound::Archive => {
+                let end = self.horizon.end_of(&road)?;
+                // a backup with its own WAL and none behind it ends where it is consistent
+                Some(match end.last_record.filter(|(_, lsn)| *lsn >= stone.stop) {
+                    Some((_, lsn)) => ("recovery_target_lsn", lsn.to_string()),
+                    None => ("recovery_target", "immediate".to_owned()),
+                })
+            }
+            _ => None,
+        };
+        let up_to = match self.point.target {
+            Target::Immediate => road.index_of(Lsn(stone.stop.0.saturating_sub(1))).unwrap_or(0),
+            _ => u64::MAX - 1,
+        };
+        Ok(Way { stone, history: history.clone(), road: road.up_to(up_to), target })
+    }
+
+    /// The road behind a backup, which must reach where that is consistent.
+    fn consistent_road(&self, stone: &Stone, history: &TimelineHistory) -> Found<Road> {
+        let road = self.horizon.road(stone, history)?;
+        let begins_behind = road.legs.first().is_none_or(|leg| {
+            self.horizon.coverage().size().first_lsn(leg.first).is_some_and(|first| first >= stone.stop)
+        });
+        if road.end_lsn() >= stone.stop || (begins_behind && self.holds_wal(stone)?) {
+            return Ok(road);
+        }
+        let missing = match road.end {
+            RoadEnd::Gap { missing, .. } => missing.to_string(),
+            RoadEnd::Open => format!("up to {}", stone.stop),
+        };
+        let error = Error::new(format!("backup {} needs WAL {missing}, which is missing", stone.label));
+        Err(NoCourse::Unreachable(error.hint("choose an earlier point, or another backup; see \"pgcairn info\"")))
+    }
+
+    fn holds_wal(&self, stone: &Stone) -> Result<bool> {
+        Ok(self.horizon.repository().description(&stone.label)?.wal_stored)
+    }
+
+    fn to_time(&self, history: &TimelineHistory, at: TimestampTz) -> Found<Way<'_>> {
+        let passes = |time: TimestampTz| if self.point.exclusive { time >= at } else { time > at };
+        for stone in self.own_stones(history) {
+            if stone.stop_s > at.unix_s() {
+                continue;
+            }
+            let road = self.consistent_road(stone, history)?;
+            if stone.stop_s == at.unix_s() && !self.is_consistent_before(stone, history, at)? {
+                continue;
+            }
+            let from = road.index_of(stone.stop).unwrap_or(0);
+            let value = at.to_string();
+            if let Some(index) = self.horizon.first_passing(&road, from, passes)? {
+                let target = Some(("recovery_target_time", value));
+                return Ok(Way { stone, history: history.clone(), road: road.up_to(index), target });
+            }
+            // nothing ended after it, but something else proves that the archive goes on beyond it
+            let end = self.horizon.end_of(&road)?;
+            if let (Some(latest), Some((_, lsn))) = (end.latest, end.last_record)
+                && latest > at
+                && lsn >= stone.stop
+                && road.end == RoadEnd::Open
+            {
+                let target = Some(("recovery_target_lsn", lsn.to_string()));
+                return Ok(Way { stone, history: history.clone(), road, target });
+            }
+            return Err(NoCourse::Unreachable(self.behind(history, &road, Some(at))?));
+        }
+        Err(NoCourse::Unreachable(self.before(history, Some(at))?))
+    }
+
+    /// Whether no transaction that `passes` ended before the backup was consistent, or before it began: PostgreSQL would not notice
+    /// that it was there already. The last time told before that is the proof, since times rise; without one the answer is no.
+    fn is_consistent_before(&self, stone: &Stone, history: &TimelineHistory, at: TimestampTz) -> Result<bool> {
+        let last = self.horizon.last_told_before(history, stone.stop)?;
+        Ok(last.is_some_and(|last| if self.point.exclusive { last < at } else { last <= at }))
+    }
+
+    fn to_lsn(&self, history: &TimelineHistory, lsn: Lsn) -> Found<Way<'_>> {
+        let Some(stone) = self.own_stones(history).find(|stone| stone.stop <= lsn) else {
+            return Err(NoCourse::Unreachable(self.before(history, None)?));
+        };
+        let road = self.consistent_road(stone, history)?;
+        let last = self.horizon.end_of(&road)?.last_record;
+        match (road.index_of(lsn), last) {
+            (Some(index), Some((_, last))) if last >= lsn => {
+                let target = Some(("recovery_target_lsn", lsn.to_string()));
+                // the record there may begin, or go on, in the next segment
+                Ok(Way { stone, history: history.clone(), road: road.up_to(index + 1), target })
+            }
+            _ => Err(NoCourse::Unreachable(self.behind(history, &road, None)?)),
+        }
+    }
+
+    fn to_xid(&self, history: &TimelineHistory, xid: u32) -> Found<Way<'_>> {
+        let mut found = None;
+        self.horizon.each_stretch(history, &mut |stone, road, from, to| {
+            for index in from..to {
+                let Some(name) = road.segment(index) else { continue };
+                let before = index.checked_sub(1).and_then(|index| road.segment(index));
+                self.horizon.times().events(name, before, &mut |lsn, event| match event {
+                    Event::End { xid: ended, .. } if *ended == xid && lsn >= stone.stop => found = Some(lsn),
+                    _ => {}
+                })?;
+            }
+            Ok(found.is_none())
+        })?;
+        let Some(lsn) = found else {
+            let error = Error::new(format!("transaction {xid} does not end in the WAL that can be reached"));
+            return Err(NoCourse::Unreachable(self.hinted(error, history, None)?));
+        };
+        self.to_record(history, lsn, ("recovery_target_xid", xid.to_string()))
+    }
+
+    fn to_name(&self, history: &TimelineHistory, name: &str) -> Found<Way<'_>> {
+        let points = self.horizon.restore_points(history)?;
+        let named: Vec<_> = points.iter().filter(|point| point.name == name).collect();
+        match named[..] {
+            [point] => self.to_record(history, Lsn(point.lsn), ("recovery_target_name", name.to_owned())),
+            [] => {
+                let error = Error::new(format!("there is no restore point \"{name}\" in the WAL that can be reached"));
+                let newest: Vec<String> =
+                    points.iter().rev().take(5).map(|point| format!("\"{}\"", point.name)).collect();
+                Err(NoCourse::Unreachable(match newest.is_empty() {
+                    true => {
+                        error.hint("the server makes one with pg_create_restore_point(); give a time or an LSN instead")
+                    }
+                    false => error.hint(format!("the newest are {}", newest.join(", "))),
+                }))
+            }
+            [..] => {
+                let all: Vec<String> =
+                    named.iter().map(|point| format!("{} ({})", Lsn(point.lsn), point.at())).collect();
+                let error =
+                    Error::new(format!("there are {} restore points \"{name}\": at {}", all.len(), all.join(" and ")));
+                Err(NoCourse::Unreachable(error.hint("say which with --type lsn and its position")))
+            }
+        }
+    }
+
+    /// To a record that was found at `lsn`.
+    fn to_record(&self, history: &TimelineHistory, lsn: Lsn, target: (&'static str, String)) -> Found<Way<'_>> {
+        let Some(stone) = self.own_stones(history).find(|stone| stone.stop <= lsn) else {
+            return Err(NoCourse::Unreachable(self.before(history, None)?));
+        };
+        let road = self.consistent_road(stone, history)?;
+        match road.index_of(lsn) {
+            Some(index) => {
+                Ok(Way { stone, history: history.clone(), road: road.up_to(index + 1), target: Some(target) })
+            }
+            None => Err(NoCourse::Unreachable(self.behind(history, &road, None)?)),
+        }
+    }
+
+    fn own_stones(&self, history: &TimelineHistory) -> std::vec::IntoIter<&Stone> {
+        let history = history.clone();
+        let stones: Vec<&Stone> = self.horizon.stones().iter().rev().collect();
+        let named = |stone: &&Stone| self.point.label.as_ref().is_none_or(|label| stone.label == *label);
+        stones.into_iter().filter(|stone| stone.is_on(&history)).filter(named).collect::<Vec<_>>().into_iter()
+    }
+
+    /// The point lies before what the oldest backup, or the one named, can reach.
+    fn before(&self, history: &TimelineHistory, at: Option<TimestampTz>) -> Result<Error> {
+        let what = match &self.point.label {
+            Some(label) => format!("{} is before backup {label} is consistent", self.point.target),
+            None => format!("{} is before the first backup of timeline {}", self.point.target, history.timeline),
+        };
+        self.hinted(Error::new(what), history, at)
+    }
+
+    /// The point lies behind the end of a road.
+    fn behind(&self, history: &TimelineHistory, road: &Road, at: Option<TimestampTz>) -> Result<Error> {
+        let target = &self.point.target;
+        let error = match road.end {
+            RoadEnd::Gap { missing, then } => Error::new(format!(
+                "{target} cannot be reached: WAL segment {missing} is missing, the next there is {then}"
+            )),
+            RoadEnd::Open => Error::new(format!("{target} is not in the archive, which ends at {}", road.end_lsn())),
+        };
+        self.hinted(error, history, at)
+    }
+
+    /// The moments nearest to what was asked for.
+    fn hinted(&self, error: Error, history: &TimelineHistory, at: Option<TimestampTz>) -> Result<Error> {
+        let ranges = self.horizon.ranges(history)?;
+        let near = nearest(&ranges, at);
+        let listed: Vec<String> = near.iter().map(|range| range.to_string()).collect();
+        let mut hint = match listed.is_empty() {
+            true => format!("timeline {} has no backup; see \"pgcairn info\"", history.timeline),
+            false => format!("timeline {} can be reached {}", history.timeline, listed.join(", and ")),
+        };
+        if let Some(at) = at {
+            let others = self.horizon.timelines().into_iter().filter(|timeline| *timeline != history.timeline);
+            for timeline in others {
+                let ranges = self.horizon.ranges(&self.horizon.coverage().history(timeline))?;
+                if ranges.iter().any(|range| range.contains(at)) {
+                    hint.push_str(&format!("; --target-timeline {timeline} reaches it"));
+                }
+            }
+            if ranges.last().is_some_and(|last| last.to.is_some_and(|to| to < at) && last.end == RoadEnd::Open) {
+                hint.push_str("; what was written since is archived when its segment is full, or after \"SELECT pg_switch_wal()\"");
+            }
+        }
+        Ok(error.hint(hint))
+    }
+
+    fn settle(&self, way: Way<'_>) -> Course {
+        let Way { stone, history, road, target } = way;
+        let mut settings = Vec::new();
+        let has_target = target.is_some();
+        if let Some((name, value)) = target {
+            let takes_inclusive =
+                matches!(name, "recovery_target_time" | "recovery_target_xid" | "recovery_target_lsn");
+            // the end of the archive, or of what proves a time, is always wanted with its last record
+            let is_last_record = name == "recovery_target_lsn" && !matches!(self.point.target, Target::Lsn(_));
+            let exclusive = self.point.exclusive && !is_last_record;
+            settings.push((name.to_owned(), value));
+            if takes_inclusive {
+                settings
+                    .push(("recovery_target_inclusive".to_owned(), if exclusive { "off" } else { "on" }.to_owned()));
+            }
+        }
+        let follows = matches!(self.point.target, Target::Standby | Target::End) && self.bound == Bound::Open;
+        let timeline = match self.point.timeline {
+            TargetTimeline::Latest if follows => "latest".to_owned(),
+            _ if history.timeline == stone.timeline => "current".to_owned(),
+            _ => history.timeline.to_string(),
+        };
+        settings.push(("recovery_target_timeline".to_owned(), timeline));
+        let histories = history.ancestors.iter().map(|ancestor| ancestor.timeline).chain([history.timeline]);
+        let histories =
+            histories.filter(|timeline| *timeline != Timeline(1) && self.horizon.coverage().has_history(*timeline));
+        let recovery = Recovery {
+            standby: self.point.target == Target::Standby,
+            settings,
+            has_target,
+            wal: road.legs.iter().map(|leg| (leg.timeline.0, leg.first, leg.last)).collect(),
+            histories: histories.map(|timeline| timeline.0).collect(),
+            to: self.point.target.to_string(),
+        };
+        Course { label: stone.label.clone(), recovery: Some(recovery) }
+    }
+}
+
+impl Recovery {
+    /// The names of the segments it needs.
+    pub fn segments(&self, size: SegmentSize) -> impl Iterator<Item = crate::postgres::SegmentName> + '_ {
+        let of_leg = move |(timeline, first, last): &(u32, u64, u64)| {
+            let timeline = Timeline(*timeline);
+            (*first..=*last).map(move |number| crate::postgres::SegmentName::of_number(timeline, number, size))
+        };
+        self.wal.iter().flat_map(of_leg)
+    }
+
+    /// All settings of it for `postgresql.auto.conf`.
+    pub fn settings_with(&self, action: Action, restore_command: &str) -> Vec<(String, String)> {
+        let mut settings = self.settings.clone();
+        if self.has_target {
+            let action = match action {
+                Action::Pause => "pause",
+                Action::Promote => "promote",
+                Action::Shutdown => "shutdown",
+            };
+            settings.push(("recovery_target_action".to_owned(), action.to_owned()));
+        }
+        settings.push(("restore_command".to_owned(), restore_command.to_owned()));
+        settings
+    }
+}
+
+/// The ranges on both sides of a moment; without one, the last two.
+fn nearest(ranges: &[Range], at: Option<TimestampTz>) -> &[Range] {
+    let next = match at {
+        Some(at) => ranges.partition_point(|range| range.from.stop_s <= at.unix_s()),
+        None => ranges.len(),
+    };
+    &ranges[next.saturating_sub(1).min(ranges.len().saturating_sub(2))..ranges.len().min(next + 1)]
+}
+
+impl Range {
+    fn contains(&self, at: TimestampTz) -> bool {
+        self.from.stop_s <= at.unix_s() && self.to.is_some_and(|to| at < to)
+    }
+}
+
+/// `from 2026-11-22 14:00:00+00 (0/3000100) to 2026-11-22 15:00:00.123456+00 (0/5000000)`
+impl std::fmt::Display for Range {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let from = Timestamp::from_second(self.from.stop_s).ok();
+        let from = from.and_then(|from| TimestampTz::from_unix_us(from.as_microsecond())).unwrap_or_default();
+        write!(f, "from {from} (LSN {})", self.from.stop)?;
+        match self.to {
+            Some(to) => write!(f, " to {to} (LSN {})", self.to_lsn),
+            None => write!(f, " to LSN {}", self.to_lsn),
+        }
+    }
+}

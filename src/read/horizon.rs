@@ -1,0 +1,313 @@
+//! Which moments can be reached: the backups of a cluster, the WAL behind each, and the times in it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::times::{RestorePoint, SegmentTimes, Times};
+use crate::error::{Context, Error, Result};
+use crate::format::info::BackupSummary;
+use crate::format::manifest::Database;
+use crate::postgres::wal::coverage::{Coverage, Road, RoadEnd};
+use crate::postgres::wal::records::Event;
+use crate::postgres::{Lsn, SegmentName, SegmentSize, Timeline, TimelineHistory, TimestampTz, WalName};
+use crate::repo::Repository;
+
+/// Segments at a road's end that are searched for the last time before the answer is "unknown".
+const LOOK_BACK: u64 = 64;
+
+/// A backup, as far as points are concerned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stone {
+    /// its label
+    pub label: String,
+    /// its timeline
+    pub timeline: Timeline,
+    /// where replay starts
+    pub start: Lsn,
+    /// where it is consistent
+    pub stop: Lsn,
+    /// when it had stopped, in seconds since 1970
+    pub stop_s: i64,
+}
+
+/// A stretch of time without a gap.
+#[derive(Clone, Debug)]
+pub struct Range {
+    /// the backup it begins with
+    pub from: Stone,
+    /// the last end of a transaction in it; unknown where none was found, or the WAL cannot be read
+    pub to: Option<TimestampTz>,
+    /// one past its last byte of WAL
+    pub to_lsn: Lsn,
+    /// why it ends
+    pub end: RoadEnd,
+}
+
+/// All that is known of what one cluster's repository can reach.
+#[derive(Debug)]
+pub struct Horizon {
+    repository: Repository,
+    stones: Vec<Stone>,
+    coverage: Coverage,
+    times: Times,
+}
+
+impl Horizon {
+    /// Looks at the catalog and lists the archive of the cluster that backup `label` is of; without a label, the current one's.
+    /// Times found in the WAL are kept below `cache`.
+    pub fn load(repository: &Repository, label: Option<&str>, cache: Option<&Path>) -> Result<Self> {
+        let info = repository.archive_info()?;
+        let backups = repository.backup_info()?.backups;
+        let id = label.and_then(|label| backups.get(label)).map(|of| of.database_id);
+        let database = match id {
+            Some(id) => info.history.iter().find(|database| database.id == id),
+            None => info.history.last(),
+        };
+        let database = database.ok_or_else(|| Error::new("archive.info names no cluster"))?;
+        let of_database = backups.iter().filter(|(_, of)| of.database_id == database.id);
+        let stones = of_database.map(|(label, of)| Stone::new(label, of)).collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            coverage: coverage(repository, database)?,
+            times: Times::new(repository, database, cache),
+            repository: repository.clone(),
+            stones,
+        })
+    }
+
+    /// The repository.
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
+    /// The WAL there is.
+    pub fn coverage(&self) -> &Coverage {
+        &self.coverage
+    }
+
+    /// The backups, oldest first.
+    pub fn stones(&self) -> &[Stone] {
+        &self.stones
+    }
+
+    /// The times in the WAL.
+    pub fn times(&self) -> &Times {
+        &self.times
+    }
+
+    /// Timelines of backups and of WAL, ascending.
+    pub fn timelines(&self) -> Vec<Timeline> {
+        let mut all = self.coverage.timelines();
+        all.extend(self.stones.iter().map(|stone| stone.timeline));
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// The backups that lie on a history, the newest first.
+    pub fn on<'a>(&'a self, history: &'a TimelineHistory) -> impl DoubleEndedIterator<Item = &'a Stone> {
+        self.stones.iter().rev().filter(|stone| stone.is_on(history))
+    }
+
+    /// The archived WAL behind a backup along a history. Where the backup holds its own WAL, it begins behind that.
+    pub fn road(&self, stone: &Stone, history: &TimelineHistory) -> Result<Road> {
+        let road = self.coverage.road(history, stone.start);
+        if road.end_lsn() >= stone.stop || !self.repository.description(&stone.label)?.wal_stored {
+            return Ok(road);
+        }
+        let size = self.coverage.size();
+        let next = size.first_lsn(size.segment_of(Lsn(stone.stop.0.saturating_sub(1))) + 1);
+        Ok(self.coverage.road(history, next.unwrap_or(stone.stop)))
+    }
+
+    /// What the segment at `index` of a road tells, the record that began before it included.
+    pub fn segment(&self, road: &Road, index: u64) -> Result<Arc<SegmentTimes>> {
+        let name = |index| road.segment(index).ok_or_else(|| Error::new(format!("the road has no segment {index}")));
+        let times = self.times.of(name(index)?)?;
+        match index.checked_sub(1) {
+            Some(before) => Ok(Arc::new(times.joined(&*self.times.of(name(before)?)?, self.times.database())?)),
+            None => Ok(times),
+        }
+    }
+
+    /// The first segment of a road, from `from` on, in which a transaction ended that `passes`; times are taken to rise.
+    pub fn first_passing(&self, road: &Road, from: u64, passes: impl Fn(TimestampTz) -> bool) -> Result<Option<u64>> {
+        let (mut low, mut high) = (from, road.len());
+        let mut found = None;
+        while low < high {
+            let middle = low + (high - low) / 2;
+            // in a segment in which none ended, the next one tells
+            let mut probe = middle;
+            let mut last = None;
+            while probe < high {
+                last = self.times_at(road, probe)?.last_end();
+                if last.is_some() {
+                    break;
+                }
+                probe += 1;
+            }
+            match last {
+                Some(last) if !passes(last) => low = probe + 1,
+                Some(_) => {
+                    found = Some(probe);
+                    high = middle;
+                }
+                None => high = middle,
+            }
+        }
+        Ok(found)
+    }
+
+    /// The last exact time that the WAL before `lsn` tells, if it is not far before.
+    pub fn last_told_before(&self, history: &TimelineHistory, lsn: Lsn) -> Result<Option<TimestampTz>> {
+        let size = self.coverage.size();
+        let last = size.segment_of(Lsn(lsn.0.saturating_sub(1)));
+        for number in (last.saturating_sub(LOOK_BACK)..=last).rev() {
+            let road = self.coverage.road(history, size.first_lsn(number).unwrap_or(lsn));
+            let Some(name) = road.segment(0) else { break };
+            let mut told = None;
+            self.times.events(name, None, &mut |at, event| match event {
+                Event::End { time, .. } | Event::RestorePoint { time, .. } if at < lsn => told = told.max(Some(*time)),
+                _ => {}
+            })?;
+            if told.is_some() {
+                return Ok(told);
+            }
+        }
+        Ok(None)
+    }
+
+    fn times_at(&self, road: &Road, index: u64) -> Result<Arc<SegmentTimes>> {
+        self.times.of(road.segment(index).ok_or_else(|| Error::new(format!("the road has no segment {index}")))?)
+    }
+
+    /// The last record of a road, the last time at which a transaction ended, and the last time that anything tells.
+    pub fn end_of(&self, road: &Road) -> Result<RoadsEnd> {
+        let mut end = RoadsEnd::default();
+        let len = road.len();
+        for index in (len.saturating_sub(LOOK_BACK)..len).rev() {
+            let times = self.segment(road, index)?;
+            end.last_record = end.last_record.or(times.last_record().map(|lsn| (index, lsn)));
+            end.latest = end.latest.max(times.latest());
+            end.last_end = end.last_end.or(times.last_end());
+            if end.last_end.is_some() && end.last_record.is_some() {
+                break;
+            }
+        }
+        Ok(end)
+    }
+
+    /// The restore points in the WAL behind the backups of a history, in order.
+    pub fn restore_points(&self, history: &TimelineHistory) -> Result<Vec<RestorePoint>> {
+        let mut found: Vec<RestorePoint> = Vec::new();
+        self.each_stretch(history, &mut |stone, road, from, to| {
+            for index in from..to {
+                let times = self.segment(road, index)?;
+                let points = times.restore_points().iter().filter(|point| Lsn(point.lsn) >= stone.stop);
+                found.extend(points.cloned());
+            }
+            Ok(true)
+        })?;
+        found.sort_by_key(|point| point.lsn);
+        found.dedup();
+        Ok(found)
+    }
+
+    /// Calls `each` with a backup, its road, and which segments of that lie between this backup's consistency and where the
+    /// newer ones began: the newest first, until it answers false.
+    pub fn each_stretch(
+        &self,
+        history: &TimelineHistory,
+        each: &mut dyn FnMut(&Stone, &Road, u64, u64) -> Result<bool>,
+    ) -> Result<()> {
+        let size = self.coverage.size();
+        let mut done_from = u64::MAX;
+        for stone in self.on(history) {
+            let road = self.road(stone, history)?;
+            let Some(first) = road.legs.first().map(|leg| leg.first) else { continue };
+            let from = size.segment_of(stone.stop).saturating_sub(first);
+            let to = road.len().min(done_from.saturating_sub(first));
+            if from < to && !each(stone, &road, from, to)? {
+                return Ok(());
+            }
+            // the segment in which this one became consistent may hold what only an older one reaches
+            done_from = done_from.min(size.segment_of(stone.stop) + 1);
+        }
+        Ok(())
+    }
+
+    /// The stretches of time that can be reached along a history, oldest first.
+    pub fn ranges(&self, history: &TimelineHistory) -> Result<Vec<Range>> {
+        let mut ranges: Vec<(Range, Road)> = Vec::new();
+        for stone in self.on(history).rev() {
+            let continues = ranges.last().is_some_and(|(range, _)| stone.stop <= range.to_lsn);
+            let road = self.road(stone, history)?;
+            let to_lsn = road.end_lsn().max(stone.stop);
+            match ranges.last_mut().filter(|_| continues) {
+                Some((range, last)) if to_lsn >= range.to_lsn => {
+                    (range.to_lsn, range.end) = (to_lsn, road.end);
+                    *last = road;
+                }
+                Some(_) => {}
+                None => ranges.push((Range { from: stone.clone(), to: None, to_lsn, end: road.end }, road)),
+            }
+        }
+        for (range, road) in &mut ranges {
+            match self.end_of(road) {
+                Ok(end) => range.to = end.last_end.filter(|last| last.unix_s() >= range.from.stop_s),
+                Err(error) => tracing::warn!(%error, "the last time of a range cannot be found"),
+            }
+        }
+        Ok(ranges.into_iter().map(|(range, _)| range).collect())
+    }
+}
+
+/// What the last segments of a road tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RoadsEnd {
+    /// index of the segment with the last whole record, and where that begins
+    pub last_record: Option<(u64, Lsn)>,
+    /// the last end of a transaction
+    pub last_end: Option<TimestampTz>,
+    /// the latest time of anything behind that, a checkpoint for one
+    pub latest: Option<TimestampTz>,
+}
+
+impl Stone {
+    fn new(label: &str, of: &BackupSummary) -> Result<Self> {
+        let lsn = |text: &str| text.parse::<Lsn>().context(|| format!("WAL position {text} of backup {label}"));
+        let start: SegmentName = of.wal_start.parse().context(|| format!("first WAL segment of backup {label}"))?;
+        Ok(Self {
+            label: label.to_owned(),
+            timeline: start.timeline(),
+            start: lsn(&of.start_lsn)?,
+            stop: lsn(&of.stop_lsn)?,
+            stop_s: of.stop_time,
+        })
+    }
+
+    /// Whether recovery from it can go along this history: the history must not have left its timeline before it stopped.
+    pub fn is_on(&self, history: &TimelineHistory) -> bool {
+        history.contains(self.timeline) && history.end_of(self.timeline).is_none_or(|end| self.stop <= end)
+    }
+}
+
+/// Lists an archive and reads its history files.
+fn coverage(repository: &Repository, database: &Database) -> Result<Coverage> {
+    let size = SegmentSize::new(database.wal_segment_size).context(|| "archive.info".into())?;
+    let mut coverage = Coverage::new(size);
+    let archive = repository.archive(database);
+    let mut histories = Vec::new();
+    archive.files(|name, object| match WalName::parse(name) {
+        Ok(WalName::Segment(segment)) => coverage.add(segment),
+        Ok(WalName::History(timeline)) => histories.push((timeline, object.key.clone())),
+        _ => {}
+    })?;
+    for (timeline, key) in histories {
+        let text = repository.wal_file(&key)?;
+        match TimelineHistory::parse(timeline, &text) {
+            Ok(history) => coverage.add_history(history),
+            Err(error) => tracing::warn!(%error, "a history file cannot be read; its timeline is left out"),
+        }
+    }
+    Ok(coverage)
+}

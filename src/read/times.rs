@@ -1,0 +1,242 @@
+//! What segments of the archive tell of time: read when it is asked for, kept in memory and in the cache directory, for an
+//! archived segment never changes.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Result};
+use crate::format::manifest::Database;
+use crate::postgres::wal::records::{CutRecord, Event, Rest, Stop, walk};
+use crate::postgres::{Lsn, SegmentName, TimestampTz};
+use crate::repo::Repository;
+use crate::repo::wal::wal_identity;
+use crate::store::Listed;
+
+/// Segments whose times are kept in memory.
+const KEPT: usize = 100_000;
+
+/// What one segment tells.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SegmentTimes {
+    /// the ends of transactions: the earliest and the latest time
+    ends: Option<(i64, i64)>,
+    /// the latest time of anything else: a checkpoint, a restore point
+    other: Option<i64>,
+    /// restore points
+    points: Vec<RestorePoint>,
+    /// where the last whole record begins, and one past its end
+    last: Option<(u64, u64)>,
+    /// a record that goes on in the next segment: where it begins, how much of it is here, its first bytes
+    cut: Option<(u64, u32, Vec<u8>)>,
+    /// what is here of a record before: bytes in all, the first of them
+    rest: (u32, Vec<u8>),
+    /// WAL ends in the middle of the segment, and goes on nowhere
+    unsound: bool,
+}
+
+/// A restore point as the WAL has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestorePoint {
+    /// its name
+    pub name: String,
+    /// where its record begins
+    pub lsn: u64,
+    /// when, in microseconds since 2000
+    pub time: i64,
+}
+
+impl RestorePoint {
+    /// When it was made.
+    pub fn at(&self) -> TimestampTz {
+        TimestampTz(self.time)
+    }
+}
+
+impl SegmentTimes {
+    /// Takes everything from a segment's bytes, and hands each event on.
+    fn read(database: &Database, name: SegmentName, bytes: &[u8], each: &mut dyn FnMut(Lsn, &Event)) -> Result<Self> {
+        let mut times = Self::default();
+        let identity = wal_identity(database)?;
+        let walked = walk(&identity, name, bytes, |lsn, _, event| {
+            times.add(lsn, &event);
+            each(lsn, &event);
+        });
+        let walked = walked.map_err(|error| {
+            Error::new(format!("the archive holds something else as {name}"))
+                .hint("the object was swapped or overwritten; recovery cannot go past it")
+                .source(error)
+        })?;
+        times.last = walked.last.map(|last| (last.0, walked.end.0));
+        times.unsound = walked.stop == Stop::Unsound;
+        if let Stop::Cut(cut) = walked.stop {
+            let head = if cut.may_tell() { cut.head } else { Vec::new() };
+            times.cut = Some((cut.lsn.0, cut.written, head));
+        }
+        times.rest = (walked.rest.len, walked.rest.head);
+        Ok(times)
+    }
+
+    fn add(&mut self, lsn: Lsn, event: &Event) {
+        match event {
+            Event::End { time, .. } => {
+                let (first, last) = self.ends.unwrap_or((time.0, time.0));
+                self.ends = Some((first.min(time.0), last.max(time.0)));
+            }
+            Event::RestorePoint { name, time } => {
+                self.points.push(RestorePoint { name: name.clone(), lsn: lsn.0, time: time.0 });
+                self.other = self.other.max(Some(time.0));
+            }
+            Event::Checkpoint { time } | Event::EndOfRecovery { time, .. } => {
+                self.other = self.other.max(Some(time.0));
+            }
+        }
+    }
+
+    /// Adds the record that began in the segment before this one.
+    pub fn joined(&self, before: &Self, database: &Database) -> Result<Self> {
+        let mut times = self.clone();
+        if let Some((lsn, event)) = self.first_event(before, database)? {
+            times.add(lsn, &event);
+            times.last = times.last.or(Some((lsn.0, lsn.0)));
+        }
+        Ok(times)
+    }
+
+    /// What the record says that the end of the segment before cut.
+    fn first_event(&self, before: &Self, database: &Database) -> Result<Option<(Lsn, Event)>> {
+        let Some((lsn, written, head)) = &before.cut else { return Ok(None) };
+        let cut = CutRecord { lsn: Lsn(*lsn), written: *written, head: head.clone() };
+        let rest = Rest { len: self.rest.0, head: self.rest.1.clone() };
+        Ok(cut.joined(&rest, wal_identity(database)?.major).map(|event| (cut.lsn, event)))
+    }
+
+    /// The latest time at which a transaction ended in it.
+    pub fn last_end(&self) -> Option<TimestampTz> {
+        self.ends.map(|(_, last)| TimestampTz(last))
+    }
+
+    /// The earliest.
+    pub fn first_end(&self) -> Option<TimestampTz> {
+        self.ends.map(|(first, _)| TimestampTz(first))
+    }
+
+    /// The latest time that anything in it tells.
+    pub fn latest(&self) -> Option<TimestampTz> {
+        self.other.max(self.ends.map(|(_, last)| last)).map(TimestampTz)
+    }
+
+    /// Where its last whole record begins.
+    pub fn last_record(&self) -> Option<Lsn> {
+        self.last.map(|(lsn, _)| Lsn(lsn))
+    }
+
+    /// Its restore points.
+    pub fn restore_points(&self) -> &[RestorePoint] {
+        &self.points
+    }
+}
+
+/// The times of a cluster's archive.
+#[derive(Debug)]
+pub struct Times {
+    repository: Repository,
+    database: Database,
+    directory: Option<PathBuf>,
+    kept: Mutex<HashMap<SegmentName, Arc<SegmentTimes>>>,
+}
+
+impl Times {
+    /// Those of `database`; what is found out is kept below `cache`, too.
+    pub fn new(repository: &Repository, database: &Database, cache: Option<&Path>) -> Self {
+        let directory = cache.map(|cache| cache.join(format!("times/{}-{}", repository.stanza, database.system_id)));
+        Self { repository: repository.clone(), database: database.clone(), directory, kept: Mutex::default() }
+    }
+
+    /// The cluster.
+    pub fn database(&self) -> &Database {
+        &self.database
+    }
+
+    /// What a segment tells.
+    pub fn of(&self, name: SegmentName) -> Result<Arc<SegmentTimes>> {
+        if let Some(times) = self.kept.lock().get(&name) {
+            return Ok(times.clone());
+        }
+        let found = self.repository.archive(&self.database).find(&name.to_string())?;
+        let object = found.ok_or_else(|| Error::new(format!("the archive has no {name} any more")))?;
+        let file = self.file(&object);
+        let times = match file.as_deref().and_then(load) {
+            Some(times) => times,
+            None => {
+                let times = SegmentTimes::read(&self.database, name, &self.bytes(name, &object.key)?, &mut |_, _| {})?;
+                file.as_deref().inspect(|file| keep(file, &times));
+                times
+            }
+        };
+        let times = Arc::new(times);
+        let mut kept = self.kept.lock();
+        if kept.len() >= KEPT {
+            kept.clear();
+        }
+        kept.insert(name, times.clone());
+        Ok(times)
+    }
+
+    /// Hands every event of a segment to `each`, in order; that of a record which began in `before` comes first.
+    pub fn events(
+        &self,
+        name: SegmentName,
+        before: Option<SegmentName>,
+        each: &mut dyn FnMut(Lsn, &Event),
+    ) -> Result<()> {
+        let found = self.repository.archive(&self.database).find(&name.to_string())?;
+        let object = found.ok_or_else(|| Error::new(format!("the archive has no {name} any more")))?;
+        let bytes = self.bytes(name, &object.key)?;
+        let mut events = Vec::new();
+        let times =
+            SegmentTimes::read(&self.database, name, &bytes, &mut |lsn, event| events.push((lsn, event.clone())))?;
+        if let Some(before) = before.filter(|_| times.rest.0 > 0)
+            && let Some((lsn, event)) = times.first_event(&*self.of(before)?, &self.database)?
+        {
+            each(lsn, &event);
+        }
+        events.iter().for_each(|(lsn, event)| each(*lsn, event));
+        Ok(())
+    }
+
+    fn bytes(&self, name: SegmentName, key: &str) -> Result<Vec<u8>> {
+        self.repository.wal_file(key).context(|| format!("cannot read WAL segment {name}"))
+    }
+
+    /// The object's name holds a hash of what is in it.
+    fn file(&self, object: &Listed) -> Option<PathBuf> {
+        Some(self.directory.as_ref()?.join(object.key.rsplit('/').next()?))
+    }
+}
+
+/// What was kept of a segment; anything that cannot be read is found out again.
+fn load(file: &Path) -> Option<SegmentTimes> {
+    let bytes = std::fs::read(file).ok()?;
+    let (hash, body) = bytes.split_first_chunk::<32>()?;
+    (blake3::hash(body) == *hash).then(|| serde_json::from_slice(body).ok()).flatten()
+}
+
+/// A cache that cannot be written costs time and nothing else.
+fn keep(file: &Path, times: &SegmentTimes) {
+    let write = || -> std::io::Result<()> {
+        let directory = file.parent().unwrap_or(Path::new("/"));
+        std::fs::create_dir_all(directory)?;
+        let body = serde_json::to_vec(times)?;
+        let mut temporary = tempfile::NamedTempFile::new_in(directory)?;
+        std::io::Write::write_all(&mut temporary, &[&blake3::hash(&body).as_bytes()[..], &body].concat())?;
+        temporary.persist(file)?;
+        Ok(())
+    };
+    if let Err(error) = write() {
+        tracing::debug!(%error, "cannot keep the times of a segment");
+    }
+}
