@@ -36,22 +36,27 @@ pub enum Pushed {
 
 /// Archives the file at `path`, named as PostgreSQL names it.
 pub fn push(repository: &Repository, path: &Path, level: i32) -> Result<Pushed> {
-    // the catalog is fetched while the file is read and compressed: both take their time
-    let (info, file) = thread::scope(|scope| {
-        let info = scope.spawn(|| repository.archive_info());
+    let (name, _) = wal_name(path)?;
+    // the archive is asked while the file is read and compressed: both take their time
+    let (asked, file) = thread::scope(|scope| {
+        let asked = scope.spawn(|| -> Result<_> {
+            let database = repository.archive_info()?.current()?.clone();
+            let there = repository.archive(&database).find(name);
+            Ok((database, there))
+        });
         let file = WalFile::read(repository, path, Some(level), THREADS_MAX);
-        (info.join().unwrap_or_else(|panic| resume_unwind(panic)), file)
+        (asked.join().unwrap_or_else(|panic| resume_unwind(panic)), file)
     });
-    let (info, file) = (info?, file?);
-    let database = info.current()?;
-    file.check(database)?;
-    let archive = repository.archive(database);
-    if let Some(there) = archive.find(&file.name)? {
+    let ((database, there), file) = (asked?, file?);
+    file.check(&database)?;
+    if let Some(there) = there? {
         return file.compare(repository, &there.key);
     }
-    put(repository, &file.key(repository, database), file.pack())?;
+    let key = file.key(repository, &database);
+    put(repository, &key, file.pack())?;
     // somebody else may have pushed other content at the same moment: then both are told
-    archive.find(&file.name)?.map(|_| Pushed::New).ok_or_else(|| not_listed(&file.name))
+    let listed = repository.archive(&database).find(name)?;
+    listed.filter(|listed| listed.key == key).map(|_| Pushed::New).ok_or_else(|| not_listed(name))
 }
 
 /// Writes the object of a file whose name was looked for; it counts when it is listed.
@@ -63,6 +68,16 @@ pub(super) fn put(repository: &Repository, key: &str, stored: Vec<u8>) -> Result
 pub(super) fn not_listed(name: &str) -> Error {
     Error::new(format!("{name} was written to the archive, but is not listed there"))
         .hint("the store does not list what it confirmed; it cannot be used as a repository")
+}
+
+fn wal_name(path: &Path) -> Result<(&str, WalName)> {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let kind = WalName::parse(name).map_err(|error| {
+        Error::new(format!("{} is not a file of pg_wal", path.display()))
+            .hint("archive_command passes the path as %p: \"pgcairn archive-push %p\"")
+            .source(error)
+    })?;
+    Ok((name, kind))
 }
 
 /// A file of `pg_wal` as it was read once, named by its content. Its plain bytes are not kept.
@@ -122,12 +137,7 @@ impl WalFile {
         level: Option<i32>,
         read: impl FnOnce(&Source<'_>) -> Result<Vec<Chunk>>,
     ) -> Result<Self> {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let kind = WalName::parse(name).map_err(|error| {
-            Error::new(format!("{} is not a file of pg_wal", path.display()))
-                .hint("archive_command passes the path as %p: \"pgcairn archive-push %p\"")
-                .source(error)
-        })?;
+        let (name, kind) = wal_name(path)?;
         let file = File::open(path).map_err(|error| Error::io("open", path, error))?;
         let len = file.metadata().map_err(|error| Error::io("look at", path, error))?.len();
         if len > SEGMENT_BYTES_MAX {
