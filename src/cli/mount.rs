@@ -14,7 +14,7 @@ use crate::read::course::Bound;
 use crate::read::point::Action;
 use crate::read::prefetch::Prefetcher;
 use crate::read::recovery::Prepared;
-use crate::read::stanza::StanzaTree;
+use crate::read::stanza::{Moments, StanzaTree};
 use crate::read::tree::{Owner, ViewTree};
 use crate::read::view::{View, ViewOptions};
 use crate::repo::Repository;
@@ -123,7 +123,7 @@ impl Mount {
         let repository = common.repository(false)?;
         let (tree, scratch) = match &self.backup {
             Some(backup) => self.one(repository, backup)?,
-            None => (self.all(repository)?, None),
+            None => (self.all(common, repository)?, None),
         };
         let mut options = Options::new(&self.mountpoint);
         options.allow_other = nix::unistd::geteuid().is_root();
@@ -152,11 +152,16 @@ impl Mount {
         Ok((Arc::new(ViewTree::new(view, owner, prefetcher)), scratch))
     }
 
-    fn all(&self, repository: Repository) -> Result<Arc<dyn Tree>> {
+    fn all(&self, common: &Common, repository: Repository) -> Result<Arc<dyn Tree>> {
         repository.archive_info()?;
+        let moments = Moments {
+            restore_command: point::restore_command(common, true)?,
+            cache: self.cache.directory(),
+            found: parking_lot::Mutex::default(),
+        };
         let fetcher = self.cache.fetcher(repository)?;
         let prefetcher = Arc::new(Prefetcher::start(PREFETCH_THREADS));
-        Ok(Arc::new(StanzaTree::new(fetcher, self.owner.clone(), owner, prefetcher)?))
+        Ok(Arc::new(StanzaTree::new(fetcher, self.owner.clone(), owner, prefetcher, moments)?))
     }
 
     fn arguments(&self, common: &Common) -> Result<Vec<String>> {
