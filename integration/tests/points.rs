@@ -260,6 +260,9 @@ fn what_cannot_be_reached_is_refused_with_what_can() {
         &format!("segment {segment} is missing"),
         "can be reached",
     );
+    let info = stanza.run(["info"]).ok();
+    assert!(info.contains(&format!("WAL {segment} is missing")), "{info}");
+    assert!(info.matches("timeline 1: can be reached from").count() == 1, "{info}");
     let clone = stanza.start("before", &["mark 4"]);
     assert_eq!(marks(&clone), up_to(4));
     clone.stop(&[]);
@@ -273,6 +276,101 @@ fn what_cannot_be_reached_is_refused_with_what_can() {
     assert_eq!(failed.code, Some(1), "{failed:?}");
     assert!(failed.stderr.contains(&segment), "{}", failed.stderr);
     std::fs::rename(&aside, &archived).unwrap();
+    stanza.assert_nothing_left();
+}
+
+#[test]
+fn a_mount_has_a_directory_for_every_moment() {
+    let history = History::new(15);
+    let stanza = &history.stanza;
+    let mount = stanza.mount("mount", &[]);
+    let pitr = mount.path().join("pitr");
+    assert_eq!(std::fs::read_dir(&pitr).unwrap().count(), 0);
+    let mark = history.mark(4);
+    let names = [
+        mark.after.replace(' ', "T"),
+        mark.lsn.replace('/', "-"),
+        format!("lsn:{}", mark.lsn.replace('/', "-")),
+        format!("xid:{}", mark.xid),
+        "mark 4".to_owned(),
+        "name:mark 4".to_owned(),
+    ];
+    for (number, name) in names.iter().enumerate() {
+        let directory = pitr.join(name);
+        assert!(directory.join("recovery.signal").exists(), "{name}");
+        let conf = std::fs::read_to_string(directory.join("postgresql.auto.conf")).unwrap();
+        assert!(conf.contains("recovery_target_") && conf.contains("archive_mode = 'off'"), "{name}: {conf}");
+        // the same target, however it is written: one copy of each kind is enough
+        if number == 2 || number == 5 {
+            continue;
+        }
+        let copy = stanza.place().join(&format!("copy{number}"));
+        let status = std::process::Command::new("cp").arg("-a").arg(&directory).arg(&copy).status().unwrap();
+        assert!(status.success());
+        let mut server = Cluster::open(15, &copy, &[]);
+        let promoted = || server.psql("SELECT pg_is_in_recovery();") == "f";
+        wait_until(Duration::from_secs(60), "the end of recovery", promoted);
+        assert_eq!(marks(&server), up_to(4), "{name}");
+        server.stop(StopMode::Fast);
+    }
+    for absent in ["2100-01-01T00:00Z", "2020-01-01T00:00Z", "yesterday 14:30", "nowhere", "FF-0", ".git"] {
+        assert!(!pitr.join(absent).exists(), "{absent}");
+    }
+    assert_eq!(std::fs::read_dir(&pitr).unwrap().count(), names.len());
+    // a moment that comes later is there later
+    let later = Mark::write(&history.cluster, 7);
+    assert!(!pitr.join("mark 7").exists());
+    history.archive_all(&history.cluster);
+    assert!(pitr.join("mark 7").join("recovery.signal").exists(), "{later:?}");
+    drop(mount);
+
+    // the mountpoint itself, writable
+    let target = format!("--target={}", mark.after);
+    let scratch = stanza.place().join("scratch");
+    let mount = stanza.mount("moment", &["--type=time", &target, "--scratch", scratch.to_str().unwrap()]);
+    let mut server = Cluster::open(15, mount.path(), &[]);
+    wait_until(Duration::from_secs(60), "the end of recovery", || server.psql("SELECT pg_is_in_recovery();") == "f");
+    assert_eq!(marks(&server), up_to(4));
+    server.stop(StopMode::Fast);
+    drop(server);
+    drop(mount);
+    stanza.assert_nothing_left();
+}
+
+#[test]
+fn one_table_comes_back() {
+    let history = History::new(15);
+    let (stanza, cluster) = (&history.stanza, &history.cluster);
+    assert!(cluster.try_psql("SELECT count(*) FROM victim;").is_err());
+    let time = format!("--target={}", history.mark(5).after);
+    let table = "--table=postgres.public.victim";
+    let into = format!("--into={}", cluster.conninfo());
+    stanza.run(["extract", "--type=time", &time, table, &into]).ok();
+    assert_eq!(cluster.psql("SELECT count(*), sum(i) FROM victim;"), "5000|12502500");
+    // nothing is half done where it is there already
+    let twice = stanza.run(["extract", &time, table, &into]).fails(1, "already exists");
+    assert!(twice.stderr.contains("hint: "), "{}", twice.stderr);
+    assert_eq!(cluster.psql("SELECT count(*) FROM victim;"), "5000");
+
+    let file = stanza.place().join("victim.sql");
+    let output = format!("--output={}", file.display());
+    stanza.run(["extract", "mark 5", table, &output]).ok();
+    let dump = std::fs::read_to_string(&file).unwrap();
+    assert!(dump.contains("COPY public.victim") && dump.contains("PostgreSQL database dump complete"));
+    stanza.run(["extract", "mark 5", table, &output]).fails(1, "exists already");
+    let shown = stanza.run(["extract", &history.backups[0], table]).ok();
+    assert!(shown.contains("COPY public.victim"));
+
+    stanza.run(["extract", "mark 6", table]).fails(1, "pg_dump of public.victim failed").fails(1, "hint: ");
+    stanza.run(["extract", "mark 5", "--table=victim"]).fails(1, "names no table of a database");
+    stanza.run(["extract", "mark 5", "--table=nowhere.public.victim"]).fails(1, "hint: ");
+
+    let info: serde_json::Value = serde_json::from_str(&stanza.run(["info", "--output=json"]).ok()).unwrap();
+    let timeline = &info[0]["archive"][0]["timeline"][0];
+    assert_eq!((&timeline["id"], &timeline["gap"]), (&1.into(), &serde_json::json!([])), "{timeline}");
+    assert_eq!(timeline["range"][0]["backup"], history.backups[0][..], "{timeline}");
+    let last = cluster.psql(&format!("SELECT extract(epoch FROM '{}'::timestamptz);", history.mark(6).committed));
+    assert!(timeline["range"][0]["to"]["time"].as_f64().unwrap() >= last.parse::<f64>().unwrap(), "{timeline}");
     stanza.assert_nothing_left();
 }
 
