@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use pgcairn_integration::wait::wait_until;
-use pgcairn_integration::{Client, Cluster, Stanza, StopMode};
+use pgcairn_integration::{Client, Cluster, Stanza, StopMode, install};
 
 /// One row of the history, and where it was written.
 #[derive(Clone, Debug)]
@@ -324,8 +324,27 @@ fn a_mount_has_a_directory_for_every_moment() {
     assert!(pitr.join("mark 7").join("recovery.signal").exists(), "{later:?}");
     drop(mount);
 
-    // the mountpoint itself, writable
+    // recovered before it is shown
     let target = format!("--target={}", mark.after);
+    let mount = stanza.mount("recovered", &["--recovered", "--type=time", &target]);
+    assert!(!mount.path().join("recovery.signal").exists() && !mount.path().join("backup_label").exists());
+    assert!(std::fs::write(mount.path().join("new"), "x").is_err(), "it can be written to");
+    let state =
+        install::as_server_user(history.cluster.bin_directory().join("pg_controldata")).arg(mount.path()).output();
+    let state = String::from_utf8(state.unwrap().stdout).unwrap();
+    assert!(state.contains("cluster state:               shut down\n"), "{state}");
+    let copy = stanza.place().join("copy-recovered");
+    assert!(std::process::Command::new("cp").arg("-a").arg(mount.path()).arg(&copy).status().unwrap().success());
+    drop(mount);
+    let mut server = Cluster::open(15, &copy, &[]);
+    assert_eq!(marks(&server), up_to(4));
+    assert_eq!(server.psql("SELECT count(*) FROM victim;"), "5000");
+    server.stop(StopMode::Fast);
+    let clones = stanza.place().join("clones");
+    let is_empty = || std::fs::read_dir(&clones).unwrap().count() == 0;
+    wait_until(Duration::from_secs(30), "the private scratch to go", is_empty);
+
+    // the mountpoint itself, writable
     let scratch = stanza.place().join("scratch");
     let mount = stanza.mount("moment", &["--type=time", &target, "--scratch", scratch.to_str().unwrap()]);
     let mut server = Cluster::open(15, mount.path(), &[]);

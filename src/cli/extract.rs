@@ -65,7 +65,8 @@ impl Extract {
             signal_hook::flag::register(signal, interrupted.clone())
                 .map_err(|error| Error::new("cannot wait for signals").source(error))?;
         }
-        let start = Start::for_extract(
+        let start = Start::for_verb(
+            "extract",
             self.backup.as_deref(),
             &self.point,
             (self.pg_bin.as_deref(), self.owner.as_deref()),

@@ -87,8 +87,9 @@ impl Start {
         Ok(())
     }
 
-    /// A clone that is only needed for a moment.
-    pub(super) fn for_extract(
+    /// A clone that another verb needs for a while; its name ends with this process's id.
+    pub(super) fn for_verb(
+        verb: &str,
         backup: Option<&str>,
         point: &PointOptions,
         (pg_bin, owner): (Option<&Path>, Option<&str>),
@@ -99,7 +100,7 @@ impl Start {
             backup: backup.map(str::to_owned),
             point: point.clone(),
             read_only: false,
-            name: Some(format!("extract-{}", std::process::id())),
+            name: Some(format!("{verb}-{}", std::process::id())),
             port: None,
             pg_bin: pg_bin.map(Path::to_owned),
             owner: owner.map(str::to_owned),
