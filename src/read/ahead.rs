@@ -166,7 +166,7 @@ fn fetch_all(
     for job in jobs {
         let name = job.name;
         let target = spool.file(&staged(name, run));
-        let fetched = deliver(repository, database, &name.to_string(), &job.key, &target);
+        let fetched = deliver(repository, database, &name.to_string(), &job.key, &target, 1);
         let unmarked = spool.remove(&mark(name, run));
         let fetched = fetched.and(unmarked);
         if let Err(error) = &fetched {

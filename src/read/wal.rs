@@ -1,13 +1,15 @@
 //! Archived WAL files: as a file of a view, and as `archive-get` delivers them.
 
 use std::fs::File;
-use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::panic::resume_unwind;
 use std::path::Path;
+use std::thread;
 
 use super::fetch::Fetcher;
 use crate::error::{Context, Error, Result};
 use crate::format::FormatError;
-use crate::format::chunk::ChunkRef;
+use crate::format::chunk::{ChunkRef, Decoder};
 use crate::format::manifest::Database;
 use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer};
 use crate::postgres::WalName;
@@ -73,8 +75,11 @@ pub fn get_and(
     let database = info.current().map_err(GetError::Failed)?;
     let key = repository.archive(database).find(name).map_err(GetError::Failed)?.ok_or(GetError::NotThere)?.key;
     found();
-    deliver(repository, database, name, &key, target).map_err(GetError::Failed)
+    deliver(repository, database, name, &key, target, THREADS_MAX).map_err(GetError::Failed)
 }
+
+/// Threads that decompress and check one file. More than a few are done before the last one has begun.
+const THREADS_MAX: usize = 4;
 
 /// Writes the archived file `name`, whose object is `key`, to `target`, by way of a temporary file beside it.
 pub(super) fn deliver(
@@ -83,9 +88,10 @@ pub(super) fn deliver(
     name: &str,
     key: &str,
     target: &Path,
+    threads: usize,
 ) -> Result<()> {
     let temporary = target.with_extension(TEMPORARY);
-    let written = write(repository, database, name, key, &temporary)
+    let written = write(repository, database, name, key, &temporary, threads)
         .and_then(|()| std::fs::rename(&temporary, target).map_err(|error| Error::io("rename to", target, error)));
     if written.is_err() {
         _ = std::fs::remove_file(&temporary);
@@ -96,23 +102,48 @@ pub(super) fn deliver(
 /// What a file is called while it is written.
 pub(super) const TEMPORARY: &str = "pgcairn-tmp";
 
-fn write(repository: &Repository, database: &Database, name: &str, key: &str, path: &Path) -> Result<()> {
-    let file = File::create(path).map_err(|error| Error::io("create", path, error))?;
-    let mut out = std::io::BufWriter::with_capacity(1 << 20, file);
-    let mut len = 0;
-    repository.read_pack(key, PackKind::Wal, |plain| {
-        if len == 0 {
-            check_first_bytes(database, name, plain)?;
-        }
-        len += plain.len() as u64;
-        out.write_all(plain).map_err(|error| Error::io("write", path, error))
-    })?;
-    out.flush().map_err(|error| Error::io("write", path, error))?;
+fn write(
+    repository: &Repository,
+    database: &Database,
+    name: &str,
+    key: &str,
+    path: &Path,
+    threads: usize,
+) -> Result<()> {
+    let bytes = repository.store.get(key)?;
+    let pack = Pack::parse(key, &bytes)?;
+    pack.header.expect(key, PackKind::Wal)?;
+    let len: u64 = pack.chunks.iter().map(|chunk| u64::from(chunk.plain_len)).sum();
     let is_segment = matches!(WalName::parse(name), Ok(WalName::Segment(_)));
-    match is_segment && len != database.wal_segment_size {
-        true => Err(FormatError::new(key, 0, format!("a WAL segment of {len} bytes")).into()),
-        false => Ok(()),
+    if is_segment && len != database.wal_segment_size {
+        return Err(FormatError::new(key, 0, format!("a WAL segment of {len} bytes")).into());
     }
+    let file = File::create(path).map_err(|error| Error::io("create", path, error))?;
+    let part = |chunks: &[ChunkRef], mut offset: u64| -> Result<()> {
+        let mut decoder = Decoder::new().map_err(|error| Error::new("cannot set up zstd").source(error))?;
+        for chunk in chunks {
+            let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
+            let plain = decoder.decode(&repository.keys, key, chunk, stored)?;
+            if offset == 0 {
+                check_first_bytes(database, name, &plain)?;
+            }
+            file.write_all_at(&plain, offset).map_err(|error| Error::io("write", path, error))?;
+            offset += plain.len() as u64;
+        }
+        Ok(())
+    };
+    let threads = threads.min(thread::available_parallelism().map_or(1, usize::from));
+    let each = pack.chunks.len().div_ceil(threads.max(1)).max(1);
+    thread::scope(|scope| {
+        let mut offset = 0;
+        let mut parts = Vec::new();
+        for chunks in pack.chunks.chunks(each) {
+            let part = &part;
+            parts.push(scope.spawn(move || part(chunks, offset)));
+            offset += chunks.iter().map(|chunk| u64::from(chunk.plain_len)).sum::<u64>();
+        }
+        parts.into_iter().try_for_each(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    })
 }
 
 /// Fails unless the chunks are the slots of a file of `size` bytes.

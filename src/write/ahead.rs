@@ -218,19 +218,18 @@ impl Session<'_> {
         let (file, content) = {
             let _token = Token::take(&lines.tokens);
             let before = stat(&path)?;
-            let file = WalFile::read(&self.repository, &path)?;
+            let level = job.there.is_empty().then_some(self.options.level);
+            let (file, content) = WalFile::read_hashed(&self.repository, &path, level)?;
             // as long as it is to be archived, the server leaves it alone; after that it becomes another one under our hands
             let is_ready = ready(&self.options.wal, &job.name).exists();
             if !is_ready || identity(&before) != identity(&stat(&path)?) {
-                return Err(Error::new(format!("{} changed while it was read", path.display())));
+                return Err(changed(&path));
             }
-            file.check(&self.database)?;
-            let content = blake3::hash(file.bytes());
             (file, content)
         };
+        file.check(&self.database)?;
         let Some(segment) = file.segment() else {
             // few and small; and a history file has a name that could be overwritten
-            drop(file);
             return self.push_alone(&path, content).map(Some);
         };
         match &job.there[..] {
@@ -238,10 +237,7 @@ impl Session<'_> {
             [there] => return file.compare(&self.repository, &there.key).map(|_| Some(Outcome::archived(content))),
             _ => return Err(twice(&job.name)),
         }
-        let (key, stored) = {
-            let _token = Token::take(&lines.tokens);
-            (file.key(&self.repository, &self.database), file.encode(self.options.level, 1)?)
-        };
+        let (key, stored) = (file.key(&self.repository, &self.database), file.pack());
         drop(file);
         put(&self.repository, &key, stored)?;
         _ = lines.puts.send(Put { segment, content, key });
@@ -251,11 +247,8 @@ impl Session<'_> {
     /// Archives what is no segment, and makes sure that what was archived is what was read here.
     fn push_alone(&self, path: &Path, content: Content) -> Result<Outcome> {
         push(&self.repository, path, self.options.level)?;
-        let again = WalFile::read(&self.repository, path)?;
-        match blake3::hash(again.bytes()) == content {
-            true => Ok(Outcome::archived(content)),
-            false => Err(Error::new(format!("{} changed while it was read", path.display()))),
-        }
+        let (_, again) = WalFile::read_hashed(&self.repository, path, None)?;
+        if again == content { Ok(Outcome::archived(content)) } else { Err(changed(path)) }
     }
 
     /// Lists what was put, as many at once as have come meanwhile, and says so.
@@ -303,6 +296,10 @@ impl Drop for Token<'_> {
     fn drop(&mut self) {
         _ = self.0.send(());
     }
+}
+
+fn changed(path: &Path) -> Error {
+    Error::new(format!("{} changed while it was read", path.display()))
 }
 
 fn stat(path: &Path) -> Result<Metadata> {

@@ -1,16 +1,19 @@
 //! One file of `pg_wal` into the archive: success means that the store has confirmed it.
 
 use std::fs::File;
-use std::io::Read;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::panic::resume_unwind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 
+use super::answer::Content;
 use crate::error::{Context, Error, Result};
 use crate::format::SLOT;
-use crate::format::chunk::{Digest, Encoder, PackId};
+use crate::format::chunk::{ChunkId, Encoder, HashKeys, PackId};
 use crate::format::manifest::Database;
 use crate::format::pack::{PackKind, PackWriter};
+use crate::postgres::wal::header::LONG_PAGE_HEADER_BYTES;
 use crate::postgres::{SegmentName, WalName};
 use crate::repo::Repository;
 use crate::repo::wal::wal_identity;
@@ -19,8 +22,8 @@ use crate::store::Body;
 /// The largest WAL segment there can be.
 const SEGMENT_BYTES_MAX: u64 = 1 << 30;
 
-/// Threads that compress one file. More than a few are done before the last one has begun.
-const ENCODE_THREADS_MAX: usize = 4;
+/// Threads that read and compress one file. More than a few are done before the last one has begun.
+const THREADS_MAX: usize = 4;
 
 /// What a push did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,25 +36,27 @@ pub enum Pushed {
 
 /// Archives the file at `path`, named as PostgreSQL names it.
 pub fn push(repository: &Repository, path: &Path, level: i32) -> Result<Pushed> {
-    // the catalog is fetched while the file is read and compressed: both take their time
-    let (info, file) = thread::scope(|scope| {
-        let info = scope.spawn(|| repository.archive_info());
-        let file = WalFile::read(repository, path).map(|file| {
-            let stored = file.encode(level, ENCODE_THREADS_MAX);
-            (file, stored)
+    let (name, _) = wal_name(path)?;
+    // the archive is asked while the file is read and compressed: both take their time
+    let (asked, file) = thread::scope(|scope| {
+        let asked = scope.spawn(|| -> Result<_> {
+            let database = repository.archive_info()?.current()?.clone();
+            let there = repository.archive(&database).find(name);
+            Ok((database, there))
         });
-        (info.join().unwrap_or_else(|panic| resume_unwind(panic)), file)
+        let file = WalFile::read(repository, path, Some(level), THREADS_MAX);
+        (asked.join().unwrap_or_else(|panic| resume_unwind(panic)), file)
     });
-    let (info, (file, stored)) = (info?, file?);
-    let database = info.current()?;
-    file.check(database)?;
-    let archive = repository.archive(database);
-    if let Some(there) = archive.find(&file.name)? {
+    let ((database, there), file) = (asked?, file?);
+    file.check(&database)?;
+    if let Some(there) = there? {
         return file.compare(repository, &there.key);
     }
-    put(repository, &file.key(repository, database), stored?)?;
+    let key = file.key(repository, &database);
+    put(repository, &key, file.pack())?;
     // somebody else may have pushed other content at the same moment: then both are told
-    archive.find(&file.name)?.map(|_| Pushed::New).ok_or_else(|| not_listed(&file.name))
+    let listed = repository.archive(&database).find(name)?;
+    listed.filter(|listed| listed.key == key).map(|_| Pushed::New).ok_or_else(|| not_listed(name))
 }
 
 /// Writes the object of a file whose name was looked for; it counts when it is listed.
@@ -65,32 +70,85 @@ pub(super) fn not_listed(name: &str) -> Error {
         .hint("the store does not list what it confirmed; it cannot be used as a repository")
 }
 
-/// A file of `pg_wal` in memory, named by its content.
+fn wal_name(path: &Path) -> Result<(&str, WalName)> {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let kind = WalName::parse(name).map_err(|error| {
+        Error::new(format!("{} is not a file of pg_wal", path.display()))
+            .hint("archive_command passes the path as %p: \"pgcairn archive-push %p\"")
+            .source(error)
+    })?;
+    Ok((name, kind))
+}
+
+/// A file of `pg_wal` as it was read once, named by its content. Its plain bytes are not kept.
 pub(super) struct WalFile {
     pub(super) name: String,
     kind: WalName,
-    bytes: Vec<u8>,
-    slots: Vec<Digest>,
+    path: PathBuf,
+    len: u64,
+    /// what tells whose it is
+    header: Vec<u8>,
+    chunks: Vec<Chunk>,
     content: PackId,
 }
 
+struct Chunk {
+    id: ChunkId,
+    plain_len: usize,
+    /// empty unless it was to be compressed
+    stored: Vec<u8>,
+}
+
 impl WalFile {
-    /// Reads it whole. Whose it is must be checked before it is put.
-    pub(super) fn read(repository: &Repository, path: &Path) -> Result<Self> {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let kind = WalName::parse(name).map_err(|error| {
-            Error::new(format!("{} is not a file of pg_wal", path.display()))
-                .hint("archive_command passes the path as %p: \"pgcairn archive-push %p\"")
-                .source(error)
-        })?;
-        let bytes = read(path)?;
-        let slots: Vec<Digest> = bytes.chunks(SLOT).map(|slot| repository.keys.digest(slot)).collect();
-        let content = repository.keys.file(slots.iter().map(|slot| slot.id));
-        Ok(Self { name: name.to_owned(), kind, bytes, slots, content })
+    /// Reads it whole, with up to `threads` threads; compresses it unless there is no `level`. Whose it is must be checked
+    /// before it is put.
+    pub(super) fn read(repository: &Repository, path: &Path, level: Option<i32>, threads: usize) -> Result<Self> {
+        let threads = threads.min(thread::available_parallelism().map_or(1, usize::from));
+        Self::read_with(repository, path, level, |source| {
+            let count = source.chunks();
+            let each = count.div_ceil(threads.clamp(1, count.max(1))).max(1);
+            thread::scope(|scope| {
+                let starts: Vec<usize> = (0..count).step_by(each).collect();
+                let reading: Vec<_> = starts
+                    .into_iter()
+                    .map(|start| scope.spawn(move || source.read(start..count.min(start + each), |_| ())))
+                    .collect();
+                let mut chunks = Vec::with_capacity(count);
+                for part in reading {
+                    chunks.extend(part.join().unwrap_or_else(|panic| resume_unwind(panic))?);
+                }
+                Ok(chunks)
+            })
+        })
     }
 
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.bytes
+    /// The same in this thread, with the hash of the whole content.
+    pub(super) fn read_hashed(repository: &Repository, path: &Path, level: Option<i32>) -> Result<(Self, Content)> {
+        let mut hasher = blake3::Hasher::new();
+        let file = Self::read_with(repository, path, level, |source| {
+            source.read(0..source.chunks(), |plain| _ = hasher.update(plain))
+        })?;
+        Ok((file, hasher.finalize()))
+    }
+
+    fn read_with(
+        repository: &Repository,
+        path: &Path,
+        level: Option<i32>,
+        read: impl FnOnce(&Source<'_>) -> Result<Vec<Chunk>>,
+    ) -> Result<Self> {
+        let (name, kind) = wal_name(path)?;
+        let file = File::open(path).map_err(|error| Error::io("open", path, error))?;
+        let len = file.metadata().map_err(|error| Error::io("look at", path, error))?.len();
+        if len > SEGMENT_BYTES_MAX {
+            return Err(Error::new(format!("{} has {len} bytes, more than any WAL segment", path.display())));
+        }
+        let mut header = vec![0; LONG_PAGE_HEADER_BYTES.min(len as usize)];
+        let source = Source { file, path, len, keys: &repository.keys, level };
+        source.read_at(&mut header, 0)?;
+        let chunks = read(&source)?;
+        let content = repository.keys.file(chunks.iter().map(|chunk| chunk.id));
+        Ok(Self { name: name.to_owned(), kind, path: path.to_owned(), len, header, chunks, content })
     }
 
     /// Which segment it is, if it is a whole one.
@@ -100,19 +158,15 @@ impl WalFile {
 
     /// Refuses what is not WAL of this cluster.
     pub(super) fn check(&self, database: &Database) -> Result<()> {
-        let (name, len) = (&self.name, self.bytes.len() as u64);
-        if len > database.wal_segment_size {
-            return Err(Error::new(format!(
-                "{name} has {len} bytes, a WAL segment of this cluster has {}",
-                database.wal_segment_size
-            )));
+        let (name, len, expected) = (&self.name, self.len, database.wal_segment_size);
+        if len > expected {
+            return Err(Error::new(format!("{name} has {len} bytes, a WAL segment of this cluster has {expected}")));
         }
         let (WalName::Segment(segment) | WalName::Partial(segment)) = self.kind else { return Ok(()) };
-        if len != database.wal_segment_size {
-            let expected = database.wal_segment_size;
+        if len != expected {
             return Err(Error::new(format!("WAL segment {name} has {len} bytes, it should have {expected}")));
         }
-        wal_identity(database)?.check_segment(segment, &self.bytes).map_err(|error| {
+        wal_identity(database)?.check_segment(segment, &self.header).map_err(|error| {
             Error::new(format!("{name} is not WAL of this stanza's cluster"))
                 .hint("check --stanza in archive_command; a clone must not archive into its source's stanza")
                 .source(error)
@@ -128,7 +182,7 @@ impl WalFile {
                 there.extend_from_slice(plain);
                 Ok(())
             })?;
-            there == self.bytes
+            there == std::fs::read(&self.path).map_err(|error| Error::io("read", &self.path, error))?
         } else {
             key.ends_with(&self.content.to_string())
         };
@@ -144,43 +198,52 @@ impl WalFile {
         repository.archive(database).key(&self.name, self.content)
     }
 
-    /// The object, made by up to this many threads.
-    pub(super) fn encode(&self, level: i32, threads: usize) -> Result<Vec<u8>> {
-        let chunks: Vec<&[u8]> = self.bytes.chunks(SLOT).collect();
-        let threads = threads.min(thread::available_parallelism().map_or(1, usize::from)).min(chunks.len()).max(1);
+    /// Its object, if it was compressed.
+    pub(super) fn pack(&self) -> Vec<u8> {
         let mut pack = PackWriter::new(PackKind::Wal, self.content, 0);
-        thread::scope(|scope| {
-            let parts = chunks.chunks(chunks.len().div_ceil(threads).max(1));
-            let encoding: Vec<_> = parts.map(|part| scope.spawn(move || encode(part, level))).collect();
-            let mut number = 0;
-            for part in encoding {
-                for stored in part.join().unwrap_or_else(|panic| resume_unwind(panic))? {
-                    pack.add(self.slots[number].id, chunks[number].len(), &stored);
-                    number += 1;
-                }
+        for chunk in &self.chunks {
+            pack.add(chunk.id, chunk.plain_len, &chunk.stored);
+        }
+        pack.finish()
+    }
+}
+
+/// A file being read.
+struct Source<'a> {
+    file: File,
+    path: &'a Path,
+    len: u64,
+    keys: &'a HashKeys,
+    level: Option<i32>,
+}
+
+impl Source<'_> {
+    fn chunks(&self) -> usize {
+        self.len.div_ceil(SLOT as u64) as usize
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        self.file.read_exact_at(buffer, offset).map_err(|error| Error::io("read", self.path, error))
+    }
+
+    /// Reads these chunks in order; `each` sees the plain bytes.
+    fn read(&self, numbers: Range<usize>, mut each: impl FnMut(&[u8])) -> Result<Vec<Chunk>> {
+        let encoder = self.level.map(Encoder::new).transpose();
+        let mut encoder = encoder.context(|| "cannot set up zstd".into())?;
+        // one buffer each for all chunks: fresh ones would cost more than compressing
+        let (mut plain, mut stored) = (vec![0; SLOT], Vec::new());
+        let mut chunks = Vec::with_capacity(numbers.len());
+        for number in numbers {
+            let offset = number as u64 * SLOT as u64;
+            plain.resize((self.len - offset).min(SLOT as u64) as usize, 0);
+            self.read_at(&mut plain, offset)?;
+            each(&plain);
+            stored.clear();
+            if let Some(encoder) = &mut encoder {
+                encoder.encode(&plain, &mut stored).context(|| "cannot compress".into())?;
             }
-            Ok(pack.finish())
-        })
+            chunks.push(Chunk { id: self.keys.digest(&plain).id, plain_len: plain.len(), stored: stored.to_vec() });
+        }
+        Ok(chunks)
     }
-}
-
-fn encode(chunks: &[&[u8]], level: i32) -> Result<Vec<Vec<u8>>> {
-    let mut encoder = Encoder::new(level).context(|| "cannot set up zstd".into())?;
-    let one = |plain: &&[u8]| {
-        let mut stored = Vec::new();
-        encoder.encode(plain, &mut stored).context(|| "cannot compress".into())?;
-        Ok(stored)
-    };
-    chunks.iter().map(one).collect()
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    let file = File::open(path).map_err(|error| Error::io("open", path, error))?;
-    let len = file.metadata().map_err(|error| Error::io("look at", path, error))?.len();
-    if len > SEGMENT_BYTES_MAX {
-        return Err(Error::new(format!("{} has {len} bytes, more than any WAL segment", path.display())));
-    }
-    let mut bytes = Vec::with_capacity(len as usize);
-    file.take(len).read_to_end(&mut bytes).map_err(|error| Error::io("read", path, error))?;
-    Ok(bytes)
 }
