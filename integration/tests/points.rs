@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use pgcairn::postgres::wal::records::{CutRecord, Event, Stop, walk};
+use pgcairn::postgres::{ControlFile, Lsn, WalIdentity};
 use pgcairn_integration::wait::wait_until;
 use pgcairn_integration::{Client, Cluster, Stanza, StopMode, install};
 
@@ -391,6 +393,124 @@ fn one_table_comes_back() {
     let last = cluster.psql(&format!("SELECT extract(epoch FROM '{}'::timestamptz);", history.mark(6).committed));
     assert!(timeline["range"][0]["to"]["time"].as_f64().unwrap() >= last.parse::<f64>().unwrap(), "{timeline}");
     stanza.assert_nothing_left();
+}
+
+/// The oldest and the newest server.
+#[test]
+fn other_majors_reach_their_targets() {
+    for major in [13, 18] {
+        let history = History::new(major);
+        let bin = install::server(major);
+        let programs = format!("--pg-bin={}", bin.display());
+        let mut targets = history.targets(4);
+        targets.push(vec!["--read-only".to_owned(), "mark 4".to_owned()]);
+        for target in targets {
+            let clone = history.stanza.start("point", &[&[&programs[..]], &strs(&target)[..]].concat());
+            assert_eq!(marks(&clone), up_to(4), "{major}: {target:?}: {}", clone.told());
+            clone.stop(&[]);
+        }
+        history.stanza.assert_nothing_left();
+    }
+}
+
+/// pg_waldump is the judge: the same ends of transactions and restore points, at the same positions.
+#[test]
+fn records_are_read_as_pg_waldump_reads_them() {
+    let settings = [("max_prepared_transactions", "5"), ("wal_keep_size", "100MB")];
+    let builder = Cluster::builder().wal_segsize_mb(1);
+    let cluster = settings.into_iter().fold(builder, |builder, (name, value)| builder.conf(name, value)).start();
+    cluster.psql("CREATE TABLE t (i int PRIMARY KEY, x text);");
+    let first: String = cluster.psql("SELECT pg_walfile_name(pg_switch_wal());");
+    // many small transactions, so that some lie across pages and segments; subtransactions, large ones, prepared ones
+    cluster.pgbench(&["-i", "-q", "-s", "1"]);
+    cluster.pgbench(&["-c", "2", "-t", "1500", "-n"]);
+    cluster.psql(
+        "BEGIN; INSERT INTO t SELECT i, repeat('x', 500) FROM generate_series(1, 4000) AS i; COMMIT;
+         DO $$ BEGIN FOR i IN 1..100 LOOP BEGIN INSERT INTO t VALUES (-i); EXCEPTION WHEN OTHERS THEN NULL; END; END LOOP; END $$;
+         BEGIN; DELETE FROM t WHERE i < 0; ROLLBACK;
+         BEGIN; CREATE TABLE u (i int); SAVEPOINT s; INSERT INTO u VALUES (1); PREPARE TRANSACTION 'kept';
+         BEGIN; INSERT INTO t VALUES (-1000); PREPARE TRANSACTION 'lost';
+         COMMIT PREPARED 'kept'; ROLLBACK PREPARED 'lost';
+         SELECT pg_create_restore_point('a name with spaces'); CHECKPOINT; DROP TABLE u;",
+    );
+    let last = cluster.psql("SELECT pg_walfile_name(pg_switch_wal());");
+    let directory = cluster.data_directory().join("pg_wal");
+    let mut names: Vec<String> = std::fs::read_dir(&directory)
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .filter(|name| name.len() == 24 && *name > first && *name <= last)
+        .collect();
+    names.sort();
+    assert!(names.len() >= 5, "{names:?}");
+    let control = std::fs::read(cluster.data_directory().join("global/pg_control")).unwrap();
+    let control = ControlFile::parse(&control).unwrap();
+    let identity = WalIdentity {
+        major: control.major().unwrap(),
+        system_identifier: control.system_identifier,
+        segment_size: control.wal_segment_size,
+        page_bytes: control.wal_page_bytes,
+    };
+    let (mut ours, mut cut): (Vec<String>, Option<CutRecord>) = (Vec::new(), None);
+    let mut crossed = 0;
+    for name in &names {
+        let bytes = std::fs::read(directory.join(name)).unwrap();
+        let mut events = Vec::new();
+        let walked =
+            walk(&identity, name.parse().unwrap(), &bytes, |lsn, _, event| events.extend(told(lsn, &event))).unwrap();
+        if let Some(event) = cut.as_ref().and_then(|cut| cut.joined(&walked.rest, identity.major)) {
+            crossed += 1;
+            ours.extend(told(cut.as_ref().unwrap().lsn, &event));
+        }
+        ours.append(&mut events);
+        assert!(walked.stop != Stop::Unsound, "{name}");
+        cut = match walked.stop {
+            Stop::Cut(cut) => Some(cut),
+            _ => None,
+        };
+    }
+    let mut waldump = install::client("pg_waldump");
+    waldump.env("TZ", "UTC").arg("-p").arg(&directory).args(["--rmgr=Transaction", "--rmgr=XLOG", &names[0], &last]);
+    let dumped = pgcairn_integration::process::run_ok(&mut waldump, &[], Duration::from_secs(60));
+    let theirs: Vec<String> = dumped.lines().filter_map(dumped_line).collect();
+    assert!(theirs.len() > 3000, "{}", theirs.len());
+    assert_eq!(ours.len(), theirs.len(), "{crossed} records lie across segments");
+    for (ours, theirs) in ours.iter().zip(&theirs) {
+        assert_eq!(ours, theirs);
+    }
+}
+
+/// An event as one line.
+fn told(lsn: Lsn, event: &Event) -> Option<String> {
+    match event {
+        Event::End { xid, time, committed } => {
+            Some(format!("{lsn} {} {xid} {time}", if *committed { "COMMIT" } else { "ABORT" }))
+        }
+        Event::RestorePoint { name, .. } => Some(format!("{lsn} RESTORE_POINT {name}")),
+        _ => None,
+    }
+}
+
+/// The same of a line of pg_waldump: `rmgr: Transaction len (rec/tot): .., tx: 731, lsn: 0/015, prev .., desc: COMMIT <time> UTC; ..`
+fn dumped_line(line: &str) -> Option<String> {
+    let field = |name: &str| line.split_once(name)?.1.split([',', ' ']).find(|word| !word.is_empty());
+    let lsn: Lsn = field("lsn:")?.parse().unwrap();
+    let (_, desc) = line.split_once("desc: ")?;
+    let (what, rest) = desc.split_once(' ')?;
+    if what == "RESTORE_POINT" {
+        return Some(format!("{lsn} RESTORE_POINT {rest}"));
+    }
+    let kind = what.strip_suffix("_PREPARED").unwrap_or(what);
+    if !matches!(kind, "COMMIT" | "ABORT") {
+        return None;
+    }
+    let (xid, time) = match kind == what {
+        true => (field("tx:")?, rest),
+        false => rest.split_once(": ")?,
+    };
+    let (time, _) = time.split_once(" UTC")?;
+    let time = time.strip_suffix(".000000").unwrap_or(time);
+    Some(format!("{lsn} {kind} {xid} {time}+00"))
 }
 
 /// The object that holds a segment.
