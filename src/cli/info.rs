@@ -1,16 +1,17 @@
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::options::{Common, Output};
+use super::options::{Cache, Common, Output};
 use super::output::{self, bytes, time};
 use crate::error::Result;
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary};
 use crate::format::manifest::Database;
-use crate::postgres::Lsn;
+use crate::postgres::{Lsn, SegmentName, Timeline, TimelineHistory};
+use crate::read::horizon::{Horizon, Range};
 use crate::repo::Repository;
 use crate::repo::catalog::stanzas;
 
-/// Show what backups there are, what they weigh, and which WAL is archived
+/// Show what backups there are, what they weigh, which WAL is archived, and which moments can be reached
 ///
 /// The structure of --output json is pgBackRest's where the meaning is the same.
 #[derive(Debug, Args)]
@@ -21,6 +22,8 @@ pub(super) struct Info {
     /// Output for people or programs
     #[arg(long, env = "PGCAIRN_OUTPUT", default_value = "text")]
     output: Output,
+    #[command(flatten)]
+    cache: Cache,
 }
 
 /// Everything known of one stanza.
@@ -30,6 +33,16 @@ struct Stanza {
     backups: BackupInfo,
     /// oldest and newest segment, for each cluster of the stanza
     wal: Vec<Option<(String, String)>>,
+    /// what can be reached, by timeline of the current cluster
+    reach: Vec<Reach>,
+}
+
+/// What can be reached along one timeline, and what is missing in its WAL.
+struct Reach {
+    timeline: Timeline,
+    history: TimelineHistory,
+    ranges: Vec<Range>,
+    gaps: Vec<(SegmentName, SegmentName)>,
 }
 
 impl Info {
@@ -63,7 +76,18 @@ impl Info {
         }
         let range = |database: &Database| repository.archive(database).range();
         let wal = archive.history.iter().map(range).collect::<Result<_>>()?;
-        Ok(Stanza { name: repository.stanza.clone(), archive, backups, wal })
+        let reach = self.reach(repository)?;
+        Ok(Stanza { name: repository.stanza.clone(), archive, backups, wal, reach })
+    }
+
+    fn reach(&self, repository: &Repository) -> Result<Vec<Reach>> {
+        let horizon = Horizon::load(repository, None, self.cache.directory().as_deref())?;
+        let reach = |timeline| {
+            let history = horizon.coverage().history(timeline);
+            let (ranges, gaps) = (horizon.ranges(&history)?, horizon.coverage().gaps(timeline));
+            Ok(Reach { timeline, history, ranges, gaps })
+        };
+        horizon.timelines().into_iter().map(reach).collect()
     }
 }
 
@@ -75,6 +99,17 @@ fn to_text(stanza: &Stanza) {
             Some((first, last)) => format!("    WAL archive: {first} to {last}"),
             None => "    WAL archive: empty".to_owned(),
         });
+    }
+    for reach in &stanza.reach {
+        let from = reach.history.ancestors.last();
+        let from = from.map(|left| format!(", from {} at {}", left.timeline, left.end)).unwrap_or_default();
+        for range in &reach.ranges {
+            output::line(&format!("    timeline {}{from}: can be reached {range}", reach.timeline));
+        }
+        for (first, last) in &reach.gaps {
+            let to = if first == last { String::new() } else { format!(" to {last}") };
+            output::line(&format!("    timeline {}{from}: WAL {first}{to} is missing", reach.timeline));
+        }
     }
     if stanza.backups.backups.is_empty() {
         output::line("    no backup yet");
@@ -98,6 +133,7 @@ fn to_text(stanza: &Stanza) {
 }
 
 fn to_json(stanza: &Stanza) -> Value {
+    let current = stanza.archive.history.last().map_or(0, |database| database.id);
     let archive: Vec<Value> = stanza
         .archive
         .history
@@ -110,6 +146,7 @@ fn to_json(stanza: &Stanza) -> Value {
                 "id": format!("{}-{}", database.version, database.id),
                 "min": min,
                 "max": max,
+                "timeline": if database.id == current { stanza.reach.iter().map(reach_json).collect() } else { vec![] },
             })
         })
         .collect();
@@ -134,6 +171,25 @@ fn to_json(stanza: &Stanza) -> Value {
         "name": stanza.name,
         "repo": [{"cipher": "none", "key": 1, "status": {"code": code, "message": message}}],
         "status": {"code": code, "lock": {"backup": {"held": false}}, "message": message},
+    })
+}
+
+/// Times are seconds since 1970, with the parts that PostgreSQL knows.
+fn reach_json(reach: &Reach) -> Value {
+    let range = |range: &Range| {
+        json!({
+            "backup": range.from.label,
+            "from": {"lsn": range.from.stop.to_string(), "time": range.from.stop_s},
+            "to": {"lsn": range.to_lsn.to_string(), "time": range.to.map(|to| to.unix_us() as f64 / 1e6)},
+        })
+    };
+    let gap = |(first, last): &(SegmentName, SegmentName)| json!({"min": first.to_string(), "max": last.to_string()});
+    let parent = reach.history.ancestors.last();
+    json!({
+        "id": reach.timeline.0,
+        "parent": parent.map(|left| json!({"id": left.timeline.0, "lsn": left.end.to_string()})),
+        "range": reach.ranges.iter().map(range).collect::<Vec<_>>(),
+        "gap": reach.gaps.iter().map(gap).collect::<Vec<_>>(),
     })
 }
 
