@@ -94,7 +94,7 @@ fn judges_accept_a_mounted_backup() {
     let top = mount.path();
     let mut names: Vec<_> = fs::read_dir(top).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     names.sort();
-    assert_eq!(names, ["backups", "latest", "latest-full", "wal"]);
+    assert_eq!(names, ["backups", "latest", "latest-full", "pitr", "wal"]);
     assert_eq!(fs::read_link(top.join("latest")).unwrap(), Path::new("backups").join(label));
     let backup = top.join("backups").join(label);
     let verified = run_ok(install::client("pg_verifybackup").arg("-n").arg(&backup), &[], LONG);

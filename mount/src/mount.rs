@@ -26,6 +26,8 @@ pub struct Options {
     pub allow_other: bool,
     /// what `mount` shows as the source
     pub fs_name: String,
+    /// nothing can be written, whether there is a scratch or not
+    pub read_only: bool,
     /// threads that serve requests; a request that waits for a fetch holds its thread
     pub threads: usize,
     /// how far the kernel reads ahead of a sequential reader, in KiB; best effort, needs root
@@ -41,6 +43,7 @@ impl Options {
             mountpoint: mountpoint.into(),
             allow_other: false,
             fs_name: "pgcairn".to_owned(),
+            read_only: false,
             threads: 4,
             read_ahead_kib: 1024,
             passthrough: true,
@@ -74,7 +77,9 @@ impl Mount {
         let fs = Arc::new(Fs::new(tree, scratch));
         let server = Server::new(Arc::clone(&fs), options.passthrough);
         let failed = |source| Error::Mount { path: options.mountpoint.clone(), source };
-        let session = Session::new(server, &options.mountpoint, &config(options, fs.is_writable())).map_err(failed)?;
+        let session =
+            Session::new(server, &options.mountpoint, &config(options, fs.is_writable() && !options.read_only))
+                .map_err(failed)?;
         let entry = mountpoint::mounted_on(&options.mountpoint)?
             .ok_or_else(|| Error::NotMounted { path: options.mountpoint.clone() })?;
         set_read_ahead(&entry.device, options.read_ahead_kib);

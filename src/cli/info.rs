@@ -1,17 +1,18 @@
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::options::{Common, Output};
+use super::options::{Cache, Common, Output};
 use super::output::{self, bytes, time};
 use crate::error::Result;
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, LockKind};
 use crate::format::manifest::Database;
-use crate::postgres::Lsn;
+use crate::postgres::{Lsn, SegmentName, Timeline, TimelineHistory};
+use crate::read::horizon::{Horizon, Range};
 use crate::repo::Repository;
 use crate::repo::catalog::stanzas;
 use crate::repo::lock::Other;
 
-/// Show what backups there are, what they weigh, and which WAL is archived
+/// Show what backups there are, what they weigh, which WAL is archived, and which moments can be reached
 ///
 /// The structure of --output json is pgBackRest's where the meaning is the same.
 #[derive(Debug, Args)]
@@ -22,6 +23,8 @@ pub(super) struct Info {
     /// Output for people or programs
     #[arg(long, env = "PGCAIRN_OUTPUT", default_value = "text")]
     output: Output,
+    #[command(flatten)]
+    cache: Cache,
 }
 
 /// Everything known of one stanza.
@@ -33,6 +36,16 @@ struct Stanza {
     wal: Vec<Option<(String, String)>>,
     /// who works on it
     locks: Vec<Other>,
+    /// what can be reached, by timeline of the current cluster
+    reach: Vec<Reach>,
+}
+
+/// What can be reached along one timeline, and what is missing in its WAL.
+struct Reach {
+    timeline: Timeline,
+    history: TimelineHistory,
+    ranges: Vec<Range>,
+    gaps: Vec<(SegmentName, SegmentName)>,
 }
 
 impl Info {
@@ -68,7 +81,18 @@ impl Info {
         let wal = archive.history.iter().map(range).collect::<Result<_>>()?;
         let mut locks = repository.locks()?;
         locks.retain(|lock| !lock.dead);
-        Ok(Stanza { name: repository.stanza.clone(), archive, backups, wal, locks })
+        let reach = self.reach(repository)?;
+        Ok(Stanza { name: repository.stanza.clone(), archive, backups, wal, locks, reach })
+    }
+
+    fn reach(&self, repository: &Repository) -> Result<Vec<Reach>> {
+        let horizon = Horizon::load(repository, None, self.cache.directory().as_deref())?;
+        let reach = |timeline| {
+            let history = horizon.coverage().history(timeline);
+            let (ranges, gaps) = (horizon.ranges(&history)?, horizon.coverage().gaps(timeline));
+            Ok(Reach { timeline, history, ranges, gaps })
+        };
+        horizon.timelines().into_iter().map(reach).collect()
     }
 }
 
@@ -89,6 +113,17 @@ fn to_text(stanza: &Stanza) {
     }
     for lock in &stanza.locks {
         output::line(&format!("    {}", lock.describe()));
+    }
+    for reach in &stanza.reach {
+        let from = reach.history.ancestors.last();
+        let from = from.map(|left| format!(", from {} at {}", left.timeline, left.end)).unwrap_or_default();
+        for range in &reach.ranges {
+            output::line(&format!("    timeline {}{from}: can be reached {range}", reach.timeline));
+        }
+        for (first, last) in &reach.gaps {
+            let to = if first == last { String::new() } else { format!(" to {last}") };
+            output::line(&format!("    timeline {}{from}: WAL {first}{to} is missing", reach.timeline));
+        }
     }
     if stanza.backups.backups.is_empty() {
         output::line("    no backup yet");
@@ -112,6 +147,7 @@ fn to_text(stanza: &Stanza) {
 }
 
 fn to_json(stanza: &Stanza) -> Value {
+    let current = stanza.archive.history.last().map_or(0, |database| database.id);
     let archive: Vec<Value> = stanza
         .archive
         .history
@@ -124,6 +160,7 @@ fn to_json(stanza: &Stanza) -> Value {
                 "id": format!("{}-{}", database.version, database.id),
                 "min": min,
                 "max": max,
+                "timeline": if database.id == current { stanza.reach.iter().map(reach_json).collect() } else { vec![] },
             })
         })
         .collect();
@@ -148,6 +185,25 @@ fn to_json(stanza: &Stanza) -> Value {
         "name": stanza.name,
         "repo": [{"cipher": "none", "key": 1, "status": {"code": code, "message": message}}],
         "status": {"code": code, "lock": {"backup": {"held": stanza.backup_runs()}}, "message": message},
+    })
+}
+
+/// Times are seconds since 1970, with the parts that PostgreSQL knows.
+fn reach_json(reach: &Reach) -> Value {
+    let range = |range: &Range| {
+        json!({
+            "backup": range.from.label,
+            "from": {"lsn": range.from.stop.to_string(), "time": range.from.stop_s},
+            "to": {"lsn": range.to_lsn.to_string(), "time": range.to.map(|to| to.unix_us() as f64 / 1e6)},
+        })
+    };
+    let gap = |(first, last): &(SegmentName, SegmentName)| json!({"min": first.to_string(), "max": last.to_string()});
+    let parent = reach.history.ancestors.last();
+    json!({
+        "id": reach.timeline.0,
+        "parent": parent.map(|left| json!({"id": left.timeline.0, "lsn": left.end.to_string()})),
+        "range": reach.ranges.iter().map(range).collect::<Vec<_>>(),
+        "gap": reach.gaps.iter().map(gap).collect::<Vec<_>>(),
     })
 }
 

@@ -10,6 +10,7 @@ mod config;
 mod daemon;
 mod demo;
 mod expire;
+mod extract;
 mod info;
 mod mount;
 mod options;
@@ -63,6 +64,7 @@ enum Verb {
     Start(start::Start),
     Stop(stop::Stop),
     Restore(restore::Restore),
+    Extract(extract::Extract),
     ArchivePush(archive_push::ArchivePush),
     ArchiveGet(archive_get::ArchiveGet),
     #[command(hide = true)]
@@ -113,6 +115,7 @@ impl Cli {
             Verb::Start(verb) => verb.run(common),
             Verb::Stop(verb) => verb.run(),
             Verb::Restore(verb) => verb.run(common),
+            Verb::Extract(verb) => verb.run(common),
             Verb::ArchivePush(verb) => verb.run(common),
             Verb::ArchiveGet(verb) => return Ok(verb.run(common)),
             Verb::ArchiveWorker(verb) => verb.run(common),

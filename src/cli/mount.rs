@@ -6,21 +6,25 @@ use pgcairn_mount::{Options, Scratch, Tree};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::clones::{Clone, Place};
 use super::options::{Cache, Common};
 use super::point::{self, PointOptions};
+use super::start::{Running, Start};
 use super::{daemon, output};
 use crate::error::{Error, Result};
 use crate::read::course::Bound;
 use crate::read::point::Action;
 use crate::read::prefetch::Prefetcher;
 use crate::read::recovery::Prepared;
-use crate::read::stanza::StanzaTree;
+use crate::read::stanza::{Moments, StanzaTree};
 use crate::read::tree::{Owner, ViewTree};
 use crate::read::view::{View, ViewOptions};
 use crate::repo::Repository;
 
 /// Threads that serve the kernel's requests; one that waits for the store holds its thread.
 const SERVE_THREADS: usize = 16;
+/// How long `--recovered` waits for its server, in seconds: for recovery, then for the shutdown.
+const RECOVER_SECONDS: u64 = 86_400;
 /// Threads that fetch ahead of sequential readers.
 const PREFETCH_THREADS: usize = 8;
 
@@ -42,6 +46,15 @@ pub(super) struct Mount {
     /// Make the mount writable; what is written is kept in this directory
     #[arg(long, value_name = "DIR", requires = "standing")]
     scratch: Option<PathBuf>,
+    /// Recover to the target first, and show the result, read-only: needs PostgreSQL, in a private scratch that goes with the mount
+    #[arg(long, requires = "standing", conflicts_with = "scratch")]
+    recovered: bool,
+    /// Directory of PostgreSQL's programs for --recovered [default: looked for]
+    #[arg(long, env = "PGCAIRN_PG_BIN", value_name = "DIR")]
+    pg_bin: Option<PathBuf>,
+    /// Directory in which --recovered keeps its scratch
+    #[arg(long, env = "PGCAIRN_CLONE_PATH", value_name = "DIR")]
+    clone_path: Option<PathBuf>,
     /// Whose files these are [default: as root the owner of the backed up cluster, else yourself]
     #[arg(long, env = "PGCAIRN_OWNER", value_name = "USER")]
     owner: Option<String>,
@@ -53,32 +66,43 @@ pub(super) struct Mount {
     /// The recovery the data directory is prepared for, as it was found before
     #[arg(long, hide = true)]
     recovery: Option<String>,
+    /// Serve the scratch read-only, and remove this directory at the end
+    #[arg(long, hide = true)]
+    discard: Option<PathBuf>,
 }
 
 impl Mount {
     pub(super) fn run(mut self, common: &Common) -> Result<()> {
-        if !daemon::is_child() {
-            self.settle(common)?;
-        }
         if daemon::is_child() {
             daemon::detach();
             return match self.prepare(common) {
                 Ok(mount) => {
                     daemon::ready();
-                    serve(mount)
+                    self.serve(mount)
                 }
                 Err(error) => Err(error),
             };
         }
+        // what can be found out here is said here
+        pgcairn_mount::mountpoint::check(&self.mountpoint).map_err(mount_error)?;
+        if self.recovered {
+            self.recover(common)?;
+        }
+        let mounted = self.settle(common).and_then(|()| self.mount(common));
+        if let (Err(_), Some(directory)) = (&mounted, &self.discard) {
+            discard(directory);
+        }
+        mounted
+    }
+
+    fn mount(&self, common: &Common) -> Result<()> {
         if self.foreground {
             let mount = self.prepare(common)?;
             output::line(&format!("mounted on {}", self.mountpoint.display()));
-            return serve(mount);
+            return self.serve(mount);
         }
-        // what can be found out here is said here
-        pgcairn_mount::mountpoint::check(&self.mountpoint).map_err(mount_error)?;
         let name = absolute(&self.mountpoint)?.replace('/', "-");
-        spawn(&self, common, &daemon::log_path(&format!("mount{name}")))?;
+        spawn(self, common, &daemon::log_path(&format!("mount{name}")))?;
         output::line(&format!("mounted on {}", self.mountpoint.display()));
         Ok(())
     }
@@ -97,15 +121,46 @@ impl Mount {
             point: PointOptions::default(),
             scratch: Some(scratch.to_owned()),
             owner: owner.map(str::to_owned),
+            recovered: false,
+            pg_bin: None,
+            clone_path: None,
             foreground: false,
             cache: cache.clone(),
+            discard: None,
             recovery: recovery.map(serde_json::to_string).transpose()?,
         })
     }
 
+    /// Recovers in a clone that is shut down at once; what it wrote is this mount's scratch.
+    fn recover(&mut self, common: &Common) -> Result<()> {
+        let programs = (self.pg_bin.as_deref(), self.owner.as_deref());
+        let limits = (&[][..], self.clone_path.as_deref(), RECOVER_SECONDS);
+        let start = Start::for_verb("recovered", self.backup.as_deref(), &self.point, programs, limits, &self.cache);
+        let Running { clone, place, .. } = start.launch(common)?;
+        let shut_down = shut_down(&clone, &place);
+        let brought_down = super::stop::bring_down(&place, &clone, shut_down.is_ok());
+        if let Err(error) = shut_down.and(brought_down) {
+            discard(place.root());
+            return Err(error);
+        }
+        (self.backup, self.point) = (Some(clone.label), PointOptions::default());
+        self.recovery = clone.recovery.as_ref().map(serde_json::to_string).transpose()?;
+        (self.scratch, self.discard) = (Some(place.scratch()), Some(place.root().to_owned()));
+        Ok(())
+    }
+
+    /// Serves until unmounted; what only this mount needed goes with it.
+    fn serve(&self, mount: pgcairn_mount::Mount) -> Result<()> {
+        let served = serve(mount);
+        if let Some(directory) = &self.discard {
+            discard(directory);
+        }
+        served
+    }
+
     /// Finds the way to the point, once: the daemon serves what was found.
     fn settle(&mut self, common: &Common) -> Result<()> {
-        if self.recovery.is_some() || (self.backup.is_none() && self.point.is_empty()) {
+        if self.discard.is_some() || self.recovery.is_some() || (self.backup.is_none() && self.point.is_empty()) {
             return Ok(());
         }
         let point = self.point.point(self.backup.as_deref())?;
@@ -123,11 +178,12 @@ impl Mount {
         let repository = common.repository(false)?;
         let (tree, scratch) = match &self.backup {
             Some(backup) => self.one(repository, backup)?,
-            None => (self.all(repository)?, None),
+            None => (self.all(common, repository)?, None),
         };
         let mut options = Options::new(&self.mountpoint);
         options.allow_other = nix::unistd::geteuid().is_root();
         options.threads = SERVE_THREADS;
+        options.read_only = self.discard.is_some();
         pgcairn_mount::Mount::new(tree, scratch, &options).map_err(mount_error)
     }
 
@@ -152,11 +208,16 @@ impl Mount {
         Ok((Arc::new(ViewTree::new(view, owner, prefetcher)), scratch))
     }
 
-    fn all(&self, repository: Repository) -> Result<Arc<dyn Tree>> {
+    fn all(&self, common: &Common, repository: Repository) -> Result<Arc<dyn Tree>> {
         repository.archive_info()?;
+        let moments = Moments {
+            restore_command: point::restore_command(common, true)?,
+            cache: self.cache.directory(),
+            found: parking_lot::Mutex::default(),
+        };
         let fetcher = self.cache.fetcher(repository)?;
         let prefetcher = Arc::new(Prefetcher::start(PREFETCH_THREADS));
-        Ok(Arc::new(StanzaTree::new(fetcher, self.owner.clone(), owner, prefetcher)?))
+        Ok(Arc::new(StanzaTree::new(fetcher, self.owner.clone(), owner, prefetcher, moments)?))
     }
 
     fn arguments(&self, common: &Common) -> Result<Vec<String>> {
@@ -167,11 +228,32 @@ impl Mount {
         arguments.extend(self.backup.as_deref().map(|backup| option("backup", backup)));
         arguments.extend(self.recovery.as_deref().map(|recovery| option("recovery", recovery)));
         arguments.extend(self.owner.as_deref().map(|owner| option("owner", owner)));
-        if let Some(scratch) = &self.scratch {
-            arguments.push(option("scratch", &absolute(scratch)?));
+        for (name, directory) in [("scratch", &self.scratch), ("discard", &self.discard)] {
+            if let Some(directory) = directory {
+                arguments.push(option(name, &absolute(directory)?));
+            }
         }
         arguments.push(absolute(&self.mountpoint)?);
         Ok(arguments)
+    }
+}
+
+/// A clean shutdown, so that the files are whole without any WAL.
+fn shut_down(clone: &Clone, place: &Place) -> Result<()> {
+    let mut stop = clone.pg_ctl(place);
+    let done = stop.args(["stop", "-s", "-w", "-t", &RECOVER_SECONDS.to_string(), "-m", "fast"]).output();
+    let done = done.map_err(|error| Error::new("cannot run pg_ctl").source(error))?;
+    match done.status.success() {
+        true => Ok(()),
+        false => Err(Error::new("the recovered server did not shut down cleanly")
+            .hint(String::from_utf8_lossy(&done.stderr).trim().to_owned())),
+    }
+}
+
+/// Removes what a recovered mount left. There is nobody left to tell but the log.
+fn discard(directory: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(directory) {
+        tracing::error!(%error, "cannot remove {}", directory.display());
     }
 }
 

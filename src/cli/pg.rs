@@ -50,7 +50,12 @@ fn version_of(directory: &Path) -> Option<u32> {
     if !directory.join("pg_ctl").exists() {
         return None;
     }
-    let output = Command::new(directory.join("postgres")).arg("--version").output().ok()?;
+    version(&directory.join("postgres"))
+}
+
+/// The major version of a program, as it says itself.
+pub(super) fn version(program: &Path) -> Option<u32> {
+    let output = Command::new(program).arg("--version").output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     let version = text.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()))?;
     version.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()

@@ -63,9 +63,57 @@ pub(super) struct Start {
     cache: Cache,
 }
 
+/// A clone that answers.
+pub(super) struct Running {
+    /// what is known of it
+    pub(super) clone: Clone,
+    /// where it lives
+    pub(super) place: Place,
+    /// its superuser
+    pub(super) user: String,
+    /// its major version
+    pub(super) major: u32,
+}
+
 impl Start {
     pub(super) fn run(self, common: &Common) -> Result<()> {
         let started = Instant::now();
+        let running = self.launch(common)?;
+        let took = started.elapsed();
+        if running.clone.recovery.is_none() {
+            leave_backup_segment(&running.clone.conninfo(&running.place, &running.user));
+        }
+        report(&self, &running.clone, &running.place, &running.user, took);
+        Ok(())
+    }
+
+    /// A clone that another verb needs for a while; its name ends with this process's id.
+    pub(super) fn for_verb(
+        verb: &str,
+        backup: Option<&str>,
+        point: &PointOptions,
+        (pg_bin, owner): (Option<&Path>, Option<&str>),
+        (options, clone_path, start_timeout): (&[String], Option<&Path>, u64),
+        cache: &Cache,
+    ) -> Self {
+        Self {
+            backup: backup.map(str::to_owned),
+            point: point.clone(),
+            read_only: false,
+            name: Some(format!("{verb}-{}", std::process::id())),
+            port: None,
+            pg_bin: pg_bin.map(Path::to_owned),
+            owner: owner.map(str::to_owned),
+            options: options.to_vec(),
+            clone_path: clone_path.map(Path::to_owned),
+            start_timeout,
+            output: Output::Text,
+            cache: cache.clone(),
+        }
+    }
+
+    /// Brings the clone up, or leaves nothing of it.
+    pub(super) fn launch(&self, common: &Common) -> Result<Running> {
         let repository = common.repository(false)?;
         let known =
             self.name.as_deref().map(|name| Place::new(self.clone_path.as_deref(), name)?.load()).transpose()?;
@@ -106,20 +154,14 @@ impl Start {
         place.create(owner)?;
         place.save(&clone)?;
         let result = self.bring_up(common, &place, &clone, &description, owner);
-        let user = match result {
-            Ok(user) => user,
+        match result {
+            Ok(user) => Ok(Running { clone, place, user, major: description.database.version }),
             Err(error) => {
                 // whatever is up comes down again; a continued clone keeps what it had written
                 _ = super::stop::bring_down(&place, &clone, continued.is_some());
-                return Err(error);
+                Err(error)
             }
-        };
-        let took = started.elapsed();
-        if clone.recovery.is_none() {
-            leave_backup_segment(&clone.conninfo(&place, &user));
         }
-        report(&self, &clone, &place, &user, took);
-        Ok(())
     }
 
     /// `name`, or with a number behind it, so that one backup can be started several times.

@@ -240,7 +240,13 @@ impl Horizon {
         let mut ranges: Vec<(Range, Road)> = Vec::new();
         for stone in self.on(history).rev() {
             let continues = ranges.last().is_some_and(|(range, _)| stone.stop <= range.to_lsn);
-            let road = self.road(stone, history)?;
+            let road = match self.road(stone, history) {
+                Ok(road) => road,
+                Err(error) => {
+                    tracing::warn!(%error, label = stone.label, "a backup is left out of what can be reached");
+                    continue;
+                }
+            };
             let to_lsn = road.end_lsn().max(stone.stop);
             match ranges.last_mut().filter(|_| continues) {
                 Some((range, last)) if to_lsn >= range.to_lsn => {

@@ -1,16 +1,22 @@
-//! A whole stanza as a tree: every backup below `backups/`, links to the latest, the WAL archive below `wal/`.
+//! A whole stanza as a tree: every backup below `backups/`, links to the latest, any point below `pitr/`, the WAL archive below
+//! `wal/`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 use pgcairn_mount::{Attributes, Entry, Kind, NodeId, ROOT, Tree};
 
+use super::course::{Bound, Course, NoCourse};
 use super::fetch::Fetcher;
+use super::horizon::Horizon;
+use super::point::{Action, Point};
 use super::prefetch::Prefetcher;
+use super::recovery::Prepared;
 use super::tree::{Owner, ViewTree, eio};
 use super::view::{View, ViewOptions};
 use super::wal;
@@ -31,6 +37,7 @@ const BACKUPS: NodeId = NodeId(2);
 const WAL: NodeId = NodeId(3);
 const HIDDEN: NodeId = NodeId(4);
 const STATUS: NodeId = NodeId(5);
+const PITR: NodeId = NodeId(10);
 /// Links to the newest backups: node, name, which kind.
 const LINKS: [(NodeId, &str, Option<BackupKind>); 4] = [
     (NodeId(6), "latest", None),
@@ -38,6 +45,8 @@ const LINKS: [(NodeId, &str, Option<BackupKind>); 4] = [
     (NodeId(8), "latest-diff", Some(BackupKind::Diff)),
     (NodeId(9), "latest-incr", Some(BackupKind::Incr)),
 ];
+/// What the slots of points are called: no label begins so.
+const IN_PITR: &str = "pitr/";
 /// Files of the archive have nodes from here on, below the first slot.
 const WAL_FIRST: u64 = 1 << 20;
 
@@ -51,7 +60,19 @@ pub struct StanzaTree {
     find_owner: fn(Option<&str>, &str) -> Result<Owner>,
     labels: Mutex<Labels>,
     views: Mutex<Vec<(u64, Arc<ViewTree>)>>,
+    moments: Moments,
     archive: Mutex<Archived>,
+}
+
+/// How points become data directories.
+#[derive(Debug)]
+pub struct Moments {
+    /// fetches WAL that is not in a directory's `pg_wal`
+    pub restore_command: String,
+    /// where the times found in WAL are kept
+    pub cache: Option<PathBuf>,
+    /// those that were looked up, by name
+    pub found: Mutex<BTreeMap<String, Course>>,
 }
 
 /// Labels and their slots; a slot is never given to another label.
@@ -82,6 +103,7 @@ impl StanzaTree {
         owner: Option<String>,
         find_owner: fn(Option<&str>, &str) -> Result<Owner>,
         prefetcher: Arc<Prefetcher>,
+        moments: Moments,
     ) -> Result<Self> {
         let root_owner = find_owner(owner.as_deref(), "postgres")?;
         Ok(Self {
@@ -92,6 +114,7 @@ impl StanzaTree {
             find_owner,
             labels: Mutex::default(),
             views: Mutex::default(),
+            moments,
             archive: Mutex::default(),
         })
     }
@@ -129,7 +152,8 @@ impl StanzaTree {
         let label = self.labels.lock().names.get(slot as usize - 1).cloned();
         let label = label.ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))?;
         let load = || -> Result<ViewTree> {
-            let view = Arc::new(View::load(self.fetcher.clone(), &label, &ViewOptions::copy())?);
+            let (label, options) = self.moments.of(&label);
+            let view = Arc::new(View::load(self.fetcher.clone(), &label, &options)?);
             let owner = (self.find_owner)(self.owner.as_deref(), &view.description.owner)?;
             Ok(ViewTree::new(view, owner, self.prefetcher.clone()))
         };
@@ -139,6 +163,34 @@ impl StanzaTree {
         }
         views.push((slot, view.clone()));
         Ok(view)
+    }
+
+    /// The directory of a point below `pitr/`; what cannot be reached is not there, and the log says why.
+    fn moment(&self, name: &str) -> io::Result<Option<NodeId>> {
+        let slot = |name| in_slot(self.slot(&format!("{IN_PITR}{name}")), ROOT);
+        if self.moments.found.lock().contains_key(name) {
+            return Ok(Some(slot(name)));
+        }
+        let point = match Point::of_name(name, &jiff::Zoned::now()) {
+            Ok(point) => point,
+            Err(error) => {
+                tracing::info!(%error, "pitr/ has no {name}");
+                return Ok(None);
+            }
+        };
+        let repository = self.fetcher.repository();
+        let horizon = || Horizon::load(repository, None, self.moments.cache.as_deref());
+        match Course::find(repository, &point, Bound::Open, horizon) {
+            Ok(course) => {
+                self.moments.found.lock().insert(name.to_owned(), course);
+                Ok(Some(slot(name)))
+            }
+            Err(NoCourse::Unreachable(error)) => {
+                tracing::warn!(hint = error.hint_text(), "pitr/ has no {name}: {error}");
+                Ok(None)
+            }
+            Err(NoCourse::Failed(error)) => Err(eio(&error)),
+        }
     }
 
     fn lists_archive(&self) -> io::Result<()> {
@@ -255,6 +307,20 @@ impl StanzaTree {
     }
 }
 
+impl Moments {
+    /// The backup and how it is shown, of a slot's name.
+    fn of(&self, name: &str) -> (String, ViewOptions) {
+        let course = name.strip_prefix(IN_PITR).and_then(|name| self.found.lock().get(name).cloned());
+        let Some(course) = course else { return (name.to_owned(), ViewOptions::copy()) };
+        let prepared = course.recovery.map(|recovery| Prepared {
+            settings: recovery.settings_with(Action::Promote, &self.restore_command),
+            recovery,
+            presents_wal: true,
+        });
+        (course.label, ViewOptions::copy().prepared(prepared))
+    }
+}
+
 fn slot_of(node: NodeId) -> Option<(u64, NodeId)> {
     let slot = node.0 >> SLOT_SHIFT;
     (slot > 0).then_some((slot, NodeId(node.0 & ((1 << SLOT_SHIFT) - 1))))
@@ -274,6 +340,7 @@ impl Tree for StanzaTree {
             ROOT => Ok(match name {
                 "backups" => Some(BACKUPS),
                 "wal" => Some(WAL),
+                "pitr" => Some(PITR),
                 ".pgcairn" => Some(HIDDEN),
                 _ => self.links()?.into_iter().find(|entry| entry.name == name).map(|entry| entry.node),
             }),
@@ -281,6 +348,7 @@ impl Tree for StanzaTree {
                 let known = self.labels()?.iter().any(|label| label.to_string() == name);
                 Ok(known.then(|| in_slot(self.slot(name), ROOT)))
             }
+            PITR => self.moment(name),
             WAL => {
                 self.lists_archive()?;
                 Ok(self.archive.lock().numbers.get(name).map(|number| NodeId(WAL_FIRST + *number as u64)))
@@ -295,7 +363,7 @@ impl Tree for StanzaTree {
             return self.view(slot)?.attributes(node);
         }
         Ok(match node {
-            ROOT | BACKUPS | WAL | HIDDEN => self.attributes_of(Kind::Directory, 0o755, 0, true),
+            ROOT | BACKUPS | WAL | PITR | HIDDEN => self.attributes_of(Kind::Directory, 0o755, 0, true),
             STATUS => self.attributes_of(Kind::File, 0o444, self.status().len() as u64, true),
             node if node.0 >= WAL_FIRST => {
                 let (object, size) = self.archived_size(node)?;
@@ -319,13 +387,20 @@ impl Tree for StanzaTree {
         let entry = |name: &str, node, kind| Entry { name: OsString::from(name), node, kind };
         let all: Vec<Entry> = match directory {
             ROOT => {
-                let mut all = vec![entry("backups", BACKUPS, Kind::Directory), entry("wal", WAL, Kind::Directory)];
+                let mut all: Vec<Entry> = [("backups", BACKUPS), ("pitr", PITR), ("wal", WAL)]
+                    .map(|(name, node)| entry(name, node, Kind::Directory))
+                    .into();
                 all.extend(self.links()?);
                 all
             }
             BACKUPS => {
                 let names = self.labels()?.into_iter().map(|label| label.to_string());
                 names.map(|name| entry(&name, in_slot(self.slot(&name), ROOT), Kind::Directory)).collect()
+            }
+            PITR => {
+                let names: Vec<String> = self.moments.found.lock().keys().cloned().collect();
+                let node = |name: &str| in_slot(self.slot(&format!("{IN_PITR}{name}")), ROOT);
+                names.iter().map(|name| entry(name, node(name), Kind::Directory)).collect()
             }
             WAL => {
                 self.lists_archive()?;

@@ -152,8 +152,19 @@ impl Tree for ViewTree {
 
     fn prefetch(&self, node: NodeId, offset: u64, _len: u64) {
         let number = index(node);
-        if let Ok(Content::Mapped { stat, .. }) = self.view.node(number).map(|node| &node.content) {
-            self.prefetcher.sequential(&self.view, number, stat.size, offset);
+        let content = |number| self.view.node(number).map(|node| &node.content);
+        match content(number) {
+            Ok(Content::Mapped { stat, .. }) => {
+                self.prefetcher.sequential(&self.view, number, stat.size, offset);
+            }
+            Ok(Content::Archived { size, .. }) => {
+                self.prefetcher.sequential(&self.view, number, *size, offset);
+                // whoever replays WAL reads the next segment, too
+                if let Ok(Content::Archived { size, .. }) = content(number + 1) {
+                    self.prefetcher.sequential(&self.view, number + 1, *size, 0);
+                }
+            }
+            _ => {}
         }
     }
 }
