@@ -19,6 +19,7 @@ const TAIL_BYTES: u64 = 16 * 1024;
 /// Packs that no manifest names, and their lengths.
 pub(super) fn left_behind(repository: &Repository) -> Result<HashMap<PackId, u64>> {
     let mut packs = repository.packs()?;
+    repository.harmed_packs()?.iter().for_each(|pack| _ = packs.remove(pack));
     for label in repository.labels()? {
         match repository.manifest_packs(&label) {
             Ok(needed) => needed.iter().for_each(|of| _ = packs.remove(&of.pack)),
