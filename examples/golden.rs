@@ -1,22 +1,26 @@
-//! Writes the golden repository of the present format version: `cargo run --example golden -- tests/golden/v1`
+//! Writes the golden repositories of the present format version: `cargo run --example golden -- tests/golden/v1`, and beside it
+//! `tests/golden/v1-encrypted`.
 //!
 //! Run once per format version, and the result is committed: what a program of that version wrote is read forever.
 
+use std::collections::HashMap;
 use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
-use pgcairn::format::chunk::{ChunkRef, Encoder, HashKeys, PackId};
+use pgcairn::format::chunk::{ChunkRef, Encoder, Keys, PackId};
 use pgcairn::format::manifest::{
-    BlockWriter, Database, Description, Entry, File, Node, Place, Sizes, Tablespace, encode_description, path_cmp,
+    BlockWriter, Database, Description, Entry, File, Node, PackUse, Place, Sizes, Tablespace, encode_description,
+    encode_own, encode_packs, path_cmp,
 };
-use pgcairn::format::map::{Extent, Leaf, LeafRef, SlotChange, encode_changes, encode_index};
+use pgcairn::format::map::{Extent, Leaf, LeafRef, SlotChange, encode_changes, encode_changes_since, encode_index};
 use pgcairn::format::pack::{PackKind, PackWriter};
-use pgcairn::format::{GRAIN, LEAF_BYTES, SLOT};
+use pgcairn::format::{CHUNK, GRAIN, LEAF_BYTES, SLOT};
 use pgcairn::postgres::BackupKind;
 use pgcairn::repo::{Repository, keys};
 use pgcairn::store::{Body, DirectoryStore, Store};
 use pgcairn::write::push::push;
+use pgcairn::write::weights::Weights;
 
 #[path = "../tests/golden/files.rs"]
 mod files;
@@ -27,136 +31,251 @@ const MTIME: i64 = 1_704_628_800;
 
 /// Chunks on their way into one pack.
 struct Packer {
-    keys: HashKeys,
+    keys: Keys,
     encoder: Encoder,
     pack: PackWriter,
 }
 
 impl Packer {
-    fn new(kind: PackKind, number: u8) -> Result<Self> {
-        let pack = PackWriter::new(kind, PackId([number; 16]), 0);
-        Ok(Self { keys: HashKeys::new(b""), encoder: Encoder::new(3)?, pack })
+    fn new(keys: &Keys, kind: PackKind, number: u8) -> Result<Self> {
+        let pack = PackWriter::new(kind, keys.seal_kind(), PackId([number; 16]), 0);
+        Ok(Self { keys: keys.clone(), encoder: Encoder::new(3)?, pack })
     }
 
     fn add(&mut self, plain: &[u8]) -> Result<ChunkRef> {
-        let mut stored = Vec::new();
-        self.encoder.encode(plain, &mut stored)?;
-        Ok(self.pack.add(self.keys.digest(plain).id, plain.len(), &stored))
-    }
-
-    fn store(self, repository: &Repository) -> Result<()> {
-        let key = keys::pack(&repository.stanza, self.pack.id());
-        Ok(repository.store.put(&key, Body::Bytes(self.pack.finish().into()))?)
+        let (id, mut stored) = (self.keys.digest(plain).id, Vec::new());
+        self.encoder.encode(&self.keys, &id, plain, &mut stored)?;
+        Ok(self.pack.add(id, plain.len(), &stored))
     }
 }
 
-fn change(keys: &HashKeys, slot: &[u8]) -> SlotChange {
-    SlotChange { crc: crc32c::crc32c(slot), grains: keys.digest(slot).grains }
-}
-
-fn changes(keys: &HashKeys, file: &[u8]) -> Vec<u8> {
-    encode_changes(&file.chunks(SLOT).map(|slot| change(keys, slot)).collect::<Vec<_>>())
-}
-
-/// Entries of small files: grouped in chunks, their changes in one chunk.
-fn small(packs: &mut Packs) -> Result<Vec<Entry>> {
-    let keys = HashKeys::new(b"");
-    let files = files::small();
-    let (mut group, mut groups, mut all_changes) = (Vec::new(), Vec::new(), Vec::new());
-    let mut places = Vec::new();
-    for (_, content) in &files {
-        let mut pieces = Vec::new();
-        for slot in content.chunks(SLOT) {
-            if group.len() + slot.len() > SLOT {
-                groups.push(std::mem::take(&mut group));
-            }
-            pieces.push((groups.len(), group.len(), slot.len()));
-            group.extend_from_slice(slot);
-        }
-        places.push((pieces, all_changes.len() as u32));
-        all_changes.extend_from_slice(&changes(&keys, content));
-    }
-    groups.push(group);
-    let groups = groups.iter().map(|group| packs.small.add(group)).collect::<Result<Vec<_>>>()?;
-    let changes = packs.changes.add(&all_changes)?;
-    let mut entries = Vec::new();
-    for ((path, content), (pieces, at)) in files.iter().zip(places) {
-        let extent = |(group, offset, len): (usize, usize, usize)| Extent {
-            len: len as u32,
-            chunk: groups[group],
-            offset: offset as u32,
-        };
-        let extents = pieces.into_iter().map(extent).collect();
-        let place = Place::Inline { extents, changes: (!content.is_empty()).then_some((changes, at)) };
-        entries.push(file(path, content.len() as u64, crc32c::crc32c(content), place));
-    }
-    Ok(entries)
-}
-
-/// A file with one leaf; its second slot lies in an older backup's chunk and in one of changed grains.
-fn mapped(packs: &mut Packs) -> Result<Entry> {
-    let (content, grain) = (files::mapped(), GRAIN as u32);
-    let mut before = content.clone();
-    before[SLOT + GRAIN..SLOT + 3 * GRAIN].copy_from_slice(&files::rows(1, 4 * SLOT)[SLOT + GRAIN..SLOT + 3 * GRAIN]);
-    let mut leaf = Leaf::default();
-    for (number, slot) in before.chunks(SLOT).enumerate() {
-        let old = packs.older.add(slot)?;
-        if number != 1 {
-            leaf.push(&[Extent::whole(old)]);
-            continue;
-        }
-        let fresh = packs.data.add(&files::changed())?;
-        leaf.push(&[
-            Extent { len: grain, chunk: old, offset: 0 },
-            Extent { len: 2 * grain, chunk: fresh, offset: 0 },
-            Extent { len: 13 * grain, chunk: old, offset: 3 * grain },
-        ]);
-    }
-    let map = packs.maps.add(&leaf.encode())?;
-    let changes = packs.changes.add(&changes(&HashKeys::new(b""), &content))?;
-    let place = Place::Leaves(vec![LeafRef { map, changes }]);
-    Ok(file(b"base/5/16384", content.len() as u64, crc32c::crc32c(&content), place))
-}
-
-/// A file of more than 64 leaves, so with an index; all its slots have the same content.
-fn huge(packs: &mut Packs) -> Result<Entry> {
-    let keys = HashKeys::new(b"");
-    let slot = files::huge_slot();
-    let chunk = packs.data.add(&slot)?;
-    let part = files::HUGE_BYTES - 64 * LEAF_BYTES - SLOT as u64;
-    let tail = Extent { len: part as u32, chunk, offset: 0 };
-    let leaf_of = |slots: &[Extent]| {
-        let mut leaf = Leaf::default();
-        slots.iter().for_each(|slot| leaf.push(&[*slot]));
-        leaf.encode()
-    };
-    let whole = LeafRef {
-        map: packs.maps.add(&leaf_of(&vec![Extent::whole(chunk); 256]))?,
-        changes: packs.changes.add(&encode_changes(&vec![change(&keys, &slot); 256]))?,
-    };
-    let last = LeafRef {
-        map: packs.maps.add(&leaf_of(&[Extent::whole(chunk), tail]))?,
-        changes: packs.changes.add(&encode_changes(&[change(&keys, &slot), change(&keys, &slot[..part as usize])]))?,
-    };
-    let leaves = [vec![whole; 64], vec![last]].concat();
-    let index = packs.maps.add(&encode_index(&leaves))?;
-    let of_slot = crc32c::crc32c(&slot);
-    let crc = (0..64 * 256 + 1).fold(0, |crc, _| crc32c::crc32c_combine(crc, of_slot, SLOT));
-    let crc = crc32c::crc32c_combine(crc, crc32c::crc32c(&slot[..part as usize]), part as usize);
-    Ok(file(b"base/5/16500", files::HUGE_BYTES, crc, Place::Index(vec![index])))
-}
-
-fn file(path: &[u8], size: u64, crc: u32, place: Place) -> Entry {
-    Entry { path: path.to_vec(), mode: 0o600, mtime: MTIME, node: Node::File(File { size, crc, place }) }
-}
-
-struct Packs {
-    /// of the backup before this one
-    older: Packer,
+/// One backup in the making.
+struct Backup {
+    keys: Keys,
     data: Packer,
     small: Packer,
     maps: Packer,
     changes: Packer,
+    manifest: Packer,
+    entries: Vec<Entry>,
+    weights: Weights,
+}
+
+/// The file with a map as the full backup stored it.
+struct Old {
+    run: ChunkRef,
+    rest: ChunkRef,
+    changes: ChunkRef,
+    same: Entry,
+}
+
+impl Backup {
+    /// A backup whose packs have names made of `first` and the numbers behind it.
+    fn new(repository: &Repository, first: u8) -> Result<Self> {
+        let keys = repository.keys.clone();
+        Ok(Self {
+            data: Packer::new(&keys, PackKind::Data, first)?,
+            small: Packer::new(&keys, PackKind::Small, first + 1)?,
+            maps: Packer::new(&keys, PackKind::Map, first + 2)?,
+            changes: Packer::new(&keys, PackKind::Change, first + 3)?,
+            manifest: Packer::new(&keys, PackKind::Manifest, first + 4)?,
+            keys,
+            entries: Vec::new(),
+            weights: Weights::default(),
+        })
+    }
+
+    fn slot_changes(&self, file: &[u8]) -> Vec<SlotChange> {
+        let change = |slot| SlotChange { crc: crc32c::crc32c(slot), grains: self.keys.digest(slot).grains };
+        file.chunks(SLOT).map(change).collect()
+    }
+
+    fn entry(&mut self, path: &[u8], mode: u32, node: Node) {
+        self.entries.push(Entry { path: path.to_vec(), mode, mtime: MTIME, node });
+    }
+
+    fn directories(&mut self, paths: &[&str]) {
+        paths.iter().for_each(|path| self.entry(path.as_bytes(), 0o700, Node::Directory));
+    }
+
+    fn file(&mut self, path: &[u8], size: u64, crc: u32, place: Place) {
+        self.entry(path, 0o600, Node::File(File { size, crc, place }));
+    }
+
+    /// `global/pg_control`, which the manifest holds itself, in its first chunk.
+    fn control(&mut self, bytes: &[u8]) -> Result<()> {
+        let (plain, at) = encode_own(bytes, &self.slot_changes(bytes));
+        let chunk = self.manifest.add(&plain)?;
+        let extents = vec![Extent { len: bytes.len() as u32, chunk, offset: at.bytes }];
+        let place = Place::Inline { extents, changes: Some((chunk, at.changes)) };
+        self.file(files::CONTROL, bytes.len() as u64, crc32c::crc32c(bytes), place);
+        Ok(())
+    }
+
+    /// Small files: grouped in chunks, their changes in one chunk.
+    fn small(&mut self, files: &[(&[u8], Vec<u8>)]) -> Result<()> {
+        let (mut group, mut groups, mut all_changes) = (Vec::new(), Vec::new(), Vec::new());
+        let mut places = Vec::new();
+        for (_, content) in files {
+            let mut pieces = Vec::new();
+            for slot in content.chunks(SLOT) {
+                if group.len() + slot.len() > CHUNK {
+                    groups.push(std::mem::take(&mut group));
+                }
+                pieces.push((groups.len(), group.len(), slot.len()));
+                group.extend_from_slice(slot);
+            }
+            places.push((pieces, all_changes.len() as u32));
+            if !content.is_empty() {
+                all_changes.extend_from_slice(&encode_changes(&self.slot_changes(content)));
+            }
+        }
+        groups.push(group);
+        let groups = groups.iter().map(|group| self.small.add(group)).collect::<Result<Vec<_>>>()?;
+        let changes = self.changes.add(&all_changes)?;
+        for ((path, content), (pieces, at)) in files.iter().zip(places) {
+            let extent = |(group, offset, len): (usize, usize, usize)| Extent {
+                len: len as u32,
+                chunk: groups[group],
+                offset: offset as u32,
+            };
+            let extents: Vec<_> = pieces.into_iter().map(extent).collect();
+            self.weights.add_extents(&extents);
+            let changes = (!content.is_empty()).then_some((changes, at));
+            changes.iter().for_each(|(chunk, _)| self.weights.add_changes(chunk, content.len() as u64));
+            let place = Place::Inline { extents, changes };
+            self.file(path, content.len() as u64, crc32c::crc32c(content), place);
+        }
+        Ok(())
+    }
+
+    /// A small file as an earlier backup has it.
+    fn same(&mut self, entry: &Entry) {
+        if let Node::File(File { size, place: Place::Inline { extents, changes: Some((chunk, _)) }, .. }) = &entry.node
+        {
+            self.weights.add_extents(extents);
+            self.weights.add_changes(chunk, *size);
+        }
+        self.entries.push(entry.clone());
+    }
+
+    /// A file with one leaf, stored as a full backup does: runs of eight slots are chunks.
+    fn mapped_before(&mut self) -> Result<(ChunkRef, ChunkRef, ChunkRef)> {
+        let (content, mut leaf) = (files::mapped_before(), Leaf::default());
+        let (run, rest) = (self.data.add(&content[..CHUNK])?, self.data.add(&content[CHUNK..])?);
+        content.chunks(SLOT).enumerate().for_each(|(number, slot)| leaf.push(&[stored(run, rest, number, slot.len())]));
+        let changes = encode_changes(&self.slot_changes(&content));
+        let stored = self.leaf(&leaf, &changes, None)?;
+        self.file(files::MAPPED, content.len() as u64, crc32c::crc32c(&content), Place::Leaves(vec![stored]));
+        Ok((run, rest, stored.changes))
+    }
+
+    /// The same file as an incremental backup leaves it: changed grains of several slots share a chunk, and the changes are
+    /// those since the full backup's.
+    fn mapped(&mut self, old: &Old) -> Result<()> {
+        let (content, grain) = (files::mapped(), GRAIN as u32);
+        let (fresh, run) = (self.data.add(&files::changed())?, old.run);
+        let mut leaf = Leaf::default();
+        for (number, slot) in content.chunks(SLOT).enumerate() {
+            let in_run = (number * SLOT) as u32;
+            match number {
+                1 => leaf.push(&[
+                    Extent { len: grain, chunk: run, offset: in_run },
+                    Extent { len: 2 * grain, chunk: fresh, offset: 0 },
+                    Extent { len: 13 * grain, chunk: run, offset: in_run + 3 * grain },
+                ]),
+                5 => leaf.push(&[
+                    Extent { len: 15 * grain, chunk: run, offset: in_run },
+                    Extent { len: grain, chunk: fresh, offset: 2 * grain },
+                ]),
+                _ => leaf.push(&[stored(run, old.rest, number, slot.len())]),
+            }
+        }
+        let (before, now) = (self.slot_changes(&files::mapped_before()), self.slot_changes(&content));
+        let changes = encode_changes_since(old.changes, &before, &now).ok_or("the changes are not worth a base")?;
+        let stored = self.leaf(&leaf, &changes, Some(&old.changes))?;
+        let place = Place::Leaves(vec![stored]);
+        self.file(files::MAPPED, content.len() as u64, crc32c::crc32c(&content), place);
+        Ok(())
+    }
+
+    fn leaf(&mut self, leaf: &Leaf, changes: &[u8], base: Option<&ChunkRef>) -> Result<LeafRef> {
+        let stored = LeafRef { map: self.maps.add(&leaf.encode())?, changes: self.changes.add(changes)? };
+        self.weights.add_leaf(leaf, &stored, base);
+        Ok(stored)
+    }
+
+    /// A file of more than 64 leaves, so with an index; one chunk of eight slots, over and over.
+    fn huge(&mut self) -> Result<()> {
+        let run = files::huge_run();
+        let chunk = self.data.add(&run)?;
+        let part = (files::HUGE_BYTES - 64 * LEAF_BYTES) as usize;
+        let of_run = self.slot_changes(&run);
+        let slot = |number: usize, len: usize| Extent { len: len as u32, chunk, offset: (number % 8 * SLOT) as u32 };
+        let mut whole = Leaf::default();
+        (0..256).for_each(|number| whole.push(&[slot(number, SLOT)]));
+        let first = self.leaf(&whole, &encode_changes(&vec![of_run; 32].concat()), None)?;
+        (1..64).for_each(|_| self.weights.add_leaf(&whole, &first, None));
+        let mut tail = Leaf::default();
+        tail.push(&[slot(0, SLOT)]);
+        tail.push(&[slot(1, part - SLOT)]);
+        let last = self.leaf(&tail, &encode_changes(&self.slot_changes(&run[..part])), None)?;
+        let leaves = [vec![first; 64], vec![last]].concat();
+        let index = self.maps.add(&encode_index(&leaves))?;
+        self.weights.add_chunk(&index);
+        let of_run = crc32c::crc32c(&run);
+        let crc = (0..64 * 32).fold(0, |crc, _| crc32c::crc32c_combine(crc, of_run, CHUNK));
+        let crc = crc32c::crc32c_combine(crc, crc32c::crc32c(&run[..part]), part);
+        self.file(files::HUGE, files::HUGE_BYTES, crc, Place::Index(vec![index]));
+        Ok(())
+    }
+
+    /// Stores packs and manifest; `sizes` are those of packs, and become those with this backup's.
+    fn commit(
+        mut self,
+        repository: &Repository,
+        mut description: Description,
+        sizes: &mut HashMap<PackId, u64>,
+    ) -> Result<Description> {
+        for packer in [self.data, self.small, self.maps, self.changes] {
+            if packer.pack.is_empty() {
+                continue;
+            }
+            let (id, bytes) = (packer.pack.id(), packer.pack.finish());
+            sizes.insert(id, bytes.len() as u64);
+            description.sizes.stored_new += bytes.len() as u64;
+            repository.store.put(&keys::pack(&repository.stanza, id), Body::Bytes(bytes.into()))?;
+        }
+        self.entries.sort_by(|a, b| path_cmp(&a.path, &b.path));
+        for entry in &self.entries {
+            if let Node::File(file) = &entry.node {
+                description.sizes.files += 1;
+                description.sizes.database += file.size;
+                description.sizes.read += file.size;
+            }
+        }
+        let in_table = |(pack, weight)| PackUse { pack, size: sizes[&pack], weight };
+        let packs: Vec<_> = self.weights.sorted().into_iter().map(in_table).collect();
+        description.sizes.stored_all = packs.iter().map(|pack| pack.weight.min(pack.size)).sum();
+        let mut plains = encode_description(&description)?;
+        // two blocks, as a larger manifest has
+        for half in self.entries.chunks(self.entries.len().div_ceil(2)) {
+            let mut blocks = BlockWriter::default();
+            plains.extend(half.iter().filter_map(|entry| blocks.push(entry)));
+            plains.extend(blocks.finish());
+        }
+        plains.extend(encode_packs(&packs));
+        plains.iter().try_for_each(|plain| self.manifest.add(plain).map(drop))?;
+        let key = keys::manifest(&repository.stanza, &description.label);
+        repository.store.put(&key, Body::Bytes(self.manifest.pack.finish().into()))?;
+        Ok(description)
+    }
+}
+
+/// Where a full backup stored a slot: in the chunk of the first eight, or in that of the others.
+fn stored(run: ChunkRef, rest: ChunkRef, number: usize, len: usize) -> Extent {
+    let chunk = if number < 8 { run } else { rest };
+    Extent { len: len as u32, chunk, offset: (number % 8 * SLOT) as u32 }
 }
 
 fn database() -> Database {
@@ -169,21 +288,21 @@ fn database() -> Database {
         page_size: 8192,
         segment_size: 4 << 30,
         wal_page_size: 8192,
-        wal_segment_size: 1 << 20,
+        wal_segment_size: files::SEGMENT_BYTES as u64,
         checksums: true,
     }
 }
 
-fn description() -> Description {
+fn description(label: &str, kind: BackupKind, prior: Option<&str>, start_time: i64) -> Description {
     Description {
-        label: files::LABEL.into(),
-        kind: BackupKind::Full,
-        prior: None,
+        label: label.into(),
+        kind,
+        prior: prior.map(Into::into),
         pgcairn: "0.1.0".into(),
-        start_time: MTIME,
-        stop_time: MTIME + 60,
-        start_lsn: "0/1200028".into(),
-        stop_lsn: "0/1200100".into(),
+        start_time,
+        stop_time: start_time + 60,
+        start_lsn: "0/2400028".into(),
+        stop_lsn: "0/2400100".into(),
         timeline: 2,
         wal_start: files::SEGMENT.into(),
         wal_stop: files::SEGMENT.into(),
@@ -193,68 +312,74 @@ fn description() -> Description {
         owner: "postgres".into(),
         group: "postgres".into(),
         superuser: None,
-        backup_label: "START WAL LOCATION: 0/1200028 (file 000000020000000000000012)\n".into(),
+        backup_label: "START WAL LOCATION: 0/2400028 (file 000000020000000000000012)\n".into(),
+        tablespace_map: String::new(),
+        tablespaces: Vec::new(),
+        page_errors: Vec::new(),
+        sizes: Sizes::default(),
+    }
+}
+
+/// The full backup: a file with a map, a small file, pg_control.
+fn full(repository: &Repository, sizes: &mut HashMap<PackId, u64>) -> Result<Old> {
+    let mut backup = Backup::new(repository, 0x01)?;
+    backup.directories(&["", "base", "base/5", "global", "pg_wal"]);
+    backup.control(&files::control(1))?;
+    backup.small(&files::small()[..1])?;
+    let same = backup.entries[backup.entries.len() - 1].clone();
+    let (run, rest, changes) = backup.mapped_before()?;
+    let described = description(files::FULL, BackupKind::Full, None, MTIME + 60);
+    repository.enter(&backup.commit(repository, described, sizes)?)?;
+    Ok(Old { run, rest, changes, same })
+}
+
+/// The incremental backup: everything there is.
+fn incremental(repository: &Repository, old: &Old, sizes: &mut HashMap<PackId, u64>) -> Result<()> {
+    let mut backup = Backup::new(repository, 0x11)?;
+    backup.directories(&["", "base", "base/5", "global", "pg_tblspc", "pg_wal", "pg_wal/archive_status"]);
+    backup.directories(&["pg_tblspc/16400/PG_15_202209061", "pg_tblspc/16400/PG_15_202209061/5"]);
+    backup.entry(b"pg_tblspc/16400", 0o777, Node::Symlink(files::TABLESPACE_PATH.into()));
+    backup.control(&files::control(2))?;
+    backup.same(&old.same);
+    backup.small(&files::small()[1..])?;
+    backup.mapped(old)?;
+    backup.huge()?;
+    let described = Description {
         tablespace_map: format!("{} {}\n", files::TABLESPACE, files::TABLESPACE_PATH),
         tablespaces: vec![Tablespace { oid: files::TABLESPACE, path: files::TABLESPACE_PATH.into() }],
-        page_errors: Vec::new(),
-        sizes: Sizes { database: 1, read: 1, stored_new: 1, stored_all: 1, files: 11 },
-    }
+        ..description(files::LABEL, BackupKind::Incr, Some(files::FULL), MTIME + 108_000)
+    };
+    repository.enter(&backup.commit(repository, described, sizes)?)?;
+    Ok(())
+}
+
+/// A full backup in packs that are encrypted, and nothing but packs.
+fn encrypted(repository: &Repository) -> Result<()> {
+    let mut backup = Backup::new(repository, 0x01)?;
+    backup.directories(&["", "base", "base/5", "global"]);
+    backup.control(&files::control(3))?;
+    backup.small(&[(files::SAME, b"15\n".to_vec()), (files::MAPPED, files::hidden())])?;
+    let described = description(files::FULL, BackupKind::Full, None, MTIME + 60);
+    backup.commit(repository, Description { wal_stored: true, ..described }, &mut HashMap::new())?;
+    Ok(())
+}
+
+fn repository(root: &str, secret: &[u8]) -> Result<Repository> {
+    let store: Arc<dyn Store> = Arc::new(DirectoryStore::open(Path::new(root), true)?);
+    Ok(Repository { keys: Keys::new(secret), ..Repository::new(store, files::STANZA)? })
 }
 
 fn main() -> Result<()> {
     let root = std::env::args().nth(1).ok_or("usage: golden DIRECTORY")?;
-    let store: Arc<dyn Store> = Arc::new(DirectoryStore::open(Path::new(&root), true)?);
-    let repository = Repository::new(store, files::STANZA)?;
-    repository.create_stanza(database())?;
-
-    let mut packs = Packs {
-        older: Packer::new(PackKind::Data, 0x01)?,
-        data: Packer::new(PackKind::Data, 0x02)?,
-        small: Packer::new(PackKind::Small, 0x03)?,
-        maps: Packer::new(PackKind::Map, 0x04)?,
-        changes: Packer::new(PackKind::Change, 0x05)?,
-    };
-    let mut entries = small(&mut packs)?;
-    entries.extend([mapped(&mut packs)?, huge(&mut packs)?]);
-    for pack in [packs.older, packs.data, packs.small, packs.maps, packs.changes] {
-        pack.store(&repository)?;
-    }
-    let directories = ["", "base", "base/5", "global", "pg_tblspc", "pg_wal", "pg_wal/archive_status"];
-    let in_tablespace = ["pg_tblspc/16400/PG_15_202209061", "pg_tblspc/16400/PG_15_202209061/5"];
-    entries.extend(directories.into_iter().chain(in_tablespace).map(|path| Entry {
-        path: path.into(),
-        mode: 0o700,
-        mtime: MTIME,
-        node: Node::Directory,
-    }));
-    let link = Node::Symlink(files::TABLESPACE_PATH.into());
-    entries.push(Entry { path: b"pg_tblspc/16400".to_vec(), mode: 0o777, mtime: MTIME, node: link });
-    entries.sort_by(|a, b| path_cmp(&a.path, &b.path));
-
+    let plain = repository(&root, b"")?;
+    plain.create_stanza(database())?;
     let wal = tempfile::tempdir()?;
     for (name, content) in [(files::SEGMENT, &files::segment()[..]), (files::HISTORY, files::HISTORY_TEXT)] {
         std::fs::write(wal.path().join(name), content)?;
-        push(&repository, &wal.path().join(name), 3)?;
+        push(&plain, &wal.path().join(name), 3)?;
     }
-
-    let mut manifest = Packer::new(PackKind::Manifest, 0x06)?;
-    for plain in encode_description(&description())? {
-        manifest.add(&plain)?;
-    }
-    // two blocks, as a larger manifest has
-    for half in entries.chunks(entries.len().div_ceil(2)) {
-        let mut blocks = BlockWriter::default();
-        for entry in half {
-            if let Some(plain) = blocks.push(entry) {
-                manifest.add(&plain)?;
-            }
-        }
-        if let Some(plain) = blocks.finish() {
-            manifest.add(&plain)?;
-        }
-    }
-    let key = keys::manifest(files::STANZA, files::LABEL);
-    repository.store.put(&key, Body::Bytes(manifest.pack.finish().into()))?;
-    repository.enter(&description())?;
-    Ok(())
+    let mut sizes = HashMap::new();
+    let old = full(&plain, &mut sizes)?;
+    incremental(&plain, &old, &mut sizes)?;
+    encrypted(&repository(&format!("{root}-encrypted"), files::SECRET)?)
 }

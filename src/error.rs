@@ -72,33 +72,28 @@ impl Error {
 
     /// True when the cause is that stored bytes are not what they should be.
     pub fn is_damage(&self) -> bool {
-        let mut cause = self.source.as_deref().map(|source| source as &(dyn std::error::Error + 'static));
-        while let Some(error) = cause {
-            if error.is::<FormatError>() {
-                return true;
-            }
-            cause = error.source();
-        }
-        false
+        self.find::<FormatError>().is_some()
     }
 
     /// True when the cause is that the store has no such object.
     pub fn is_not_found(&self) -> bool {
-        self.store_error() == Some(ErrorKind::NotFound)
+        self.find::<StoreError>().is_some_and(|error| error.kind == ErrorKind::NotFound)
     }
 
     /// True when the cause is that an object is shorter than what was to be read of it.
     pub fn is_truncated(&self) -> bool {
-        self.store_error() == Some(ErrorKind::Truncated)
+        self.find::<StoreError>().is_some_and(|error| error.kind == ErrorKind::Truncated)
     }
 
-    fn store_error(&self) -> Option<ErrorKind> {
+    /// The nearest cause of this type.
+    pub fn find<T: std::error::Error + 'static>(&self) -> Option<&T> {
         let mut cause = self.source.as_deref().map(|source| source as &(dyn std::error::Error + 'static));
         while let Some(error) = cause {
-            if let Some(error) = error.downcast_ref::<StoreError>() {
-                return Some(error.kind);
+            if let Some(found) = error.downcast_ref::<T>() {
+                return Some(found);
             }
-            cause = error.source();
+            // several readers may share one failed fetch
+            cause = error.downcast_ref::<Arc<Self>>().map_or_else(|| error.source(), |shared| Some(&**shared));
         }
         None
     }

@@ -112,7 +112,7 @@ impl Stanza {
     /// # Panics
     /// When that fails.
     pub fn backup(&self, cluster: &Cluster) -> String {
-        let told = self.run(["backup", "--pg", cluster.conninfo()]).ok();
+        let told = self.run(["backup", "--type=full", "--pg", cluster.conninfo()]).ok();
         let label = told.strip_prefix("backup ").and_then(|rest| rest.split_once(':')).map(|(label, _)| label);
         label.unwrap_or_else(|| panic!("no label in: {told}")).to_owned()
     }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use library::{assert_whole, memory, objects, repository, view};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pgcairn::postgres::BackupKind;
 use pgcairn::progress::Silent;
 use pgcairn::repo::Repository;
 use pgcairn::store::{Effect, ErrorKind, Fault, MemoryStore};
@@ -125,6 +126,8 @@ fn a_killed_mount_loses_nothing_that_was_committed() {
 
 fn options(cluster: &Cluster) -> BackupOptions {
     BackupOptions {
+        kind: BackupKind::Full,
+        checksum: false,
         conninfo: cluster.conninfo().to_owned(),
         process_max: 2,
         buffer_bytes: 128 << 20,

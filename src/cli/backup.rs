@@ -6,8 +6,10 @@ use super::options::{Common, Output, YesNo, size};
 use super::output::{self, Progress, bytes};
 use super::retention::{RetentionOptions, tell};
 use crate::error::{Context, Error, Result};
+use crate::format::chunk::DEFAULT_LEVEL;
 use crate::format::manifest::Description;
 use crate::keep::expire::expire;
+use crate::postgres::BackupKind;
 use crate::write::backup::{BackupOptions, WalChoice, backup};
 
 /// Back up the running cluster
@@ -18,17 +20,20 @@ use crate::write::backup::{BackupOptions, WalChoice, backup};
 pub(super) struct Backup {
     #[command(flatten)]
     server: super::pg::ServerOptions,
-    /// Kind of backup
-    #[arg(long = "type", env = "PGCAIRN_TYPE", value_name = "TYPE", default_value = "full")]
+    /// Kind of backup: full reads every file; diff and incr only those that changed since the last full, or the last backup
+    #[arg(long = "type", env = "PGCAIRN_TYPE", value_name = "TYPE", default_value = "incr")]
     kind: Kind,
+    /// Read and hash every file, also those whose size and time did not change
+    #[arg(long, env = "PGCAIRN_CHECKSUM")]
+    checksum: bool,
     /// Threads that read, hash and compress [default: number of CPUs, at most 8]
     #[arg(long, env = "PGCAIRN_PROCESS_MAX", value_name = "N")]
     process_max: Option<usize>,
     /// Bytes of packs held in memory at once; bounds threads and uploads too
     #[arg(long, env = "PGCAIRN_BUFFER_SIZE", value_name = "SIZE", default_value = "128M", value_parser = size)]
     buffer_size: u64,
-    /// zstd level
-    #[arg(long, env = "PGCAIRN_COMPRESS_LEVEL", value_name = "LEVEL", default_value_t = 3, allow_hyphen_values = true)]
+    /// zstd level for what it pays for; the rest is compressed at level 1
+    #[arg(long, env = "PGCAIRN_COMPRESS_LEVEL", value_name = "LEVEL", default_value_t = DEFAULT_LEVEL, allow_hyphen_values = true)]
     compress_level: i32,
     /// Begin with an immediate checkpoint (y), or wait for the server's next one (n)
     #[arg(long, env = "PGCAIRN_START_FAST", value_name = "y|n", default_value = "y")]
@@ -55,6 +60,8 @@ pub(super) struct Backup {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kind {
     Full,
+    Diff,
+    Incr,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -72,10 +79,15 @@ enum PageErrors {
 
 impl Backup {
     pub(super) fn run(self, common: &Common) -> Result<()> {
-        let Kind::Full = self.kind;
         let repository = common.repository(false)?;
         let progress = Progress::new(self.output == Output::Json);
         let options = BackupOptions {
+            kind: match self.kind {
+                Kind::Full => BackupKind::Full,
+                Kind::Diff => BackupKind::Diff,
+                Kind::Incr => BackupKind::Incr,
+            },
+            checksum: self.checksum,
             conninfo: self.server.pg.clone(),
             process_max: self.process_max.unwrap_or_else(default_process_max),
             buffer_bytes: self.buffer_size as usize,

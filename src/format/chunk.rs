@@ -1,9 +1,11 @@
 //! Chunks: their names, where they are, and how their plaintext becomes stored bytes.
 
 use std::fmt;
+use std::io;
 
+use super::seal::{Seal, SealKind};
 use super::wire::{Reader, put_varint};
-use super::{FormatError, GRAIN, Result, SLOT};
+use super::{CHUNK, FormatError, GRAIN, Result};
 
 /// Name of a chunk: keyed BLAKE3 over the keyed BLAKE3 digests of its grains.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -25,24 +27,28 @@ pub struct ChunkRef {
     pub offset: u32,
     /// stored bytes
     pub stored_len: u32,
-    /// plaintext bytes, 1 to [`SLOT`]
+    /// plaintext bytes, 1 to [`CHUNK`]
     pub plain_len: u32,
     /// the plaintext's name
     pub id: ChunkId,
 }
+
+/// zstd level of the writer where nothing else is asked for.
+pub const DEFAULT_LEVEL: i32 = 5;
 
 /// Codec byte in front of a stored chunk: the plaintext follows as it is.
 const RAW: u8 = 0;
 /// Codec byte in front of a stored chunk: one zstd frame follows.
 const ZSTD: u8 = 1;
 
-/// The keys under which plaintext is hashed. Without encryption they derive from constants: a name then tells as much as
-/// the stored bytes beside it do. With encryption they derive from the repository's secret.
+/// The keys under which plaintext is hashed and stored bytes are sealed. Without encryption they derive from constants: a
+/// name then tells as much as the stored bytes beside it do. With encryption they derive from the repository's secret.
 #[derive(Clone)]
-pub struct HashKeys {
+pub struct Keys {
     grain: [u8; 32],
     chunk: [u8; 32],
     file: [u8; 32],
+    seal: Seal,
 }
 
 /// The digests of one run of plaintext: its name and the short hash of each grain.
@@ -54,39 +60,51 @@ pub struct Digest {
     pub grains: Vec<GrainHash>,
 }
 
-impl HashKeys {
+impl Keys {
     /// Keys of a repository; `secret` is empty where there is no encryption.
     pub fn new(secret: &[u8]) -> Self {
         Self {
             grain: blake3::derive_key("pgcairn 2026 grain", secret),
             chunk: blake3::derive_key("pgcairn 2026 chunk", secret),
             file: blake3::derive_key("pgcairn 2026 file", secret),
+            seal: Seal::new(secret),
         }
     }
 
-    /// Hashes up to one slot of plaintext, each byte once.
+    /// How packs are sealed under these keys.
+    pub fn seal_kind(&self) -> SealKind {
+        self.seal.kind()
+    }
+
+    /// Hashes the plaintext of one chunk, each byte once.
     pub fn digest(&self, plain: &[u8]) -> Digest {
-        let mut grains = Vec::with_capacity(plain.len().div_ceil(GRAIN));
+        let digests: Vec<GrainDigest> = plain.chunks(GRAIN).map(|grain| self.grain_digest(grain)).collect();
+        Digest { id: self.name(plain.len(), &digests), grains: digests.iter().map(GrainDigest::short).collect() }
+    }
+
+    /// The whole digest of one grain.
+    pub fn grain_digest(&self, grain: &[u8]) -> GrainDigest {
+        GrainDigest(*blake3::keyed_hash(&self.grain, grain).as_bytes())
+    }
+
+    /// The name of a chunk of `len` bytes, from the digests of its grains.
+    pub fn name(&self, len: usize, grains: &[GrainDigest]) -> ChunkId {
         let mut whole = blake3::Hasher::new_keyed(&self.chunk);
-        whole.update(&(plain.len() as u32).to_le_bytes());
-        for grain in plain.chunks(GRAIN) {
-            let digest = blake3::keyed_hash(&self.grain, grain);
-            whole.update(digest.as_bytes());
-            grains.push(short(&digest));
-        }
-        Digest { id: ChunkId(*whole.finalize().as_bytes()), grains }
+        whole.update(&(len as u32).to_le_bytes());
+        grains.iter().for_each(|grain| _ = whole.update(&grain.0));
+        ChunkId(*whole.finalize().as_bytes())
     }
 
     /// The short hash of one grain.
     pub fn grain(&self, grain: &[u8]) -> GrainHash {
-        short(&blake3::keyed_hash(&self.grain, grain))
+        self.grain_digest(grain).short()
     }
 
-    /// The name of a whole file from the names of its slots in order; the WAL archive's file names carry it.
-    pub fn file(&self, slots: impl IntoIterator<Item = ChunkId>) -> PackId {
+    /// The name of a whole file from the names of its chunks in order; the WAL archive's file names carry it.
+    pub fn file(&self, chunks: impl IntoIterator<Item = ChunkId>) -> PackId {
         let mut hasher = blake3::Hasher::new_keyed(&self.file);
-        for slot in slots {
-            hasher.update(&slot.0);
+        for chunk in chunks {
+            hasher.update(&chunk.0);
         }
         let mut id = PackId::default();
         id.0.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
@@ -94,29 +112,65 @@ impl HashKeys {
     }
 }
 
-fn short(digest: &blake3::Hash) -> GrainHash {
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&digest.as_bytes()[..8]);
-    u64::from_le_bytes(bytes)
+/// The whole digest of one grain, of which [`GrainHash`] is the beginning.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct GrainDigest([u8; 32]);
+
+impl GrainDigest {
+    /// Its first 64 bits.
+    pub fn short(&self) -> GrainHash {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&self.0[..8]);
+        u64::from_le_bytes(bytes)
+    }
 }
 
-/// Turns plaintext into stored bytes; keeps its compression context between calls.
-pub struct Encoder {
-    zstd: zstd::bulk::Compressor<'static>,
+/// The plaintext of a chunk, proved, and the short hash of each grain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decoded {
+    /// the plaintext
+    pub plain: Vec<u8>,
+    /// one per grain, the last may be of a partial grain
+    pub grains: Vec<GrainHash>,
 }
+
+/// Turns plaintext into stored bytes; keeps its compression contexts between calls.
+///
+/// A higher level pays for text and indexes; rows of numbers compress better at level 1, and random bytes not at all. So a part of
+/// a large chunk is tried both ways, and what wins is taken for it and the chunks that follow.
+pub struct Encoder {
+    fast: zstd::bulk::Compressor<'static>,
+    thorough: Option<zstd::bulk::Compressor<'static>>,
+    pays: bool,
+    /// large chunks until the next trial
+    untried: usize,
+    trial: Vec<u8>,
+}
+
+/// Level for what a higher one does not pay for.
+const FAST_LEVEL: i32 = 1;
+/// Bytes of a trial; smaller chunks are compressed thoroughly without one.
+const TRIAL_BYTES: usize = 64 * 1024;
+/// Large chunks that follow the outcome of one trial.
+const TRIAL_EVERY: usize = 6;
+/// A higher level pays where it saves at least this much of every thousand bytes that level 1 stores.
+const PAYS_PERMILLE: usize = 40;
 
 impl Encoder {
-    /// `level` as of zstd; 3 is the default of pgcairn.
-    pub fn new(level: i32) -> std::io::Result<Self> {
-        Ok(Self { zstd: zstd::bulk::Compressor::new(level)? })
+    /// `level` as of zstd, for what it pays for; see [`DEFAULT_LEVEL`].
+    pub fn new(level: i32) -> io::Result<Self> {
+        let compressor = zstd::bulk::Compressor::new;
+        let thorough = if level > FAST_LEVEL { Some(compressor(level)?) } else { None };
+        let fast = compressor(level.min(FAST_LEVEL))?;
+        Ok(Self { fast, thorough, pays: true, untried: 0, trial: Vec::new() })
     }
 
-    /// Appends the stored form of `plain` to `out`; incompressible plaintext is kept raw.
-    pub fn encode(&mut self, plain: &[u8], out: &mut Vec<u8>) -> std::io::Result<()> {
+    /// Appends the stored form of the chunk `id` to `out`; incompressible plaintext is kept raw.
+    pub fn encode(&mut self, keys: &Keys, id: &ChunkId, plain: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
         let start = out.len();
         out.push(ZSTD);
         out.resize(start + 1 + zstd::zstd_safe::compress_bound(plain.len()), 0);
-        let written = self.zstd.compress_to_buffer(plain, &mut out[start + 1..])?;
+        let written = self.choose(plain)?.compress_to_buffer(plain, &mut out[start + 1..])?;
         if written < plain.len() {
             out.truncate(start + 1 + written);
         } else {
@@ -124,7 +178,25 @@ impl Encoder {
             out.push(RAW);
             out.extend_from_slice(plain);
         }
-        Ok(())
+        keys.seal.close(id, out, start)
+    }
+
+    fn choose(&mut self, plain: &[u8]) -> io::Result<&mut zstd::bulk::Compressor<'static>> {
+        let Some(thorough) = &mut self.thorough else { return Ok(&mut self.fast) };
+        if plain.len() < 2 * TRIAL_BYTES {
+            return Ok(thorough);
+        }
+        if self.untried == 0 {
+            let middle = plain.len() / 2 - TRIAL_BYTES / 2;
+            let sample = &plain[middle..middle + TRIAL_BYTES];
+            self.trial.resize(zstd::zstd_safe::compress_bound(TRIAL_BYTES), 0);
+            let fast = self.fast.compress_to_buffer(sample, &mut self.trial[..])?;
+            let slow = thorough.compress_to_buffer(sample, &mut self.trial[..])?;
+            self.pays = slow * 1000 <= fast * (1000 - PAYS_PERMILLE);
+            self.untried = TRIAL_EVERY;
+        }
+        self.untried -= 1;
+        Ok(if self.pays { thorough } else { &mut self.fast })
     }
 }
 
@@ -135,40 +207,98 @@ pub struct Decoder {
 
 impl Decoder {
     /// A decoder with an empty context.
-    pub fn new() -> std::io::Result<Self> {
+    pub fn new() -> io::Result<Self> {
         Ok(Self { zstd: zstd::bulk::Decompressor::new()? })
     }
 
     /// The plaintext of a chunk, checked against its name; `object` is what an error calls the pack.
-    pub fn decode(&mut self, keys: &HashKeys, object: &str, at: &ChunkRef, stored: &[u8]) -> Result<Vec<u8>> {
-        let bad = |what: String| FormatError::new(object, u64::from(at.offset), what);
-        let plain = self.unpack(at, stored).map_err(bad)?;
-        if plain.len() != at.plain_len as usize {
-            return Err(bad(format!("a chunk of {} bytes where {} were stored", plain.len(), at.plain_len)));
-        }
-        let found = keys.digest(&plain).id;
-        if found != at.id {
-            return Err(bad(format!("chunk {} reads as {found}", at.id)));
-        }
-        Ok(plain)
+    pub fn decode(&mut self, keys: &Keys, object: &str, at: &ChunkRef, stored: &[u8]) -> Result<Decoded> {
+        self.decode_named(keys, object, at, stored, false)
     }
 
-    fn unpack(&mut self, at: &ChunkRef, stored: &[u8]) -> std::result::Result<Vec<u8>, String> {
-        let (codec, payload) = stored.split_first().ok_or("an empty chunk")?;
+    /// The same, and its seal is checked too: all that any reader may rely on.
+    pub fn prove(&mut self, keys: &Keys, object: &str, at: &ChunkRef, stored: &[u8]) -> Result<Decoded> {
+        self.decode_named(keys, object, at, stored, true)
+    }
+
+    fn decode_named(
+        &mut self,
+        keys: &Keys,
+        object: &str,
+        at: &ChunkRef,
+        stored: &[u8],
+        sealed: bool,
+    ) -> Result<Decoded> {
+        let bad = |what: String| FormatError::new(object, u64::from(at.offset), what);
+        let mut plain = Vec::new();
+        self.unpack(keys, at, stored, sealed, &mut plain).map_err(bad)?;
+        let Digest { id, grains } = keys.digest(&plain);
+        match id == at.id {
+            true => Ok(Decoded { plain, grains }),
+            false => Err(bad(format!("chunk {} reads as {id}", at.id))),
+        }
+    }
+
+    /// Replaces `plain` by the plaintext of a chunk whose stored bytes are proved by their seal. That what they decompress to
+    /// is right is for the caller to prove, by the checksum of the file.
+    pub fn decode_sealed(
+        &mut self,
+        keys: &Keys,
+        object: &str,
+        at: &ChunkRef,
+        stored: &[u8],
+        plain: &mut Vec<u8>,
+    ) -> Result<()> {
+        let unpacked = self.unpack(keys, at, stored, true, plain);
+        unpacked.map_err(|what| FormatError::new(object, u64::from(at.offset), what))
+    }
+
+    fn unpack(
+        &mut self,
+        keys: &Keys,
+        at: &ChunkRef,
+        stored: &[u8],
+        prove: bool,
+        plain: &mut Vec<u8>,
+    ) -> std::result::Result<(), String> {
+        plain.clear();
+        let frame = keys.seal.open(&at.id, stored, prove)?;
+        let (codec, payload) = frame.split_first().ok_or("an empty chunk")?;
+        let expected = (at.plain_len as usize).min(CHUNK);
         match *codec {
-            RAW => Ok(payload.to_vec()),
+            RAW => plain.extend_from_slice(payload),
             ZSTD => {
-                let capacity = (at.plain_len as usize).min(SLOT);
-                self.zstd.decompress(payload, capacity).map_err(|error| format!("a chunk that zstd refuses: {error}"))
+                plain.reserve_exact(expected);
+                let unpacked = self.zstd.decompress_to_buffer(payload, plain);
+                unpacked.map_err(|error| format!("a chunk that zstd refuses: {error}"))?;
             }
-            other => Err(format!("unknown codec {other}")),
+            other => return Err(format!("unknown codec {other}")),
+        }
+        match plain.len() == expected {
+            true => Ok(()),
+            false => Err(format!("a chunk of {} bytes where {expected} were stored", plain.len())),
         }
     }
 }
 
+impl PackId {
+    /// Reads what [`Display`](fmt::Display) writes.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        let digits = text.as_bytes();
+        if digits.len() != 32 || !digits.iter().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')) {
+            return None;
+        }
+        let mut id = Self::default();
+        for (byte, pair) in id.0.iter_mut().zip(digits.as_chunks::<2>().0) {
+            *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+        }
+        Some(id)
+    }
+}
+
 impl ChunkRef {
-    /// The largest stored length a chunk can have: raw, with its codec byte and room for a seal.
-    pub const MAX_STORED: u64 = SLOT as u64 + 256;
+    /// The largest stored length a chunk can have: raw, with its codec byte and its seal.
+    pub const MAX_STORED: u64 = CHUNK as u64 + 256;
 
     /// The first byte behind the stored bytes.
     pub fn end(&self) -> u64 {
@@ -237,7 +367,7 @@ fn decode_chunk(reader: &mut Reader<'_>, packs: &[PackId]) -> Result<ChunkRef> {
     let pack = *pack.ok_or_else(|| reader.error(format!("pack {number} of {}", packs.len())))?;
     let offset = reader.bounded(u64::from(u32::MAX) - ChunkRef::MAX_STORED, "chunk offset")? as u32;
     let stored_len = reader.bounded(ChunkRef::MAX_STORED, "stored length")? as u32;
-    let plain_len = reader.bounded(SLOT as u64, "plain length")? as u32;
+    let plain_len = reader.bounded(CHUNK as u64, "plain length")? as u32;
     if plain_len == 0 || stored_len == 0 {
         return Err(reader.error("an empty chunk"));
     }
@@ -272,9 +402,15 @@ impl fmt::Debug for PackId {
     }
 }
 
-impl fmt::Debug for HashKeys {
+impl fmt::Debug for Keys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("HashKeys")
+        write!(f, "Keys({:?})", self.seal)
+    }
+}
+
+impl fmt::Debug for GrainDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        hex(&self.0[..6], f)
     }
 }
 
@@ -296,7 +432,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn reference(keys: &HashKeys, plain: &[u8], stored_len: usize) -> ChunkRef {
+    fn reference(keys: &Keys, plain: &[u8], stored_len: usize) -> ChunkRef {
         let id = keys.digest(plain).id;
         let (stored_len, plain_len) = (stored_len as u32, plain.len() as u32);
         ChunkRef { pack: PackId([7; 16]), offset: 32, stored_len, plain_len, id }
@@ -308,27 +444,33 @@ mod tests {
         fn plaintext_comes_back_and_a_flipped_bit_does_not(
             plain in prop_oneof![
                 prop::collection::vec(any::<u8>(), 1..40_000),
-                (any::<u8>(), 1..SLOT).prop_map(|(byte, len)| vec![byte; len]),
+                (any::<u8>(), 1..CHUNK).prop_map(|(byte, len)| vec![byte; len]),
             ],
             flip in any::<prop::sample::Index>(),
+            encrypted: bool,
         ) {
-            let keys = HashKeys::new(b"");
-            let mut stored = Vec::new();
-            Encoder::new(3).unwrap().encode(&plain, &mut stored).unwrap();
+            let keys = Keys::new(if encrypted { b"secret" } else { b"" });
+            let (mut stored, mut unpacked) = (Vec::new(), Vec::new());
+            let digest = keys.digest(&plain);
+            Encoder::new(3).unwrap().encode(&keys, &digest.id, &plain, &mut stored).unwrap();
             let at = reference(&keys, &plain, stored.len());
             let mut decoder = Decoder::new().unwrap();
-            prop_assert_eq!(&decoder.decode(&keys, "pack", &at, &stored).unwrap(), &plain);
+            let decoded = Decoded { plain: plain.clone(), grains: digest.grains };
+            prop_assert_eq!(&decoder.decode(&keys, "pack", &at, &stored).unwrap(), &decoded);
+            decoder.decode_sealed(&keys, "pack", &at, &stored, &mut unpacked).unwrap();
+            prop_assert_eq!(&unpacked, &plain);
             let bit = flip.index(stored.len() * 8);
             stored[bit / 8] ^= 1 << (bit % 8);
+            prop_assert!(decoder.decode_sealed(&keys, "pack", &at, &stored, &mut unpacked).is_err());
             if let Ok(read) = decoder.decode(&keys, "pack", &at, &stored) {
-                prop_assert_eq!(read, plain);
+                prop_assert_eq!(read, decoded);
             }
         }
     }
 
     #[test]
     fn names_depend_on_the_secret_and_on_every_grain() {
-        let (plain, open, sealed) = (vec![1; 3 * GRAIN], HashKeys::new(b""), HashKeys::new(b"secret"));
+        let (plain, open, sealed) = (vec![1; 3 * GRAIN], Keys::new(b""), Keys::new(b"secret"));
         assert_ne!(open.digest(&plain).id, sealed.digest(&plain).id);
         assert_eq!(open.digest(&plain).grains.len(), 3);
         let mut changed = plain.clone();
@@ -339,8 +481,17 @@ mod tests {
     }
 
     #[test]
+    fn names_of_packs_come_back() {
+        let id = PackId([0, 1, 0x2a, 0xff, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
+        assert_eq!(PackId::from_hex(&id.to_string()), Some(id));
+        for wrong in ["", "7f", &id.to_string().to_uppercase(), &format!("{id}0"), &"+1".repeat(16), &"zz".repeat(16)] {
+            assert_eq!(PackId::from_hex(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
     fn a_table_comes_back() {
-        let keys = HashKeys::new(b"");
+        let keys = Keys::new(b"");
         let mut table = ChunkTable::default();
         let first = reference(&keys, b"one", 4);
         let second = ChunkRef { pack: PackId([9; 16]), offset: 77, ..reference(&keys, b"two", 4) };

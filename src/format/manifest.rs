@@ -3,17 +3,26 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::chunk::{ChunkRef, ChunkTable};
-use super::map::{Extent, LeafRef, decode_extents, decode_leaves, decode_number, encode_extents, encode_leaves};
+use super::chunk::{ChunkRef, ChunkTable, PackId};
+use super::map::{
+    Extent, LeafRef, SlotChange, decode_extents, decode_leaves, decode_number, encode_changes, encode_extents,
+    encode_leaves,
+};
 use super::wire::{Reader, put_bytes, put_signed, put_varint};
 use crate::postgres::BackupKind;
 
-use super::{INDEX_BYTES, INLINE_BYTES, LEAF_BYTES, Result, SLOT};
+use super::{CHUNK, INDEX_BYTES, INLINE_BYTES, LEAF_BYTES, Result};
 
 /// First byte of a chunk that holds a part of the description.
 const DESCRIPTION: u8 = 1;
 /// First byte of a chunk that holds a block of entries.
 const ENTRIES: u8 = 2;
+/// First byte of a chunk that holds a part of the pack table.
+const PACKS: u8 = 3;
+/// First byte of a chunk that holds file bytes and changes of the manifest's own; entries refer to it as to any chunk.
+const OWN: u8 = 4;
+/// Packs in one part of the pack table.
+const PACKS_EACH: usize = 16 * 1024;
 /// A block is closed when it reaches this many bytes.
 const BLOCK_BYTES: usize = 64 * 1024;
 /// The longest path, as Linux has it.
@@ -75,7 +84,7 @@ pub struct Sizes {
     pub read: u64,
     /// bytes of packs this backup wrote
     pub stored_new: u64,
-    /// bytes of all chunks this backup needs, whoever wrote them
+    /// bytes of packs this backup needs, whoever wrote them: of each pack its weight, at most its length
     pub stored_all: u64,
     /// number of files
     pub files: u64,
@@ -234,7 +243,7 @@ impl BlockWriter {
         self.table.encode(&mut block);
         put_varint(&mut block, self.count as u64);
         block.extend_from_slice(&self.records);
-        assert!(block.len() <= SLOT, "a block must fit into a chunk");
+        assert!(block.len() <= CHUNK, "a block must fit into a chunk");
         *self = Self::default();
         block
     }
@@ -265,29 +274,97 @@ fn put_place(place: &Place, table: &mut ChunkTable, out: &mut Vec<u8>) {
 /// The chunks' plaintexts that hold a description.
 pub fn encode_description(description: &Description) -> serde_json::Result<Vec<Vec<u8>>> {
     let json = serde_json::to_vec(description)?;
-    Ok(json.chunks(SLOT - 1).map(|part| [&[DESCRIPTION], part].concat()).collect())
+    Ok(json.chunks(CHUNK - 1).map(|part| [&[DESCRIPTION], part].concat()).collect())
+}
+
+/// Where in a chunk of the manifest's own the parts of a file are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Own {
+    /// first byte of the file
+    pub bytes: u32,
+    /// first byte of its changes
+    pub changes: u32,
+}
+
+/// The plaintext of a chunk that the manifest holds itself: a small file that is different in every backup.
+pub fn encode_own(bytes: &[u8], changes: &[SlotChange]) -> (Vec<u8>, Own) {
+    let plain = [&[OWN], bytes, &encode_changes(changes)].concat();
+    (plain, Own { bytes: 1, changes: 1 + bytes.len() as u32 })
+}
+
+/// How much a backup needs of one pack. What no manifest lists nobody needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackUse {
+    /// the pack
+    pub pack: PackId,
+    /// length of the object in bytes
+    pub size: u64,
+    /// stored bytes of what the backup's extents refer to, in proportion; more than `size` where content is shared
+    pub weight: u64,
+}
+
+/// The plaintexts of the chunks that hold a pack table, at least one; `packs` ascend by name.
+pub fn encode_packs(packs: &[PackUse]) -> Vec<Vec<u8>> {
+    let part = |part: &[PackUse]| {
+        let mut out = vec![PACKS];
+        put_varint(&mut out, part.len() as u64);
+        for pack in part {
+            out.extend_from_slice(&pack.pack.0);
+            put_varint(&mut out, pack.size);
+            put_varint(&mut out, pack.weight);
+        }
+        out
+    };
+    match packs.is_empty() {
+        true => vec![part(&[])],
+        false => packs.chunks(PACKS_EACH).map(part).collect(),
+    }
+}
+
+/// Reads one chunk of a pack table; `None` where the chunk holds something else.
+pub fn decode_packs(object: &str, plain: &[u8]) -> Result<Option<Vec<PackUse>>> {
+    let mut reader = Reader::new(object, plain);
+    if reader.u8()? != PACKS {
+        return Ok(None);
+    }
+    let count = reader.count(18, "pack count")?;
+    let read = |reader: &mut Reader<'_>| {
+        Ok(PackUse { pack: PackId(reader.array()?), size: reader.varint()?, weight: reader.varint()? })
+    };
+    let packs = (0..count).map(|_| read(&mut reader)).collect::<Result<Vec<_>>>()?;
+    reader.end()?;
+    Ok(Some(packs))
 }
 
 /// Collects the plaintexts of a manifest's chunks, in order.
 #[derive(Debug)]
-pub struct ManifestReader<'a> {
-    object: &'a str,
+pub struct ManifestReader {
+    object: String,
     json: Vec<u8>,
     last: Option<Vec<u8>>,
+    /// the pack table, which is the end, has begun
+    ended: bool,
 }
 
-impl<'a> ManifestReader<'a> {
+impl ManifestReader {
     /// Errors call the manifest `object`.
-    pub fn new(object: &'a str) -> Self {
-        Self { object, json: Vec::new(), last: None }
+    pub fn new(object: &str) -> Self {
+        Self { object: object.to_owned(), json: Vec::new(), last: None, ended: false }
     }
 
     /// Reads the next chunk's plaintext and hands its entries to `each`.
     pub fn chunk(&mut self, plain: &[u8], mut each: impl FnMut(Entry)) -> Result<()> {
-        let mut reader = Reader::new(self.object, plain);
-        match reader.u8()? {
+        let object = self.object.clone();
+        let mut reader = Reader::new(&object, plain);
+        let part = reader.u8()?;
+        if self.ended && part != PACKS {
+            return Err(reader.error(format!("part {part} behind the pack table")));
+        }
+        match part {
             DESCRIPTION => self.json.extend_from_slice(reader.take(reader.remaining())?),
             ENTRIES => self.block(&mut reader, &mut each)?,
+            PACKS => self.ended = true,
+            OWN => {}
             other => return Err(reader.error(format!("unknown part {other}"))),
         }
         Ok(())
@@ -309,10 +386,10 @@ impl<'a> ManifestReader<'a> {
         reader.end()
     }
 
-    /// The description, once every chunk was read.
-    pub fn finish(self) -> Result<Description> {
+    /// The description, once every chunk before the first block of entries was read.
+    pub fn description(&self) -> Result<Description> {
         serde_json::from_slice(&self.json).map_err(|error| {
-            super::FormatError::new(self.object, 0, format!("the description cannot be read: {error}"))
+            super::FormatError::new(&self.object, 0, format!("the description cannot be read: {error}"))
         })
     }
 }
@@ -359,7 +436,7 @@ fn decode_inline(reader: &mut Reader<'_>, chunks: &[ChunkRef], size: u64) -> Res
     let extents = decode_extents(reader, chunks, size)?;
     let changes = match size {
         0 => None,
-        _ => Some((decode_number(reader, chunks)?, reader.bounded(SLOT as u64, "offset of changes")? as u32)),
+        _ => Some((decode_number(reader, chunks)?, reader.bounded(CHUNK as u64, "offset of changes")? as u32)),
     };
     Ok(Place::Inline { extents, changes })
 }
@@ -442,6 +519,22 @@ mod tests {
         let blocks = blocks(&sample());
         assert!(blocks.len() > 1);
         assert_eq!(read(&blocks).unwrap(), sample());
+    }
+
+    #[test]
+    fn a_pack_table_comes_back_over_several_chunks() {
+        let pack = |number: u32| {
+            let mut id = PackId::default();
+            id.0[..4].copy_from_slice(&number.to_be_bytes());
+            PackUse { pack: id, size: 1 << 24, weight: u64::from(number) * 1000 }
+        };
+        let packs: Vec<_> = (0..40_000).map(pack).collect();
+        let parts = encode_packs(&packs);
+        assert!(parts.len() > 1 && parts.iter().all(|part| part.len() <= CHUNK));
+        let read: Vec<_> = parts.iter().flat_map(|part| decode_packs("manifest", part).unwrap().unwrap()).collect();
+        assert_eq!(read, packs);
+        assert_eq!(decode_packs("manifest", &blocks(&sample())[0]).unwrap(), None);
+        assert!(decode_packs("manifest", &parts[0][..100]).is_err());
     }
 
     #[test]

@@ -5,9 +5,11 @@
 
 use super::chunk::{ChunkRef, ChunkTable, GrainHash};
 use super::wire::{Reader, put_varint};
-use super::{GRAIN, LEAF_SLOTS, Result, SLOT};
+use super::{CHUNK, GRAIN, LEAF_SLOTS, Result, SLOT};
 
 const LEAF_VERSION: u8 = 1;
+/// First byte of changes that say only what differs from others.
+const DELTA_VERSION: u8 = 2;
 
 /// `file range -> (chunk, offset inside the chunk)`. Extents of one file follow each other without a gap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +47,7 @@ pub fn decode_extents(reader: &mut Reader<'_>, chunks: &[ChunkRef], len: u64) ->
     for _ in 0..count {
         let len = reader.bounded(SLOT as u64, "extent length")? as u32;
         let chunk = decode_number(reader, chunks)?;
-        let offset = reader.bounded(SLOT as u64, "extent offset")? as u32;
+        let offset = reader.bounded(CHUNK as u64, "extent offset")? as u32;
         if len == 0 || offset + len > chunk.plain_len {
             return Err(
                 reader.error(format!("an extent of {len} bytes at {offset} of a {}-byte chunk", chunk.plain_len))
@@ -108,7 +110,7 @@ impl Leaf {
         put_varint(&mut out, self.slots() as u64);
         table.encode(&mut out);
         out.extend_from_slice(&records);
-        assert!(out.len() <= SLOT, "a leaf must fit into a chunk");
+        assert!(out.len() <= CHUNK, "a leaf must fit into a chunk");
         out
     }
 
@@ -148,7 +150,7 @@ pub fn encode_changes(slots: &[SlotChange]) -> Vec<u8> {
         out.extend_from_slice(&slot.crc.to_le_bytes());
         slot.grains.iter().for_each(|grain| out.extend_from_slice(&grain.to_le_bytes()));
     }
-    assert!(out.len() <= SLOT, "a leaf's changes must fit into a chunk");
+    assert!(out.len() <= CHUNK, "a leaf's changes must fit into a chunk");
     out
 }
 
@@ -168,6 +170,76 @@ pub fn decode_changes(object: &str, bytes: &[u8], len: u64) -> Result<Vec<SlotCh
         changes.push(SlotChange { crc, grains });
     }
     Ok(changes)
+}
+
+/// The plaintext of changes that differ from those stored whole in `base` in some slots; `None` where they would not be much
+/// shorter than [`encode_changes`] of `new`, or where the run has another length.
+pub fn encode_changes_since(base: ChunkRef, old: &[SlotChange], new: &[SlotChange]) -> Option<Vec<u8>> {
+    let same_shape = |(a, b): (&SlotChange, &SlotChange)| a.grains.len() == b.grains.len();
+    if old.len() != new.len() || !old.iter().zip(new).all(same_shape) {
+        return None;
+    }
+    let differing = || old.iter().zip(new).enumerate().filter(|(_, (a, b))| a != b);
+    let mut table = ChunkTable::default();
+    table.number(base);
+    let mut out = vec![DELTA_VERSION];
+    put_varint(&mut out, new.len() as u64);
+    table.encode(&mut out);
+    put_varint(&mut out, differing().count() as u64);
+    for (number, (a, b)) in differing() {
+        put_varint(&mut out, number as u64);
+        out.extend_from_slice(&b.crc.to_le_bytes());
+        let changed = |at: &usize| a.grains[*at] != b.grains[*at];
+        let bits = (0..b.grains.len()).filter(changed).fold(0u64, |bits, at| bits | 1 << at);
+        put_varint(&mut out, bits);
+        (0..b.grains.len()).filter(changed).for_each(|at| out.extend_from_slice(&b.grains[at].to_le_bytes()));
+    }
+    let whole: usize = new.iter().map(|slot| 4 + 8 * slot.grains.len()).sum();
+    (out.len() < whole / 2).then_some(out)
+}
+
+/// Where changes are stored that [`encode_changes_since`] wrote; `None` for those of [`encode_changes`].
+pub fn changes_base(object: &str, bytes: &[u8]) -> Result<Option<ChunkRef>> {
+    let mut reader = Reader::new(object, bytes);
+    if reader.u8()? != DELTA_VERSION {
+        return Ok(None);
+    }
+    reader.varint()?;
+    match *ChunkTable::decode(&mut reader)?.as_slice() {
+        [base] => Ok(Some(base)),
+        ref other => Err(reader.error(format!("changes since {} others", other.len()))),
+    }
+}
+
+/// Reads what [`encode_changes_since`] wrote; `changes` are those of its base and become those of `len` bytes of file.
+pub fn apply_changes(object: &str, bytes: &[u8], changes: &mut [SlotChange]) -> Result<()> {
+    let mut reader = Reader::new(object, bytes);
+    let (version, slots) = (reader.u8()?, reader.varint()?);
+    if version != DELTA_VERSION || slots != changes.len() as u64 {
+        return Err(reader.error(format!("changes of {slots} slots since those of {}", changes.len())));
+    }
+    ChunkTable::decode(&mut reader)?;
+    let mut next = 0;
+    for _ in 0..reader.count(6, "changed slots")? {
+        let number = reader.bounded(slots.saturating_sub(1), "changed slot")? as usize;
+        if number < next {
+            return Err(reader.error(format!("slot {number} behind slot {}", next - 1)));
+        }
+        next = number + 1;
+        let crc = reader.u32()?;
+        let bits = reader.varint()?;
+        let slot = changes.get_mut(number).ok_or_else(|| reader.error("a slot beyond the run"))?;
+        if bits >> slot.grains.len() != 0 {
+            return Err(reader.error("a grain beyond its slot"));
+        }
+        slot.crc = crc;
+        for (at, grain) in slot.grains.iter_mut().enumerate() {
+            if bits >> at & 1 == 1 {
+                *grain = reader.u64()?;
+            }
+        }
+    }
+    reader.end()
 }
 
 /// The map and changes chunk of one leaf, as an index names them.
@@ -203,7 +275,7 @@ pub fn encode_index(leaves: &[LeafRef]) -> Vec<u8> {
     let mut out = vec![LEAF_VERSION];
     table.encode(&mut out);
     out.extend_from_slice(&records);
-    assert!(out.len() <= SLOT, "an index must fit into a chunk");
+    assert!(out.len() <= CHUNK, "an index must fit into a chunk");
     out
 }
 
@@ -266,6 +338,12 @@ mod tests {
         (leaf, ((slots - 1) * SLOT + last) as u64)
     }
 
+    fn run(slots: usize, last: usize) -> Vec<SlotChange> {
+        let len = |slot| if slot + 1 == slots { last } else { SLOT };
+        let change = |slot| SlotChange { crc: slot as u32, grains: (0..len(slot).div_ceil(GRAIN) as u64).collect() };
+        (0..slots).map(change).collect()
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
@@ -281,16 +359,40 @@ mod tests {
             let _ = Leaf::decode("leaf", &bytes, u64::from(len));
             let _ = decode_changes("changes", &bytes, u64::from(len));
             let _ = decode_index("index", &bytes);
+            let _ = changes_base("changes", &bytes);
+            let _ = apply_changes("changes", &bytes, &mut run(3, 5));
+        }
+
+        #[test]
+        fn changes_since_others_come_back(
+            slots in 1..=LEAF_SLOTS,
+            last in 1..=SLOT,
+            edits in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<u64>()), 0..20),
+        ) {
+            let old = run(slots, last);
+            let mut new = old.clone();
+            for (slot, grain, hash) in edits {
+                let slot = slot.get_mut(&mut new);
+                slot.crc ^= hash as u32;
+                *grain.get_mut(&mut slot.grains) = hash;
+            }
+            let base = chunk(1, 900);
+            if let Some(bytes) = encode_changes_since(base, &old, &new) {
+                prop_assert_eq!(changes_base("changes", &bytes).unwrap(), Some(base));
+                let mut read = old.clone();
+                apply_changes("changes", &bytes, &mut read).unwrap();
+                prop_assert_eq!(&read, &new);
+                prop_assert!(apply_changes("changes", &bytes, &mut run(slots + 1, last)).is_err());
+                prop_assert!(apply_changes("changes", &bytes[..bytes.len() - 1], &mut read).is_err());
+            } else {
+                prop_assert!(slots < 40, "20 edits in {} slots are stored whole", slots);
+            }
         }
 
         #[test]
         fn changes_come_back(slots in 1..=LEAF_SLOTS, last in 1..=SLOT) {
-            let changes: Vec<_> = (0..slots)
-                .map(|slot| {
-                    let len = if slot + 1 == slots { last } else { SLOT };
-                    SlotChange { crc: slot as u32, grains: (0..len.div_ceil(GRAIN) as u64).collect() }
-                })
-                .collect();
+            let changes = run(slots, last);
+            prop_assert_eq!(changes_base("changes", &encode_changes(&changes)).unwrap(), None);
             let len = ((slots - 1) * SLOT + last) as u64;
             prop_assert_eq!(decode_changes("changes", &encode_changes(&changes), len).unwrap(), changes);
         }

@@ -8,14 +8,18 @@ pub mod info;
 pub mod manifest;
 pub mod map;
 pub mod pack;
+pub mod seal;
 pub mod wire;
 
 /// Hashing granularity in bytes: the unit in which a change between two backups is found. It does not depend on `BLCKSZ`,
 /// so that stored bytes can be checked without knowing whose they are.
 pub const GRAIN: usize = 8 * 1024;
 
-/// An aligned run of 16 grains of one file; also the most plaintext one chunk may hold.
+/// An aligned run of 16 grains of one file: the unit of a file map.
 pub const SLOT: usize = 16 * GRAIN;
+
+/// The most plaintext one chunk may hold: 8 slots. Slots that are stored together compress together.
+pub const CHUNK: usize = 8 * SLOT;
 
 /// Slots that one leaf of a file map describes: 32 MiB of file.
 pub const LEAF_SLOTS: usize = 256;

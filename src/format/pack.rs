@@ -9,8 +9,9 @@
 //! ```
 
 use super::chunk::{ChunkId, ChunkRef, PackId};
+use super::seal::SealKind;
 use super::wire::Reader;
-use super::{FormatError, Result, SLOT, VERSION};
+use super::{CHUNK, FormatError, Result, VERSION};
 
 const MAGIC: &[u8; 8] = b"PGCNPACK";
 const END_MAGIC: &[u8; 8] = b"PGCNPEND";
@@ -20,8 +21,6 @@ pub const HEADER_LEN: usize = 32;
 pub const TRAILER_LEN: usize = 88;
 /// Footer bytes of one chunk.
 pub const ENTRY_LEN: usize = 48;
-/// Seal byte: chunks are stored as they are, not encrypted.
-const UNSEALED: u8 = 0;
 
 /// What a pack holds; says nothing about how it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,12 +57,12 @@ pub struct PackWriter {
 }
 
 impl PackWriter {
-    /// An empty pack with room for `capacity` bytes.
-    pub fn new(kind: PackKind, id: PackId, capacity: usize) -> Self {
+    /// An empty pack with room for `capacity` bytes, for chunks sealed as `seal` says.
+    pub fn new(kind: PackKind, seal: SealKind, id: PackId, capacity: usize) -> Self {
         let mut bytes = Vec::with_capacity(capacity);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&[kind as u8, UNSEALED, 0, 0, 0, 0]);
+        bytes.extend_from_slice(&[kind as u8, seal as u8, 0, 0, 0, 0]);
         bytes.extend_from_slice(&id.0);
         Self { id, bytes, chunks: Vec::new() }
     }
@@ -87,7 +86,7 @@ impl PackWriter {
     pub fn add(&mut self, id: ChunkId, plain_len: usize, stored: &[u8]) -> ChunkRef {
         assert!(u32::try_from(self.bytes.len()).is_ok(), "a pack past 4 GiB");
         let (offset, stored_len) = (self.bytes.len() as u32, stored.len() as u32);
-        assert!(plain_len <= SLOT && u64::from(stored_len) <= ChunkRef::MAX_STORED, "a chunk past its limit");
+        assert!(plain_len <= CHUNK && u64::from(stored_len) <= ChunkRef::MAX_STORED, "a chunk past its limit");
         self.bytes.extend_from_slice(stored);
         let chunk = ChunkRef { pack: self.id, offset, stored_len, plain_len: plain_len as u32, id };
         self.chunks.push(chunk);
@@ -172,7 +171,7 @@ impl Trailer {
             let (offset, stored_len, plain_len) = (reader.u32()?, reader.u32()?, reader.u32()?);
             zero(&mut reader, 4)?;
             let chunk = ChunkRef { pack, offset, stored_len, plain_len, id };
-            let limits = plain_len as usize <= SLOT && u64::from(stored_len) <= ChunkRef::MAX_STORED;
+            let limits = plain_len as usize <= CHUNK && u64::from(stored_len) <= ChunkRef::MAX_STORED;
             if u64::from(offset) != at || plain_len == 0 || stored_len == 0 || !limits {
                 return Err(fail("a chunk is not where or what the footer says"));
             }
@@ -191,6 +190,8 @@ impl Trailer {
 pub struct Header {
     /// what the pack holds
     pub kind: PackKind,
+    /// how its chunks are sealed
+    pub seal: SealKind,
     /// its name
     pub id: PackId,
 }
@@ -209,16 +210,19 @@ impl Header {
         }
         let kind = reader.u8()?;
         let kind = PackKind::from_byte(kind).ok_or_else(|| reader.error(format!("unknown kind of pack {kind}")))?;
-        match reader.u8()? {
-            UNSEALED => {}
-            seal => return Err(reader.error(format!("unknown seal {seal}"))),
-        }
+        let seal = reader.u8()?;
+        let seal = SealKind::from_byte(seal).ok_or_else(|| reader.error(format!("unknown seal {seal}")))?;
         zero(&mut reader, 4)?;
-        Ok(Self { kind, id: PackId(reader.array()?) })
+        Ok(Self { kind, seal, id: PackId(reader.array()?) })
     }
 
-    /// Fails unless the pack is of `kind`; one of the archive must also be named by its content, if its key says so.
-    pub fn expect(&self, object: &str, kind: PackKind) -> Result<()> {
+    /// Fails unless the pack is of `kind` and sealed as `seal`; one of the archive must also be named by its content, if its
+    /// key says so.
+    pub fn expect(&self, object: &str, kind: PackKind, seal: SealKind) -> Result<()> {
+        if self.seal != seal {
+            let what = format!("it is {:?} where the repository is {seal:?}", self.seal);
+            return Err(FormatError::new(object, 11, what));
+        }
         if self.kind != kind {
             let what = format!("a pack of kind {:?} where one of kind {kind:?} belongs", self.kind);
             return Err(FormatError::new(object, 10, what));
@@ -270,16 +274,16 @@ impl Pack {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::chunk::{Encoder, HashKeys};
+    use super::super::chunk::{Encoder, Keys};
     use super::*;
 
     fn sample() -> Vec<u8> {
-        let (keys, mut encoder) = (HashKeys::new(b""), Encoder::new(3).unwrap());
-        let mut writer = PackWriter::new(PackKind::Data, PackId([3; 16]), 1024);
-        for plain in [b"first".to_vec(), vec![0; SLOT], vec![9; 100]] {
+        let (keys, mut encoder) = (Keys::new(b""), Encoder::new(3).unwrap());
+        let mut writer = PackWriter::new(PackKind::Data, keys.seal_kind(), PackId([3; 16]), 1024);
+        for plain in [b"first".to_vec(), vec![0; CHUNK], vec![9; 100]] {
             let id = keys.digest(&plain).id;
             let mut stored = Vec::new();
-            encoder.encode(&plain, &mut stored).unwrap();
+            encoder.encode(&keys, &id, &plain, &mut stored).unwrap();
             writer.add(id, plain.len(), &stored);
         }
         writer.finish()
@@ -288,8 +292,8 @@ mod tests {
     #[test]
     fn a_pack_comes_back() {
         let pack = Pack::parse("p", &sample()).unwrap();
-        assert_eq!(pack.header, Header { kind: PackKind::Data, id: PackId([3; 16]) });
-        assert_eq!(pack.chunks.iter().map(|chunk| chunk.plain_len as usize).collect::<Vec<_>>(), [5, SLOT, 100]);
+        assert_eq!(pack.header, Header { kind: PackKind::Data, seal: SealKind::Hashed, id: PackId([3; 16]) });
+        assert_eq!(pack.chunks.iter().map(|chunk| chunk.plain_len as usize).collect::<Vec<_>>(), [5, CHUNK, 100]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
 use crate::format::GRAIN;
-use crate::format::chunk::{ChunkId, ChunkRef, GrainHash, HashKeys};
+use crate::format::chunk::{ChunkId, ChunkRef, Decoded, GrainHash, Keys};
 
 /// Open cache files kept at hand where a process may open that many: opening one costs more than reading a page of it.
 const OPEN_FILES: usize = 8192;
@@ -72,7 +72,7 @@ impl DiskCache {
     }
 
     /// Fills `buf` from `offset` of the chunk; false when it is not here or not sound.
-    pub fn read(&self, keys: &HashKeys, chunk: &ChunkRef, offset: usize, buf: &mut [u8]) -> bool {
+    pub fn read(&self, keys: &Keys, chunk: &ChunkRef, offset: usize, buf: &mut [u8]) -> bool {
         let Some(cached) = self.lookup(chunk) else { return false };
         let sound = cached.read(keys, chunk.plain_len as usize, offset, buf);
         if !sound {
@@ -84,8 +84,8 @@ impl DiskCache {
     }
 
     /// Keeps a chunk; a cache that cannot be written is no error.
-    pub fn write(self: &Arc<Self>, keys: &HashKeys, chunk: &ChunkRef, plain: &[u8]) {
-        match self.try_write(keys, chunk, plain) {
+    pub fn write(self: &Arc<Self>, chunk: &ChunkRef, decoded: &Decoded) {
+        match self.try_write(chunk, decoded) {
             Ok(bytes) => {
                 if self.used.fetch_add(bytes, Ordering::Relaxed) + bytes > self.limit {
                     self.start_sweep();
@@ -95,8 +95,7 @@ impl DiskCache {
         }
     }
 
-    fn try_write(&self, keys: &HashKeys, chunk: &ChunkRef, plain: &[u8]) -> io::Result<u64> {
-        let grains: Vec<GrainHash> = plain.chunks(GRAIN).map(|grain| keys.grain(grain)).collect();
+    fn try_write(&self, chunk: &ChunkRef, Decoded { plain, grains }: &Decoded) -> io::Result<u64> {
         let mut bytes = Vec::with_capacity(plain.len() + tail_len(plain.len()));
         bytes.extend_from_slice(plain);
         grains.iter().for_each(|grain| bytes.extend_from_slice(&grain.to_le_bytes()));
@@ -200,7 +199,7 @@ impl DiskCache {
 }
 
 impl Cached {
-    fn read(&self, keys: &HashKeys, plain_len: usize, offset: usize, buf: &mut [u8]) -> bool {
+    fn read(&self, keys: &Keys, plain_len: usize, offset: usize, buf: &mut [u8]) -> bool {
         let from = offset / GRAIN * GRAIN;
         let to = (offset + buf.len()).next_multiple_of(GRAIN).min(plain_len);
         if (from, to) == (offset, offset + buf.len()) {
@@ -214,7 +213,7 @@ impl Cached {
         sound
     }
 
-    fn sound(&self, keys: &HashKeys, from: usize, bytes: &[u8]) -> bool {
+    fn sound(&self, keys: &Keys, from: usize, bytes: &[u8]) -> bool {
         let expected = &self.grains[from / GRAIN..];
         bytes.chunks(GRAIN).zip(expected).all(|(grain, hash)| keys.grain(grain) == *hash)
     }

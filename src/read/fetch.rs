@@ -6,13 +6,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bytes::Bytes;
 use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
 
 use super::cache::DiskCache;
 use crate::error::{Error, Result};
 use crate::format::FormatError;
-use crate::format::chunk::{ChunkId, ChunkRef, Decoder, PackId};
+use crate::format::chunk::{ChunkId, ChunkRef, Decoded, Decoder, PackId};
 use crate::repo::{Repository, keys};
 use crate::store::{ErrorKind, StoreError};
 
@@ -166,17 +167,40 @@ impl Fetcher {
         failure.map_or(Ok(()), Err)
     }
 
+    /// Hands the plaintext of every chunk to `each` with its number, past all caches. What is stored is proved by its seal; that
+    /// what comes out is right, the caller proves by the checksum of the file. For those who read everything once.
+    pub fn sealed(&self, wanted: &[ChunkRef], mut each: impl FnMut(usize, &[u8]) -> Result<()>) -> Result<()> {
+        let mut order: Vec<usize> = (0..wanted.len()).collect();
+        order.sort_unstable_by_key(|number| (wanted[*number].pack, wanted[*number].offset));
+        let mut plain = Vec::new();
+        while !order.is_empty() {
+            let run: Vec<usize> = order.drain(..run_len(wanted, &order)).collect();
+            let chunks: Vec<ChunkRef> = run.iter().map(|number| wanted[*number]).collect();
+            let (key, from, bytes) = self.get_range(&chunks)?;
+            for (number, chunk) in run.into_iter().zip(&chunks) {
+                let stored = &bytes[(u64::from(chunk.offset) - from) as usize..(chunk.end() - from) as usize];
+                with_decoder(|decoder| {
+                    Ok(decoder.decode_sealed(&self.repository.keys, &key, chunk, stored, &mut plain)?)
+                })?;
+                each(number, &plain)?;
+            }
+        }
+        Ok(())
+    }
+
     /// True when the chunk is at hand, without reading it.
     pub fn has(&self, chunk: &ChunkRef) -> bool {
         self.memory.lock().chunks.contains(&chunk.id) || self.disk.as_ref().is_some_and(|disk| disk.has(chunk))
     }
 
-    /// Keeps plaintext that was fetched and checked by another way.
-    pub fn keep(&self, chunk: &ChunkRef, plain: Plain) {
+    /// Keeps what was fetched and checked in the caches.
+    pub fn keep(&self, chunk: &ChunkRef, decoded: Decoded) -> Plain {
         if let Some(disk) = &self.disk {
-            disk.write(&self.repository.keys, chunk, &plain);
+            disk.write(chunk, &decoded);
         }
-        self.memory.lock().insert(chunk.id, plain);
+        let plain = Arc::new(decoded.plain);
+        self.memory.lock().insert(chunk.id, plain.clone());
+        plain
     }
 
     fn in_memory(&self, id: &ChunkId) -> Option<Plain> {
@@ -232,12 +256,8 @@ impl Fetcher {
     }
 
     /// Gets and checks one range that holds `chunks`, which lie in one object in ascending order.
-    fn get(&self, chunks: &[ChunkRef]) -> Result<Vec<Result<Plain>>> {
-        let first = &chunks[0];
-        let key = self.key(first.pack);
-        let (from, to) = (u64::from(first.offset), chunks.iter().map(ChunkRef::end).max().unwrap_or_default());
-        let bytes = self.repository.store.get_range(&key, from, to - from).map_err(|error| missing(&key, error))?;
-        self.count(to - from);
+    fn get(&self, chunks: &[ChunkRef]) -> Result<Vec<Result<Decoded>>> {
+        let (key, from, bytes) = self.get_range(chunks)?;
         Ok(chunks
             .iter()
             .map(|chunk| {
@@ -247,15 +267,19 @@ impl Fetcher {
             .collect())
     }
 
+    /// The stored bytes of `chunks`, which lie in one object in ascending order: its key, where they begin, and they.
+    fn get_range(&self, chunks: &[ChunkRef]) -> Result<(String, u64, Bytes)> {
+        let first = &chunks[0];
+        let key = self.key(first.pack);
+        let (from, to) = (u64::from(first.offset), chunks.iter().map(ChunkRef::end).max().unwrap_or_default());
+        let bytes = self.repository.store.get_range(&key, from, to - from).map_err(|error| missing(&key, error))?;
+        self.count(to - from);
+        Ok((key, from, bytes))
+    }
+
     /// Checks stored bytes against the chunk's name.
-    pub fn decode(&self, key: &str, chunk: &ChunkRef, stored: &[u8]) -> Result<Plain> {
-        DECODER.with_borrow_mut(|decoder| {
-            let decoder = match decoder {
-                Some(decoder) => decoder,
-                empty => empty.insert(Decoder::new().map_err(|error| Error::new("cannot set up zstd").source(error))?),
-            };
-            Ok(Arc::new(decoder.decode(&self.repository.keys, key, chunk, stored)?))
-        })
+    pub fn decode(&self, key: &str, chunk: &ChunkRef, stored: &[u8]) -> Result<Decoded> {
+        with_decoder(|decoder| Ok(decoder.decode(&self.repository.keys, key, chunk, stored)?))
     }
 
     fn key(&self, pack: PackId) -> String {
@@ -264,6 +288,17 @@ impl Fetcher {
             None => keys::pack(&self.repository.stanza, pack),
         }
     }
+}
+
+/// The decompression context of this thread.
+fn with_decoder<T>(work: impl FnOnce(&mut Decoder) -> Result<T>) -> Result<T> {
+    DECODER.with_borrow_mut(|decoder| {
+        let decoder = match decoder {
+            Some(decoder) => decoder,
+            empty => empty.insert(Decoder::new().map_err(|error| Error::new("cannot set up zstd").source(error))?),
+        };
+        work(decoder)
+    })
 }
 
 /// How many of the sorted `missing` chunks one request fetches.
@@ -313,8 +348,8 @@ impl Landing<'_> {
         for ((number, flight), result) in std::mem::take(&mut self.flights).into_iter().zip(results) {
             let chunk = &self.wanted[number];
             match result {
-                Ok(plain) => {
-                    self.fetcher.keep(chunk, plain.clone());
+                Ok(decoded) => {
+                    let plain = self.fetcher.keep(chunk, decoded);
                     self.land(chunk, &flight, Ok(plain.clone()));
                     each(number, plain);
                 }

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use sha2::{Digest, Sha256};
 
-use super::view::{Content, View};
+use super::view::View;
 use crate::postgres::manifest::{ManifestFile, WalRange, closing, header, wal_ranges};
 use crate::postgres::{Lsn, Major, Timeline};
 
@@ -22,16 +22,14 @@ pub fn write(view: &View, out: &mut impl Write) -> io::Result<()> {
     let mut first = true;
     view.walk(&mut |path, number| -> io::Result<()> {
         let node = view.node(number).map_err(io::Error::other)?;
-        let is_file = matches!(node.content, Content::Inline { .. } | Content::Mapped { .. } | Content::Text(_));
         let path = super::recovery::stored_path(path);
-        if !is_file || !is_listed(&path) {
-            return Ok(());
-        }
+        let crc = view.crc(number).map_err(io::Error::other)?;
+        let Some(crc32c) = crc.filter(|_| is_listed(&path)) else { return Ok(()) };
         let file = ManifestFile {
             path: &path,
             size: view.size(number).map_err(io::Error::other)?,
             modified_s: node.mtime,
-            crc32c: view.crc(number).map_err(io::Error::other)?,
+            crc32c,
         };
         out.put(&file.line(std::mem::take(&mut first)))
     })?;

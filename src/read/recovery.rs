@@ -147,7 +147,7 @@ fn read_stored(builder: &Builder, repository: &Repository, path: &[u8]) -> Resul
         let chunk = extent.chunk;
         let key = keys::pack(&repository.stanza, chunk.pack);
         let stored = repository.store.get_range(&key, u64::from(chunk.offset), u64::from(chunk.stored_len))?;
-        let plain = decoder.decode(&repository.keys, &key, &chunk, &stored)?;
+        let plain = decoder.decode(&repository.keys, &key, &chunk, &stored)?.plain;
         bytes.extend_from_slice(&plain[extent.offset as usize..(extent.offset + extent.len) as usize]);
     }
     Ok(bytes)

@@ -1,6 +1,6 @@
 //! A view written out as a plain data directory: in parallel, every byte checked, unable to start until it is whole.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
@@ -237,12 +237,13 @@ fn write_files(view: &View, files: &[Target], options: &RestoreOptions, monitor:
     let workers = options.process_max.max(1);
     let (queue, pieces) = bounded::<Piece>(workers * 2);
     let failure = Mutex::new(None);
+    let writing = Writing { view, owner: options.owner, monitor, parts: Mutex::default() };
     std::thread::scope(|scope| {
         let pieces = pieces;
         for _ in 0..workers {
-            let (pieces, failure) = (pieces.clone(), &failure);
+            let (pieces, failure, writing) = (pieces.clone(), &failure, &writing);
             scope.spawn(move || {
-                if let Err(error) = write_pieces(view, &pieces, options, monitor) {
+                if let Err(error) = writing.pieces(&pieces) {
                     failure.lock().get_or_insert(error);
                 }
             });
@@ -251,14 +252,10 @@ fn write_files(view: &View, files: &[Target], options: &RestoreOptions, monitor:
         cut(files, |piece| queue.send(piece).is_ok());
         drop(queue);
     });
-    if let Some(error) = failure.into_inner() {
-        return Err(error);
+    match failure.into_inner() {
+        Some(error) => Err(error),
+        None => files.iter().filter(|file| file.size > LEAF_BYTES).try_for_each(|file| writing.finish_large(file)),
     }
-    // the parts of a large file end in any order: only now is it complete
-    files.iter().filter(|file| file.size > LEAF_BYTES).try_for_each(|target| {
-        let file = OpenOptions::new().write(true).open(&target.path);
-        finish_file(&file.map_err(|error| Error::io("open", &target.path, error))?, target, options.owner)
-    })
 }
 
 fn cut(files: &[Target], send: impl Fn(Piece) -> bool) {
@@ -283,43 +280,77 @@ fn cut(files: &[Target], send: impl Fn(Piece) -> bool) {
     send(Piece::Whole(small));
 }
 
-fn write_pieces(view: &View, pieces: &Receiver<Piece>, options: &RestoreOptions, monitor: &dyn Monitor) -> Result<()> {
-    while let Ok(piece) = pieces.recv() {
-        let ranges = match piece {
-            Piece::Part(file, part) => {
-                let from = part * LEAF_BYTES;
-                let to = file.size.min(from + LEAF_BYTES);
-                vec![(file, from, to)]
-            }
-            Piece::Whole(files) => {
-                files.into_iter().map(|file| (file.size, file)).map(|(to, file)| (file, 0, to)).collect()
-            }
-        };
-        for (file, from, to) in ranges {
-            write_range(view, &file, from, to, options.owner)?;
-            monitor.advance(to - from);
-        }
-    }
-    Ok(())
+/// What the threads that write share.
+struct Writing<'a> {
+    view: &'a View,
+    owner: Option<Owner>,
+    monitor: &'a dyn Monitor,
+    /// what was written of large files, whose parts end in any order
+    parts: Mutex<HashMap<NodeIndex, Vec<Part>>>,
 }
 
-fn write_range(view: &View, target: &Target, from: u64, to: u64, owner: Option<Owner>) -> Result<()> {
-    let fail = |error| Error::io("write", &target.path, error);
-    let file =
-        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&target.path).map_err(fail)?;
-    let mut failed = None;
-    view.each_range(target.node, from, to, &mut |at, bytes| {
-        if let (None, Err(error)) = (&failed, file.write_all_at(bytes, at)) {
-            failed = Some(error);
+/// A run of bytes that was written: where in the file it begins, its length and its CRC32C.
+type Part = (u64, usize, u32);
+
+impl Writing<'_> {
+    fn pieces(&self, pieces: &Receiver<Piece>) -> Result<()> {
+        while let Ok(piece) = pieces.recv() {
+            match piece {
+                Piece::Part(target, part) => {
+                    let from = part * LEAF_BYTES;
+                    let (_, crc, len) = self.range(&target, from, target.size.min(from + LEAF_BYTES))?;
+                    self.parts.lock().entry(target.node).or_default().push((from, len, crc));
+                }
+                Piece::Whole(targets) => targets.iter().try_for_each(|target| {
+                    let (file, crc, _) = self.range(target, 0, target.size)?;
+                    self.prove(target, crc)?;
+                    finish_file(&file, target, self.owner)
+                })?,
+            }
         }
-    })?;
-    if let Some(error) = failed {
-        return Err(fail(error));
+        Ok(())
     }
-    if target.size <= LEAF_BYTES {
-        finish_file(&file, target, owner)?;
+
+    /// Writes a range of a file; gives the file, and CRC32C and length of what was written.
+    fn range(&self, target: &Target, from: u64, to: u64) -> Result<(File, u32, usize)> {
+        let fail = |error| Error::io("write", &target.path, error);
+        let file =
+            OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&target.path).map_err(fail)?;
+        let mut parts = Vec::new();
+        self.view.each_range(target.node, from, to, &mut |at, bytes| {
+            parts.push((at, bytes.len(), crc32c::crc32c(bytes)));
+            file.write_all_at(bytes, at).map_err(fail)
+        })?;
+        self.monitor.advance(to - from);
+        Ok((file, whole_crc(parts), (to - from) as usize))
     }
-    Ok(())
+
+    /// A large file of which every part was written.
+    fn finish_large(&self, target: &Target) -> Result<()> {
+        self.prove(target, whole_crc(self.parts.lock().remove(&target.node).unwrap_or_default()))?;
+        let file = OpenOptions::new().write(true).open(&target.path);
+        finish_file(&file.map_err(|error| Error::io("open", &target.path, error))?, target, self.owner)
+    }
+
+    /// Fails unless what was written has the checksum that the backup computed when it read the file.
+    fn prove(&self, target: &Target, crc: u32) -> Result<()> {
+        match self.view.crc(target.node)? {
+            Some(expected) if expected != crc => Err(Error::new(format!(
+                "{} came out with checksum {crc:08x}, the backup read it with {expected:08x}",
+                target.path.display()
+            ))
+            .hint(
+                "the memory of this machine or of the one that made the backup may be faulty; choose another backup",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The checksum of a run from those of its parts, which may come in any order.
+fn whole_crc(mut parts: Vec<Part>) -> u32 {
+    parts.sort_unstable();
+    parts.into_iter().fold(0, |crc, (_, len, part)| crc32c::crc32c_combine(crc, part, len))
 }
 
 fn finish_file(file: &File, target: &Target, owner: Option<Owner>) -> Result<()> {

@@ -21,7 +21,7 @@ use super::tree::{Owner, ViewTree, eio};
 use super::view::{View, ViewOptions};
 use super::wal;
 use crate::error::Result;
-use crate::format::SLOT;
+use crate::format::CHUNK;
 use crate::format::chunk::ChunkRef;
 use crate::postgres::{BackupKind, Label, WalName};
 use crate::store::Listed;
@@ -290,8 +290,8 @@ impl StanzaTree {
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
-            let Some(chunk) = chunks.get((at / SLOT as u64) as usize) else { break };
-            let from = (at % SLOT as u64) as usize;
+            let Some(chunk) = chunks.get((at / CHUNK as u64) as usize) else { break };
+            let from = (at % CHUNK as u64) as usize;
             let len = (chunk.plain_len as usize).saturating_sub(from).min(buf.len() - done);
             if len == 0 {
                 break;

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkId, ChunkRef, PackId};
 use crate::format::manifest::Description;
 use crate::format::map::{Extent, Leaf, decode_index};
-use crate::format::{INDEX_BYTES, LEAF_BYTES, SLOT};
+use crate::format::{CHUNK, INDEX_BYTES, LEAF_BYTES, SLOT};
 use crate::repo::wal::check_first_bytes;
 
 /// Bytes of decoded leaves kept in memory.
@@ -177,7 +177,13 @@ impl View {
     pub fn load(fetcher: Arc<Fetcher>, label: &str, options: &ViewOptions) -> Result<Self> {
         let mut builder = Builder::default();
         let repository = fetcher.repository().clone();
-        let description = repository.manifest(label, |entry| builder.stored(entry))?;
+        let mut manifest = repository.open_manifest(label)?;
+        // a chunk of the manifest's own
+        fetcher.locate(manifest.pack(), manifest.key());
+        while let Some(entry) = manifest.next()? {
+            builder.stored(entry);
+        }
+        let description = manifest.description;
         fetcher.count(0);
         recovery::complete(&mut builder, &repository, &description, options)?;
         let (nodes, children) = builder.tree()?;
@@ -274,17 +280,26 @@ impl View {
         self.fetch(&missing, &mut copy)
     }
 
-    /// Hands every byte of a range of a file to `each`, with its position, in any order.
-    pub fn each_range(&self, node: NodeIndex, from: u64, to: u64, each: &mut dyn FnMut(u64, &[u8])) -> Result<()> {
+    /// Hands every byte of a range of a file to `each`, with its position, in any order and past the caches. Bytes of files
+    /// that have a checksum are proved only when it is compared, see [`crc`](Self::crc).
+    pub fn each_range(
+        &self,
+        node: NodeIndex,
+        from: u64,
+        to: u64,
+        each: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
         let len = (to - from) as usize;
-        if !self.node(node)?.content.is_stored() {
+        if !matches!(self.node(node)?.content, Content::Inline { .. } | Content::Mapped { .. }) {
             let mut bytes = vec![0; len];
             self.read_at(node, from, &mut bytes)?;
-            each(from, &bytes);
-            return Ok(());
+            return each(from, &bytes);
         }
-        let spans = self.spans(node, from, len)?;
-        self.fetch(&spans, &mut |span, plain| each(span.at, &plain[span.offset..span.offset + span.len]))
+        let (spans, chunks) = by_chunk(self.spans(node, from, len)?);
+        let of_chunk: Vec<&[Span]> = spans.chunk_by(|a, b| a.chunk == b.chunk).collect();
+        self.fetcher.sealed(&chunks, |number, plain| {
+            of_chunk[number].iter().try_for_each(|span| each(span.at, &plain[span.offset..span.offset + span.len]))
+        })
     }
 
     /// Brings a range of a file into the caches.
@@ -293,14 +308,15 @@ impl View {
         if len == 0 || !self.node(node)?.content.is_stored() {
             return Ok(());
         }
-        let mut chunks: Vec<ChunkRef> = self.spans(node, offset, len)?.into_iter().map(|span| span.chunk).collect();
+        let (_, mut chunks) = by_chunk(self.spans(node, offset, len)?);
         chunks.retain(|chunk| !self.fetcher.has(chunk));
         self.fetcher.chunks(&chunks, |_, _| {})
     }
 
     /// Fetches spans, each with its neighbours where that is worth it.
     fn fetch(&self, spans: &[Span], each: &mut dyn FnMut(&Span, &[u8])) -> Result<()> {
-        let mut wanted: Vec<ChunkRef> = spans.iter().map(|span| span.chunk).collect();
+        let (spans, mut wanted) = by_chunk(spans.to_vec());
+        let of_chunk: Vec<&[Span]> = spans.chunk_by(|a, b| a.chunk == b.chunk).collect();
         let neighbours: Vec<ChunkRef> = spans
             .iter()
             .filter(|span| self.windows.contains_key(&span.chunk.pack) && !self.fetcher.has(&span.chunk))
@@ -311,9 +327,7 @@ impl View {
         wanted.extend(neighbours);
         let mut deliver = |wanted: &[ChunkRef]| {
             self.fetcher.chunks(wanted, |number, plain| {
-                if let Some(span) = spans.get(number) {
-                    each(span, &plain);
-                }
+                of_chunk.get(number).into_iter().copied().flatten().for_each(|span| each(span, &plain));
             })
         };
         match deliver(&wanted) {
@@ -365,10 +379,10 @@ impl View {
             }
             Content::Archived { key, stored, size } => {
                 let chunks = self.archived(node, key, *stored, *size)?;
-                let first = (offset / SLOT as u64) as usize;
-                let last = (end.saturating_sub(1) / SLOT as u64) as usize;
-                for slot in first..=last.min(chunks.len().saturating_sub(1)) {
-                    clip((slot * SLOT) as u64, [Extent::whole(chunks[slot])], offset, end, &mut spans);
+                let first = (offset / CHUNK as u64) as usize;
+                let last = (end.saturating_sub(1) / CHUNK as u64) as usize;
+                for run in first..=last.min(chunks.len().saturating_sub(1)) {
+                    clip((run * CHUNK) as u64, [Extent::whole(chunks[run])], offset, end, &mut spans);
                 }
             }
             _ => return Err(Error::new("this node has no stored bytes")),
@@ -449,13 +463,13 @@ impl View {
         Ok(())
     }
 
-    /// The CRC32C of a file, known or computed.
-    pub fn crc(&self, node: NodeIndex) -> Result<u32> {
-        match &self.node(node)?.content {
-            Content::Inline { stat, .. } | Content::Mapped { stat, .. } => Ok(stat.crc),
-            Content::Text(text) => Ok(crc32c::crc32c(text)),
-            _ => Err(Error::new("this node has no checksum")),
-        }
+    /// The CRC32C of a file of the backup, or of a text of the view; others have none.
+    pub fn crc(&self, node: NodeIndex) -> Result<Option<u32>> {
+        Ok(match &self.node(node)?.content {
+            Content::Inline { stat, .. } | Content::Mapped { stat, .. } => Some(stat.crc),
+            Content::Text(text) => Some(crc32c::crc32c(text)),
+            _ => None,
+        })
     }
 
     /// Where its chunks come from.
@@ -482,6 +496,14 @@ impl LeafCache {
             self.bytes -= old.memory();
         }
     }
+}
+
+/// Sorts spans by where they are stored; and the chunks they lie in, each once, in the same order.
+fn by_chunk(mut spans: Vec<Span>) -> (Vec<Span>, Vec<ChunkRef>) {
+    spans.sort_unstable_by_key(|span| (span.chunk.pack, span.chunk.offset, span.at));
+    let mut chunks: Vec<ChunkRef> = spans.iter().map(|span| span.chunk).collect();
+    chunks.dedup();
+    (spans, chunks)
 }
 
 /// Adds the parts of `extents`, which begin at `at` of the file, that lie between `from` and `to`.

@@ -19,14 +19,14 @@ use crate::repo::wal::check_first_bytes;
 /// An archived object up to this size is fetched whole: its footer alone would cost as many requests.
 const WHOLE_BYTES: u64 = 4 * 1024 * 1024;
 
-/// The chunks of an archived file in file order, one per slot. A small object is fetched whole and its chunks are kept.
+/// The chunks of an archived file in file order, one for each [`CHUNK`](crate::format::CHUNK). A small object is fetched whole and its chunks are kept.
 pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
     let store = &fetcher.repository().store;
     if size <= WHOLE_BYTES {
         let bytes = store.get(key)?;
         fetcher.count(bytes.len() as u64);
         let pack = Pack::parse(key, &bytes)?;
-        pack.header.expect(key, PackKind::Wal)?;
+        pack.header.expect(key, PackKind::Wal, fetcher.repository().keys.seal_kind())?;
         fetcher.locate(pack.header.id, key);
         for chunk in &pack.chunks {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
@@ -39,7 +39,7 @@ pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
         store.get_range(key, offset, len)
     };
     let header = Header::parse(key, &get(0, HEADER_LEN as u64)?)?;
-    header.expect(key, PackKind::Wal)?;
+    header.expect(key, PackKind::Wal, fetcher.repository().keys.seal_kind())?;
     let trailer = Trailer::parse(key, size, &get(size - TRAILER_LEN as u64, TRAILER_LEN as u64)?)?;
     let footer = get(trailer.footer_offset, u64::from(trailer.footer_len))?;
     fetcher.locate(header.id, key);
@@ -112,7 +112,7 @@ fn write(
 ) -> Result<()> {
     let bytes = repository.store.get(key)?;
     let pack = Pack::parse(key, &bytes)?;
-    pack.header.expect(key, PackKind::Wal)?;
+    pack.header.expect(key, PackKind::Wal, repository.keys.seal_kind())?;
     let len: u64 = pack.chunks.iter().map(|chunk| u64::from(chunk.plain_len)).sum();
     let is_segment = matches!(WalName::parse(name), Ok(WalName::Segment(_)));
     if is_segment && len != database.wal_segment_size {
@@ -123,7 +123,7 @@ fn write(
         let mut decoder = Decoder::new().map_err(|error| Error::new("cannot set up zstd").source(error))?;
         for chunk in chunks {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
-            let plain = decoder.decode(&repository.keys, key, chunk, stored)?;
+            let plain = decoder.decode(&repository.keys, key, chunk, stored)?.plain;
             if offset == 0 {
                 check_first_bytes(database, name, &plain)?;
             }
@@ -146,9 +146,9 @@ fn write(
     })
 }
 
-/// Fails unless the chunks are the slots of a file of `size` bytes.
+/// Fails unless the chunks are the runs of a file of `size` bytes.
 pub fn check_cover(key: &str, chunks: &[ChunkRef], size: u64) -> Result<()> {
-    let slot = crate::format::SLOT as u64;
+    let slot = crate::format::CHUNK as u64;
     let whole = |(number, chunk): (usize, &ChunkRef)| {
         u64::from(chunk.plain_len) == size.saturating_sub(number as u64 * slot).min(slot)
     };

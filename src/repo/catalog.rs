@@ -6,8 +6,7 @@ use std::sync::Arc;
 use super::{Repository, keys};
 use crate::error::{Error, Result};
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, Info, Latest, decode, encode};
-use crate::format::manifest::{Database, Description, Entry as FileEntry, ManifestReader};
-use crate::format::pack::PackKind;
+use crate::format::manifest::{Database, Description};
 use crate::postgres::{BackupKind, Label};
 use crate::store::{Body, ErrorKind, Store};
 
@@ -86,26 +85,9 @@ impl Repository {
         Err(Error::new(format!("stanza {} has no backup yet", self.stanza)).hint("take one with \"pgcairn backup\""))
     }
 
-    /// Reads a manifest, handing its entries to `each` in path order.
-    pub fn manifest(&self, label: &str, mut each: impl FnMut(FileEntry)) -> Result<Description> {
-        let key = keys::manifest(&self.stanza, label);
-        let mut reader = ManifestReader::new(&key);
-        self.read_pack(&key, PackKind::Manifest, |plain| Ok(reader.chunk(plain, &mut each)?))?;
-        let description = reader.finish()?;
-        match description.label == label {
-            true => Ok(description),
-            false => Err(crate::format::FormatError::new(
-                &key,
-                0,
-                format!("it is the manifest of backup {}", description.label),
-            )
-            .into()),
-        }
-    }
-
     /// What a backup is, without its files.
     pub fn description(&self, label: &str) -> Result<Description> {
-        self.manifest(label, |_| {})
+        Ok(self.open_manifest(label)?.description)
     }
 
     /// Creates the stanza for `database`, or finds it created already.

@@ -19,6 +19,11 @@ pub fn pack(stanza: &str, id: PackId) -> String {
     format!("chunk/{stanza}/{}/{id}", &id[..2])
 }
 
+/// All packs of chunks.
+pub fn packs(stanza: &str) -> String {
+    format!("chunk/{stanza}/")
+}
+
 /// Everything about the stanza's backups.
 pub fn backups(stanza: &str) -> String {
     format!("backup/{stanza}/")
@@ -52,11 +57,6 @@ pub fn locks(stanza: &str) -> String {
 /// The marks of a stanza: packs that wait for their removal.
 pub fn marks(stanza: &str) -> String {
     format!("mark/{stanza}/")
-}
-
-/// All packs of a stanza.
-pub fn packs(stanza: &str) -> String {
-    format!("chunk/{stanza}/")
 }
 
 /// The archive of one cluster: `16-1` is PostgreSQL 16, the stanza's first system identifier.

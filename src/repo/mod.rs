@@ -1,15 +1,17 @@
 //! The repository of one stanza: keys, catalog, and the order in which a backup becomes one.
 
 pub mod catalog;
+pub mod chunks;
 pub mod keys;
 pub mod lock;
+pub mod manifest;
 pub mod packs;
 pub mod wal;
 
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::format::chunk::{Decoder, HashKeys};
+use crate::format::chunk::{Decoder, Keys};
 use crate::format::pack::{Pack, PackKind};
 use crate::store::Store;
 
@@ -20,26 +22,26 @@ pub struct Repository {
     pub store: Arc<dyn Store>,
     /// its name
     pub stanza: String,
-    /// how its plaintext is hashed
-    pub keys: HashKeys,
+    /// how its plaintext is hashed and its packs are sealed
+    pub keys: Keys,
 }
 
 impl Repository {
     /// Names a stanza without looking whether it exists.
     pub fn new(store: Arc<dyn Store>, stanza: &str) -> Result<Self> {
         keys::check_stanza(stanza)?;
-        Ok(Self { store, stanza: stanza.to_owned(), keys: HashKeys::new(b"") })
+        Ok(Self { store, stanza: stanza.to_owned(), keys: Keys::new(b"") })
     }
 
     /// Fetches one object that is a pack of `kind`, and calls `each` with the plaintext of its chunks in order.
     pub fn read_pack(&self, key: &str, kind: PackKind, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let bytes = self.store.get(key)?;
         let pack = Pack::parse(key, &bytes)?;
-        pack.header.expect(key, kind)?;
+        pack.header.expect(key, kind, self.keys.seal_kind())?;
         let mut decoder = Decoder::new().map_err(|error| Error::new("cannot set up zstd").source(error))?;
         for chunk in &pack.chunks {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
-            each(&decoder.decode(&self.keys, key, chunk, stored)?)?;
+            each(&decoder.decode(&self.keys, key, chunk, stored)?.plain)?;
         }
         Ok(())
     }

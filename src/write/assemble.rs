@@ -1,18 +1,21 @@
 //! Results of the workers, which come in any order, into a manifest, which is in path order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::cut::{Cut, LeafPart, SmallFile};
 use super::packer::{Stored, random_pack_id};
 use super::scan::{Scanned, ScannedKind};
+use super::weights::Weights;
 use crate::error::{Error, Result};
-use crate::format::LEAF_BYTES;
-use crate::format::chunk::{ChunkRef, Encoder, HashKeys};
-use crate::format::manifest::encode_description;
-use crate::format::manifest::{BlockWriter, Description, ENTRY_LEAVES, Entry, File, Node, PageErrors, Place};
-use crate::format::map::{INDEX_LEAVES, LeafRef, encode_index};
-use crate::format::pack::{PackKind, PackWriter};
+use crate::format::chunk::{ChunkRef, Encoder, Keys, PackId};
+use crate::format::manifest::{
+    BlockWriter, Description, ENTRY_LEAVES, Entry, File, Node, PackUse, PageErrors, Place, encode_description,
+    encode_own, encode_packs,
+};
+use crate::format::map::{Extent, INDEX_LEAVES, LeafRef, SlotChange, encode_index};
+use crate::format::pack::{HEADER_LEN, PackKind, PackWriter};
+use crate::format::{LEAF_BYTES, SLOT};
 
 /// What one job of a worker gave. Jobs are numbered in path order.
 #[derive(Debug)]
@@ -28,6 +31,8 @@ pub enum Done {
         /// what was read
         part: Cut<LeafPart>,
     },
+    /// a large file that the parent has, and the packs it needs
+    Same(Scanned, Arc<File>, Weights),
     /// the place of what is read last
     Later(Later),
 }
@@ -52,7 +57,12 @@ pub struct Assembler {
     block: BlockWriter,
     blocks: Vec<Block>,
     encoder: Encoder,
-    keys: HashKeys,
+    keys: Keys,
+    /// the manifest is a pack, and holds pg_control itself
+    id: PackId,
+    own: Option<Stored>,
+    /// pages whose checksum was wrong in files that are taken over from the parent, by path
+    old_errors: HashMap<String, Vec<u64>>,
     totals: Totals,
 }
 
@@ -63,6 +73,10 @@ pub struct Totals {
     pub files: u64,
     /// sum of their lengths
     pub bytes: u64,
+    /// sum of the lengths of those that were read
+    pub read: u64,
+    /// what the backup needs of each pack
+    pub weights: Weights,
     /// pages whose checksum is wrong
     pub page_errors: Vec<PageErrors>,
 }
@@ -76,12 +90,13 @@ struct Partial {
     leaves: Vec<LeafRef>,
     crc: u32,
     bad_blocks: Vec<u64>,
+    weights: Weights,
     vanished: bool,
 }
 
 impl Assembler {
-    /// An empty manifest.
-    pub fn new(keys: HashKeys) -> Result<Self> {
+    /// An empty manifest; `old_errors` are the parent's.
+    pub fn new(keys: Keys, old_errors: &[PageErrors]) -> Result<Self> {
         let encoder = Encoder::new(3).map_err(|error| Error::new("cannot set up zstd").source(error))?;
         Ok(Self {
             next: 0,
@@ -91,6 +106,9 @@ impl Assembler {
             blocks: Vec::new(),
             encoder,
             keys,
+            id: random_pack_id()?,
+            own: None,
+            old_errors: old_errors.iter().map(|errors| (errors.file.clone(), errors.blocks.clone())).collect(),
             totals: Totals::default(),
         })
     }
@@ -103,6 +121,10 @@ impl Assembler {
             match done {
                 Done::Small(files) => files.into_iter().try_for_each(|(found, cut)| self.small(found, cut))?,
                 Done::Leaf { file, number, part } => self.leaf(file, number, part, index)?,
+                Done::Same(found, file, weights) => {
+                    self.totals.weights.merge(&weights);
+                    self.same(&found, &file)?;
+                }
                 Done::Later(later) => {
                     self.close_block()?;
                     self.blocks.push(Block::Later(later));
@@ -118,8 +140,16 @@ impl Assembler {
             (ScannedKind::Link(target), _) => Node::Symlink(target.to_vec()),
             (_, Some(Cut::Read(file))) => {
                 self.totals.bad_pages(&found, file.bad_blocks);
+                self.totals.read += found.size;
                 let (extents, changes) = file.place;
+                self.totals.weigh_small(found.size, &extents, changes.as_ref());
                 Node::File(File { size: found.size, crc: file.crc, place: Place::Inline { extents, changes } })
+            }
+            (_, Some(Cut::Same(file))) => {
+                if let Place::Inline { extents, changes } = &file.place {
+                    self.totals.weigh_small(file.size, extents, changes.as_ref());
+                }
+                return self.same(&found, &file);
             }
             (_, Some(Cut::Vanished) | None) => return Ok(()),
         };
@@ -131,16 +161,20 @@ impl Assembler {
             leaves: Vec::new(),
             crc: 0,
             bad_blocks: Vec::new(),
+            weights: Weights::default(),
             vanished: false,
         });
         let end = ((number + 1) * LEAF_BYTES).min(found.size);
         match part {
             Cut::Vanished => partial.vanished = true,
+            Cut::Same(_) => return Err(Error::new("a leaf cannot be taken over alone")),
             Cut::Read(part) => {
                 let len = (end - number * LEAF_BYTES) as usize;
                 partial.crc = crc32c::crc32c_combine(partial.crc, part.crc, len);
                 partial.bad_blocks.extend(part.bad_blocks);
-                partial.leaves.push(part.place);
+                let (place, weights) = part.place;
+                partial.leaves.push(place);
+                partial.weights.merge(&weights);
             }
         }
         if end < found.size {
@@ -154,6 +188,8 @@ impl Assembler {
 
     fn large(&mut self, found: &Scanned, partial: Partial, index: StoreIndex<'_>) -> Result<()> {
         self.totals.bad_pages(found, partial.bad_blocks);
+        self.totals.read += found.size;
+        self.totals.weights.merge(&partial.weights);
         let place = match partial.leaves.len() <= ENTRY_LEAVES {
             true => Place::Leaves(partial.leaves),
             false => Place::Index(
@@ -164,8 +200,19 @@ impl Assembler {
                     .collect::<Result<_>>()?,
             ),
         };
+        if let Place::Index(chunks) = &place {
+            chunks.iter().for_each(|chunk| self.totals.weights.add_chunk(chunk));
+        }
         let node = Node::File(File { size: found.size, crc: partial.crc, place });
         self.entry(found, node)
+    }
+
+    /// A file as the parent has it.
+    fn same(&mut self, found: &Scanned, file: &File) -> Result<()> {
+        if let Some(blocks) = self.old_errors.get(&*String::from_utf8_lossy(&found.path)) {
+            self.totals.bad_pages(found, blocks.clone());
+        }
+        self.entry(found, Node::File(file.clone()))
     }
 
     fn entry(&mut self, found: &Scanned, node: Node) -> Result<()> {
@@ -194,20 +241,49 @@ impl Assembler {
     }
 
     fn encode(&mut self, plain: &[u8]) -> Result<Stored> {
-        let mut bytes = Vec::new();
-        self.encoder.encode(plain, &mut bytes).map_err(|error| Error::new("cannot compress").source(error))?;
-        Ok(Stored { id: self.keys.digest(plain).id, plain_len: plain.len(), bytes })
+        let (id, mut bytes) = (self.keys.digest(plain).id, Vec::new());
+        let encoded = self.encoder.encode(&self.keys, &id, plain, &mut bytes);
+        encoded.map_err(|error| Error::new("cannot compress").source(error))?;
+        Ok(Stored { id, plain_len: plain.len(), bytes })
     }
 
-    /// Fills a place that was left open; `results` are in path order.
-    pub fn fill(&mut self, later: Later, results: Vec<Done>, index: StoreIndex<'_>) -> Result<()> {
+    /// Fills the place of the WAL; `results` are in path order.
+    pub fn fill_wal(&mut self, results: Vec<Done>, index: StoreIndex<'_>) -> Result<()> {
+        self.fill(Later::Wal, |assembler| {
+            results.into_iter().try_for_each(|done| assembler.take(assembler.next, done, index).map(drop))
+        })
+    }
+
+    /// Fills the place of pg_control, which the manifest holds itself: it changes with every checkpoint.
+    pub fn fill_control(&mut self, found: &Scanned, bytes: &[u8]) -> Result<()> {
+        if bytes.len() > SLOT {
+            return Err(Error::new(format!("pg_control has {} bytes", bytes.len())));
+        }
+        let (crc, grains) = (crc32c::crc32c(bytes), self.keys.digest(bytes).grains);
+        let (plain, at) = encode_own(bytes, &[SlotChange { crc, grains }]);
+        let stored = self.encode(&plain)?;
+        let chunk = ChunkRef {
+            pack: self.id,
+            offset: HEADER_LEN as u32,
+            stored_len: stored.bytes.len() as u32,
+            plain_len: plain.len() as u32,
+            id: stored.id,
+        };
+        self.own = Some(stored);
+        let size = bytes.len() as u64;
+        self.totals.read += size;
+        let extents = vec![Extent { len: size as u32, chunk, offset: at.bytes }];
+        let place = Place::Inline { extents, changes: Some((chunk, at.changes)) };
+        self.fill(Later::Control, |assembler| assembler.entry(found, Node::File(File { size, crc, place })))
+    }
+
+    /// Fills a place that was left open.
+    fn fill(&mut self, later: Later, entries: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         self.close_block()?;
         let place = self.blocks.iter().position(|block| matches!(block, Block::Later(open) if *open == later));
         let place = place.ok_or_else(|| Error::new(format!("the manifest has no place for {later:?}")))?;
         let behind = self.blocks.split_off(place);
-        for done in results {
-            self.take(self.next, done, index)?;
-        }
+        entries(self)?;
         self.close_block()?;
         self.blocks.extend(behind.into_iter().skip(1));
         Ok(())
@@ -218,19 +294,25 @@ impl Assembler {
         std::mem::take(&mut self.totals)
     }
 
-    /// The whole object.
-    pub fn finish(mut self, description: &Description) -> Result<Vec<u8>> {
+    /// The whole object; `packs` are those the backup needs, ascending by name.
+    pub fn finish(mut self, description: &Description, packs: &[PackUse]) -> Result<Vec<u8>> {
         self.close_block()?;
         if !self.waiting.is_empty() || self.partial.is_some() {
             return Err(Error::new("a part of the data directory was not read"));
         }
-        let mut pack = PackWriter::new(PackKind::Manifest, random_pack_id()?, 0);
+        let mut pack = PackWriter::new(PackKind::Manifest, self.keys.seal_kind(), self.id, 0);
+        let own = self.own.take().ok_or_else(|| Error::new("pg_control was not read"))?;
+        pack.add(own.id, own.plain_len, &own.bytes);
         for plain in encode_description(description)? {
             let stored = self.encode(&plain)?;
             pack.add(stored.id, stored.plain_len, &stored.bytes);
         }
-        for block in self.blocks {
+        for block in std::mem::take(&mut self.blocks) {
             let Block::Ready(stored) = block else { return Err(Error::new("pg_control or WAL was not read")) };
+            pack.add(stored.id, stored.plain_len, &stored.bytes);
+        }
+        for plain in encode_packs(packs) {
+            let stored = self.encode(&plain)?;
             pack.add(stored.id, stored.plain_len, &stored.bytes);
         }
         Ok(pack.finish())
@@ -238,6 +320,11 @@ impl Assembler {
 }
 
 impl Totals {
+    fn weigh_small(&mut self, size: u64, extents: &[Extent], changes: Option<&(ChunkRef, u32)>) {
+        self.weights.add_extents(extents);
+        changes.into_iter().for_each(|(chunk, _)| self.weights.add_changes(chunk, size));
+    }
+
     fn bad_pages(&mut self, found: &Scanned, blocks: Vec<u64>) {
         if !blocks.is_empty() {
             self.page_errors.push(PageErrors { file: String::from_utf8_lossy(&found.path).into_owned(), blocks });

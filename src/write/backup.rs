@@ -1,21 +1,27 @@
 //! A backup from the first question to the commit.
 
+use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::assemble::{Assembler, Done, Later, Totals};
+use super::assemble::{Assembler, Done, Totals};
 use super::check::{await_segments, identify, prove_archiving, read_control};
-use super::copy::copy;
-use super::cut::{Cut, Cutting, Lanes, Pages, Worker};
+use super::copy::{Files, copy};
+use super::cut::{Cut, Cutting, Lanes, Worker};
 use super::dedup::Dedup;
 use super::packer::{PACK_BYTES, Uploads};
+use super::parent::{Parent, ParentFiles, Reuse, Unusable};
 use super::scan::{Scan, Scanned, ScannedKind, scan};
 use super::server::{Archiving, Server, Stopped};
+use super::source::Pages;
+use super::weights::Weights;
 use crate::error::{Context, Error, Result};
-use crate::format::info::LockKind;
-use crate::format::manifest::{Database, Description, Sizes, Tablespace};
+use crate::format::chunk::PackId;
+use crate::format::info::{BackupSummary, LockKind};
+use crate::format::manifest::{Database, Description, PackUse, Sizes, Tablespace};
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
 use crate::postgres::{BackupKind, Label, Layout, Lsn, SegmentName, SegmentSize, Timeline};
 use crate::progress::Monitor;
@@ -26,6 +32,10 @@ use crate::store::Body;
 /// How a backup is taken.
 #[derive(Clone, Debug)]
 pub struct BackupOptions {
+    /// full, diff or incr
+    pub kind: BackupKind,
+    /// hash every file, also those whose size and time did not change
+    pub checksum: bool,
     /// libpq conninfo of the server
     pub conninfo: String,
     /// threads that read, hash and compress
@@ -59,10 +69,18 @@ pub enum WalChoice {
 struct Started {
     database: Database,
     label: Label,
+    prior: Option<String>,
     timeline: Timeline,
     start_lsn: Lsn,
     start_time: i64,
     wal_stored: bool,
+}
+
+/// The backup that this one is compared with.
+struct Compared {
+    description: Description,
+    files: ParentFiles,
+    parent: Parent,
 }
 
 /// What copying gave: everything of the manifest but its description.
@@ -72,28 +90,58 @@ struct Copied {
     segments: Vec<SegmentName>,
     stop_time: i64,
     tablespaces: Vec<Tablespace>,
-    stored_new: u64,
+    packs: Packs,
 }
 
-/// Takes a full backup of the server; returns what it is once it is committed.
+/// Lengths of packs: those that this backup wrote, and those that were there.
+struct Packs {
+    new: HashMap<PackId, u64>,
+    old: HashMap<PackId, u64>,
+}
+
+/// Takes a backup of the server; returns what it is once it is committed.
+///
+/// A parent that turns out to be damaged is left aside: then every file is stored anew.
 pub fn backup(repository: &Repository, options: &BackupOptions, monitor: &dyn Monitor) -> Result<Description> {
+    match attempt(repository, options, true, monitor) {
+        Err(error) if error.find::<Unusable>().is_some() => {
+            tracing::warn!(%error, "a parent is damaged");
+            monitor.note(&format!("{error}, it is damaged: a full backup is taken that shares nothing with it"));
+            attempt(repository, &BackupOptions { kind: BackupKind::Full, ..options.clone() }, false, monitor)
+        }
+        other => other,
+    }
+}
+
+fn attempt(
+    repository: &Repository,
+    options: &BackupOptions,
+    share: bool,
+    monitor: &dyn Monitor,
+) -> Result<Description> {
     let mut server = Server::connect(&options.conninfo)?;
     let database = proven_database(repository, &server)?;
     server.lock()?;
     let lock = repository.lock(LockKind::Backup, "")?;
-    let started = start(repository, &mut server, database, options, monitor)?;
+    let (kind, compared) = compared(repository, &database, options, share, monitor)?;
+    let options = &BackupOptions { kind, ..options.clone() };
+    let prior = compared.as_ref().map(|of| of.description.label.clone());
+    let started = start(repository, &mut server, database, prior, options, monitor)?;
     lock.set_note(&started.label.to_string());
-    let mut copied = copy_all(repository, &mut server, &started, options, monitor)?;
+    let compared = compared.map(|parent| parent.on_timeline(repository, started.timeline, options)).transpose()?;
+    let mut copied = copy_all(repository, &mut server, &started, compared, options, monitor)?;
     let totals = copied.assembler.totals();
     if options.page_errors_fail && !totals.page_errors.is_empty() {
         let file = &totals.page_errors[0];
         return Err(Error::new(format!("{} pages of {} fail their checksum", file.blocks.len(), file.file))
             .hint("run pg_checksums or pg_amcheck on the server; without --page-errors=fail the backup is kept"));
     }
-    let description = describe(&mut server, started, &copied, totals)?;
+    let packs = copied.packs.table(&totals.weights)?;
+    prove_old(repository, &copied.packs, &packs)?;
+    let description = describe(&mut server, started, &copied, totals, &packs)?;
     // without it, packs that this backup refers to may be gone
     lock.check()?;
-    commit(repository, copied.assembler, &description)?;
+    commit(repository, copied.assembler, &description, &packs)?;
     if let Err(error) = lock.dead_backups().and_then(|dead| lock.remove(&dead)) {
         tracing::warn!(%error, "locks of backups that died could not be removed");
     }
@@ -105,6 +153,7 @@ fn copy_all(
     repository: &Repository,
     server: &mut Server,
     started: &Started,
+    compared: Option<Compared>,
     options: &BackupOptions,
     monitor: &dyn Monitor,
 ) -> Result<Copied> {
@@ -112,25 +161,30 @@ fn copy_all(
     let (workers, uploaders) = plan(options);
     let uploads = Uploads::start(repository, uploaders);
     let page_size = started.database.page_size as usize;
+    let old_errors = compared.as_ref().map(|of| of.description.page_errors.clone()).unwrap_or_default();
+    let (parent_files, parent) = compared.map(|of| (of.files, of.parent)).unzip();
+    let old = parent.iter().flat_map(Parent::packs).map(|pack| (pack.pack, pack.size)).collect();
     let cutting = Cutting {
         root: server.data_directory.clone(),
         keys: &repository.keys,
         level: options.level,
         uploads: &uploads,
         dedup: Dedup::default(),
-        lanes: Lanes::default(),
+        lanes: Lanes::new(&repository.keys),
         pages: started.database.checksums.then_some(Pages { size: page_size, start: started.start_lsn }),
+        parent,
     };
     monitor.stage("copying", bytes);
-    let mut assembler = Assembler::new(repository.keys.clone())?;
-    let control = copy(&cutting, found, workers, &mut assembler, monitor)?;
+    let mut assembler = Assembler::new(repository.keys.clone(), &old_errors)?;
+    let files = Files { found, parent: parent_files, now: started.start_time };
+    let control = copy(&cutting, files, workers, &mut assembler, monitor)?;
     server.alive()?;
-    let mut last = Worker::new(&cutting)?;
-    copy_control(&mut last, &control, started, &mut assembler)?;
+    copy_control(&server.data_directory, control, started, &mut assembler)?;
     monitor.stage("stopping", 0);
     let stopped = server.stop_backup()?;
     let stop_time = now_s();
     let segments = wal_needed(started, &stopped)?;
+    let mut last = Worker::new(&cutting)?;
     let wal = match started.wal_stored {
         true => read_wal(&mut last, started, &segments)?,
         false => {
@@ -140,22 +194,90 @@ fn copy_all(
         }
     };
     // a WAL segment is 1 GiB at most: no index is needed
-    assembler.fill(Later::Wal, wal, &|_| Err(Error::new("a WAL segment past its limit")))?;
+    assembler.fill_wal(wal, &|_| Err(Error::new("a WAL segment past its limit")))?;
     last.finish()?;
     cutting.lanes.flush(&uploads)?;
     drop(cutting);
-    let stored_new = uploads.finish()?;
-    Ok(Copied { assembler, stopped, stop_time, segments, tablespaces, stored_new })
+    let packs = Packs { new: uploads.finish()?, old };
+    Ok(Copied { assembler, stopped, stop_time, segments, tablespaces, packs })
 }
 
-fn describe(server: &mut Server, started: Started, copied: &Copied, totals: Totals) -> Result<Description> {
+/// The kind of backup that can be taken, and the backup it is compared with.
+///
+/// A diff is compared with the last full backup, an incremental with the last backup. A full one is compared with the last backup
+/// too, so that what is stored is not stored again; but it reads every file and trusts no time.
+fn compared(
+    repository: &Repository,
+    database: &Database,
+    options: &BackupOptions,
+    share: bool,
+    monitor: &dyn Monitor,
+) -> Result<(BackupKind, Option<Compared>)> {
+    let info = repository.backup_info()?;
+    let of_cluster = |(_, summary): &(&String, &BackupSummary)| summary.database_id == database.id;
+    let fulls = |(_, summary): &(&String, &BackupSummary)| summary.kind == BackupKind::Full;
+    let mut candidates = info.backups.iter().filter(of_cluster);
+    let last_full = candidates.clone().rfind(fulls).map(|(label, _)| label.clone());
+    let (kind, label) = match (options.kind, last_full) {
+        (BackupKind::Full, _) => (BackupKind::Full, candidates.next_back().map(|(label, _)| label.clone())),
+        (kind, None) => {
+            monitor.note(&format!("there is no full backup to build on: a full one is taken instead of {kind}"));
+            (BackupKind::Full, None)
+        }
+        (BackupKind::Diff, Some(full)) => (BackupKind::Diff, Some(full)),
+        (BackupKind::Incr, Some(_)) => (BackupKind::Incr, candidates.next_back().map(|(label, _)| label.clone())),
+    };
+    let Some(label) = label.filter(|_| share) else { return Ok((kind, None)) };
+    let is_full = kind == BackupKind::Full;
+    let reuse =
+        Reuse { unread: !is_full && !options.checksum, chunks_max: if is_full { 2 } else { 4 }, leave_thin: is_full };
+    let (description, files, parent) = Parent::open(repository, &label, reuse)?;
+    Ok((kind, Some(Compared { description, files, parent })))
+}
+
+/// What was taken over must be there at the commit too, whatever was deleted meanwhile.
+fn prove_old(repository: &Repository, packs: &Packs, needed: &[PackUse]) -> Result<()> {
+    let old: Vec<_> = needed.iter().filter(|pack| !packs.new.contains_key(&pack.pack)).copied().collect();
+    repository.prove_packs(&old)
+}
+
+impl Compared {
+    /// After a change of the timeline no time of a file is trusted.
+    fn on_timeline(self, repository: &Repository, timeline: Timeline, options: &BackupOptions) -> Result<Self> {
+        if self.description.timeline == timeline.0 || options.checksum || options.kind == BackupKind::Full {
+            return Ok(self);
+        }
+        let reuse = Reuse { unread: false, ..self.parent.reuse() };
+        let (description, files, parent) = Parent::open(repository, &self.description.label, reuse)?;
+        Ok(Self { description, files, parent })
+    }
+}
+
+impl Packs {
+    /// The pack table of what is needed.
+    fn table(&self, weights: &Weights) -> Result<Vec<PackUse>> {
+        let with_size = |(pack, weight): (PackId, u64)| {
+            let size = self.new.get(&pack).or_else(|| self.old.get(&pack)).copied();
+            let size = size.ok_or_else(|| Error::new(format!("pack {pack} is needed, but nobody wrote it")))?;
+            Ok(PackUse { pack, size, weight })
+        };
+        weights.sorted().into_iter().map(with_size).collect()
+    }
+}
+
+fn describe(
+    server: &mut Server,
+    started: Started,
+    copied: &Copied,
+    totals: Totals,
+    packs: &[PackUse],
+) -> Result<Description> {
     let (owner, group) = owner(&server.data_directory)?;
     let Stopped { lsn: stop_lsn, backup_label, tablespace_map } = copied.stopped.clone();
-    let stored = copied.stored_new;
     Ok(Description {
         label: started.label.to_string(),
-        kind: BackupKind::Full,
-        prior: None,
+        kind: started.label.kind(),
+        prior: started.prior,
         pgcairn: env!("CARGO_PKG_VERSION").into(),
         start_time: started.start_time,
         stop_time: copied.stop_time,
@@ -176,17 +298,17 @@ fn describe(server: &mut Server, started: Started, copied: &Copied, totals: Tota
         page_errors: totals.page_errors,
         sizes: Sizes {
             database: totals.bytes,
-            read: totals.bytes,
-            stored_new: stored,
-            stored_all: stored,
+            read: totals.read,
+            stored_new: copied.packs.new.values().sum(),
+            stored_all: packs.iter().map(|pack| pack.weight.min(pack.size)).sum(),
             files: totals.files,
         },
     })
 }
 
 /// Packs are durable; the manifest makes the backup, the catalog makes it known.
-fn commit(repository: &Repository, assembler: Assembler, description: &Description) -> Result<()> {
-    let manifest = Bytes::from(assembler.finish(description)?);
+fn commit(repository: &Repository, assembler: Assembler, description: &Description, packs: &[PackUse]) -> Result<()> {
+    let manifest = Bytes::from(assembler.finish(description, packs)?);
     let key = keys::manifest(&repository.stanza, &description.label);
     if repository.store.size(&key)?.is_some() {
         return Err(Error::new(format!("backup {} exists already; another backup took its label", description.label))
@@ -216,6 +338,7 @@ fn start(
     repository: &Repository,
     server: &mut Server,
     database: Database,
+    prior: Option<String>,
     options: &BackupOptions,
     monitor: &dyn Monitor,
 ) -> Result<Started> {
@@ -236,12 +359,19 @@ fn start(
             prove_archiving(server, &repository.archive(&database), size, options.archive_timeout)?;
         }
     }
-    let newest = repository.labels()?.pop().map(|label| label.parse()).transpose().context(|| "a label".into())?;
-    let label = Label::next(BackupKind::Full, None, now_s(), newest).context(|| "no label for this backup".into())?;
+    let label = next_label(repository, options.kind, prior.as_deref())?;
     monitor.stage("waiting for a checkpoint", 0);
     let start_lsn = server.start_backup(&format!("pgcairn backup {label}"), options.start_fast)?;
     let timeline = proven_start(server, start_lsn)?;
-    Ok(Started { database, label, timeline, start_lsn, start_time: now_s(), wal_stored })
+    let prior = prior.filter(|_| options.kind != BackupKind::Full);
+    Ok(Started { database, label, prior, timeline, start_lsn, start_time: now_s(), wal_stored })
+}
+
+fn next_label(repository: &Repository, kind: BackupKind, prior: Option<&str>) -> Result<Label> {
+    let parse = |label: &str| label.parse::<Label>().context(|| "a label of the repository".into());
+    let newest = repository.labels()?.pop().map(|label| parse(&label)).transpose()?;
+    let full = prior.map(parse).transpose()?;
+    Label::next(kind, full, now_s(), newest).context(|| "no label for this backup".into())
 }
 
 /// The checkpoint of the start must be in the pg_control that we can read.
@@ -264,14 +394,8 @@ fn layout(database: &Database, major: crate::postgres::Major) -> Result<Layout> 
     Ok(Layout { tablespace_directory: major.tablespace_directory(), relation_segment_pages })
 }
 
-fn copy_control(
-    worker: &mut Worker<'_>,
-    control: &Scanned,
-    started: &Started,
-    assembler: &mut Assembler,
-) -> Result<()> {
-    let root = worker.root().to_owned();
-    let (bytes, parsed) = read_control(&root)?;
+fn copy_control(root: &Path, found: Scanned, started: &Started, assembler: &mut Assembler) -> Result<()> {
+    let (bytes, parsed) = read_control(root)?;
     if parsed.checkpoint.timeline != started.timeline {
         return Err(Error::new(format!(
             "the server changed from timeline {} to {} during the backup",
@@ -279,11 +403,7 @@ fn copy_control(
         ))
         .hint("run the backup again"));
     }
-    let mut found = control.clone();
-    found.size = bytes.len() as u64;
-    let cut = worker.small_bytes(&found, bytes)?;
-    let done = Done::Small(vec![(Scanned { kind: ScannedKind::File, ..found }, Some(cut))]);
-    assembler.fill(Later::Control, vec![done], &|_| Err(Error::new("pg_control needs no index")))
+    assembler.fill_control(&Scanned { kind: ScannedKind::File, ..found }, &bytes)
 }
 
 /// The segments that hold the WAL from start to stop.
@@ -310,13 +430,13 @@ fn read_wal(worker: &mut Worker<'_>, started: &Started, segments: &[SegmentName]
             first_block: None,
         };
         if size <= INLINE_BYTES {
-            let cut = worker.small(&[&file])?.pop();
+            let cut = worker.small(&[(&file, None)])?.pop();
             done.push(Done::Small(vec![(file, cut)]));
             continue;
         }
         let file = Arc::new(file);
         for number in 0..size.div_ceil(LEAF_BYTES) {
-            match worker.leaf(&file, number)? {
+            match worker.leaf(&file, number, None)? {
                 Cut::Vanished => return Err(Error::new(format!("{} vanished", path.display()))),
                 part => done.push(Done::Leaf { file: file.clone(), number, part }),
             }
@@ -325,11 +445,7 @@ fn read_wal(worker: &mut Worker<'_>, started: &Started, segments: &[SegmentName]
     Ok(done)
 }
 
-fn check_wal_header(
-    path: &std::path::Path,
-    segment: SegmentName,
-    identity: crate::postgres::WalIdentity,
-) -> Result<()> {
+fn check_wal_header(path: &Path, segment: SegmentName, identity: crate::postgres::WalIdentity) -> Result<()> {
     use std::io::Read;
     let mut header = [0; 64];
     let read = std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut header));
@@ -338,7 +454,7 @@ fn check_wal_header(
     Ok(())
 }
 
-fn owner(path: &std::path::Path) -> Result<(String, String)> {
+fn owner(path: &Path) -> Result<(String, String)> {
     use std::os::unix::fs::MetadataExt;
     let metadata = std::fs::metadata(path).map_err(|error| Error::io("look at", path, error))?;
     let user = nix::unistd::User::from_uid(metadata.uid().into()).ok().flatten().map(|user| user.name);

@@ -7,9 +7,11 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
 use super::assemble::{Assembler, Done, Later};
-use super::cut::{Cutting, Worker};
+use super::cut::{Cut, Cutting, Worker};
+use super::parent::{Known, ParentFiles};
 use super::scan::{Scanned, ScannedKind};
 use crate::error::{Error, Result};
+use crate::format::manifest::File;
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
 use crate::progress::Monitor;
 
@@ -21,15 +23,26 @@ const JOBS_AHEAD: usize = 64;
 
 /// One piece of work for a worker.
 enum Job {
-    Batch(Vec<Scanned>),
-    Leaf(Arc<Scanned>, u64),
+    Batch(Vec<(Scanned, Known)>),
+    Leaf(Arc<Scanned>, u64, Option<Arc<File>>),
+    Same(Scanned, Arc<File>),
     Later(Later),
+}
+
+/// What is to be copied, in path order.
+pub struct Files {
+    /// what was found
+    pub found: Vec<Scanned>,
+    /// the parent's files, to compare with
+    pub parent: Option<ParentFiles>,
+    /// the second in which looking for files began
+    pub now: i64,
 }
 
 /// Reads everything but pg_control; returns pg_control as it was found.
 pub fn copy(
     cutting: &Cutting<'_>,
-    found: Vec<Scanned>,
+    files: Files,
     workers: usize,
     assembler: &mut Assembler,
     monitor: &dyn Monitor,
@@ -38,7 +51,7 @@ pub fn copy(
     let (results_queue, results) = bounded::<Result<(usize, Done)>>(workers);
     let (ticket_queue, tickets) = bounded::<()>(JOBS_AHEAD);
     let total = AtomicUsize::new(usize::MAX);
-    let control = Mutex::new(None);
+    let handed = Mutex::new(None);
     let index_worker = Mutex::new(Worker::new(cutting)?);
     let index = |plain: &[u8]| index_worker.lock().index(plain);
     std::thread::scope(|scope| {
@@ -49,12 +62,14 @@ pub fn copy(
             scope.spawn(move || work(cutting, &jobs, &results_queue, monitor));
         }
         drop((jobs, results_queue));
-        let (total, control) = (&total, &control);
+        let (total, handed) = (&total, &handed);
         scope.spawn(move || {
-            let count = hand_out(found, control, |number, job| {
-                ticket_queue.send(()).is_ok() && job_queue.send((number, job)).is_ok()
-            });
-            total.store(count, Ordering::Release);
+            let mut jobs = Jobs {
+                number: 0,
+                send: |number, job| ticket_queue.send(()).is_ok() && job_queue.send((number, job)).is_ok(),
+            };
+            *handed.lock() = Some(jobs.hand_out(files));
+            total.store(jobs.number, Ordering::Release);
         });
         let mut complete = 0;
         while let Ok(result) = results.recv() {
@@ -68,52 +83,72 @@ pub fn copy(
             false => Err(Error::new("a worker died")),
         }
     })?;
-    let control = control.lock().take();
+    let control = handed.lock().take().transpose()?.flatten();
     control.ok_or_else(|| Error::new("global/pg_control vanished"))
 }
 
-/// Cuts the files into jobs; returns how many.
-fn hand_out(found: Vec<Scanned>, control: &Mutex<Option<Scanned>>, send: impl Fn(usize, Job) -> bool) -> usize {
-    let mut number = 0;
-    let mut send = |job| {
-        number += 1;
-        send(number - 1, job)
-    };
-    let (mut batch, mut bytes) = (Vec::new(), 0);
-    for file in found {
-        let large = file.is_file() && file.size > INLINE_BYTES;
-        let is_control = file.kind == ScannedKind::Control;
-        let full = batch.len() >= BATCH_FILES || bytes + file.size > BATCH_BYTES;
-        if (large || is_control || full) && !batch.is_empty() {
-            bytes = 0;
-            if !send(Job::Batch(std::mem::take(&mut batch))) {
-                return number;
+/// Numbers jobs and hands them to the workers.
+struct Jobs<F> {
+    number: usize,
+    send: F,
+}
+
+impl<F: Fn(usize, Job) -> bool> Jobs<F> {
+    /// False when nobody takes jobs any more.
+    fn send(&mut self, job: Job) -> bool {
+        self.number += 1;
+        (self.send)(self.number - 1, job)
+    }
+
+    /// Cuts the files into jobs; returns pg_control.
+    fn hand_out(&mut self, mut files: Files) -> Result<Option<Scanned>> {
+        let (mut batch, mut bytes, mut control) = (Vec::new(), 0, None);
+        for file in files.found {
+            let known = match &mut files.parent {
+                Some(parent) if file.is_file() => parent.find(&file, files.now)?,
+                _ => Known::New,
+            };
+            let large = file.is_file() && file.size > INLINE_BYTES;
+            let is_control = file.kind == ScannedKind::Control;
+            let to_read = if matches!(known, Known::Same(_)) { 0 } else { file.size };
+            let full = batch.len() >= BATCH_FILES || bytes + to_read > BATCH_BYTES;
+            if (large || is_control || full) && !batch.is_empty() {
+                bytes = 0;
+                if !self.send(Job::Batch(std::mem::take(&mut batch))) {
+                    break;
+                }
             }
-        }
-        if large {
-            let leaves = file.size.div_ceil(LEAF_BYTES);
-            let file = Arc::new(file);
-            if !(0..leaves).all(|leaf| send(Job::Leaf(file.clone(), leaf))) {
-                return number;
-            }
-        } else if is_control {
-            *control.lock() = Some(file);
-            if !send(Job::Later(Later::Control)) {
-                return number;
-            }
-        } else {
             let is_wal = &*file.path == b"pg_wal";
-            bytes += file.size;
-            batch.push(file);
-            if is_wal && !(send(Job::Batch(std::mem::take(&mut batch))) && send(Job::Later(Later::Wal))) {
-                return number;
+            let sent = if large {
+                self.large(file, known)
+            } else if is_control {
+                control = Some(file);
+                self.send(Job::Later(Later::Control))
+            } else {
+                bytes += to_read;
+                batch.push((file, known));
+                !is_wal || self.send(Job::Batch(std::mem::take(&mut batch))) && self.send(Job::Later(Later::Wal))
+            };
+            if !sent {
+                break;
             }
         }
+        if !batch.is_empty() {
+            self.send(Job::Batch(batch));
+        }
+        Ok(control)
     }
-    if !batch.is_empty() {
-        send(Job::Batch(batch));
+
+    fn large(&mut self, file: Scanned, known: Known) -> bool {
+        let old = match known {
+            Known::Same(old) => return self.send(Job::Same(file, old)),
+            Known::Changed(old) => Some(old),
+            Known::New => None,
+        };
+        let leaves = file.size.div_ceil(LEAF_BYTES);
+        let file = Arc::new(file);
+        (0..leaves).all(|leaf| self.send(Job::Leaf(file.clone(), leaf, old.clone())))
     }
-    number
 }
 
 fn work(
@@ -141,18 +176,24 @@ fn work(
 fn one(worker: &mut Worker<'_>, job: Job) -> Result<(Done, u64)> {
     match job {
         Job::Later(later) => Ok((Done::Later(later), 0)),
-        Job::Leaf(file, number) => {
+        Job::Leaf(file, number, old) => {
             let bytes = file.size.min((number + 1) * LEAF_BYTES) - number * LEAF_BYTES;
-            let part = worker.leaf(&file, number)?;
+            let part = worker.leaf(&file, number, old.as_deref())?;
             Ok((Done::Leaf { file, number, part }, bytes))
         }
+        Job::Same(found, file) => {
+            let (weights, bytes) = (worker.weights(&file)?, found.size);
+            Ok((Done::Same(found, file, weights), bytes))
+        }
         Job::Batch(batch) => {
-            let files: Vec<&Scanned> = batch.iter().filter(|found| found.is_file()).collect();
-            let bytes = files.iter().map(|file| file.size).sum();
+            let to_read = |(file, known): &&(Scanned, Known)| file.is_file() && !matches!(known, Known::Same(_));
+            let files: Vec<_> = batch.iter().filter(to_read).map(|(file, known)| (file, known.changed())).collect();
+            let bytes = batch.iter().map(|(file, _)| file.size).sum();
             let mut cuts = worker.small(&files)?.into_iter();
-            let with_cut = |found: Scanned| match found.is_file() {
-                true => (found, cuts.next()),
-                false => (found, None),
+            let with_cut = |(found, known): (Scanned, Known)| match (found.is_file(), known) {
+                (true, Known::Same(file)) => (found, Some(Cut::Same(file))),
+                (true, _) => (found, cuts.next()),
+                (false, _) => (found, None),
             };
             Ok((Done::Small(batch.into_iter().map(with_cut).collect()), bytes))
         }

@@ -1,4 +1,5 @@
-//! Content seen before in this backup: template databases, copied tables, runs of zeros. Bounded, recently used first.
+//! Content seen before: template databases, copied tables, runs of zeros, what a backup that died has stored. Bounded,
+//! recently used first.
 
 use std::num::NonZeroUsize;
 
@@ -7,10 +8,10 @@ use parking_lot::Mutex;
 
 use crate::format::chunk::{ChunkId, ChunkRef};
 
-/// Slots remembered: about 16 MiB of memory, 16 GiB of files.
+/// Names remembered, of chunks and of pieces of small files: about 20 MiB of memory, up to 128 GiB of large files.
 const CAPACITY: NonZeroUsize = NonZeroUsize::new(128 * 1024).expect("not zero");
 
-/// Where the content of a slot is already stored.
+/// Where content is already stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seen {
     /// the chunk that holds it
@@ -19,7 +20,7 @@ pub struct Seen {
     pub offset: u32,
 }
 
-/// An index from a slot's name to where it is stored.
+/// An index from names to where what they name is stored.
 #[derive(Debug)]
 pub struct Dedup {
     seen: Mutex<LruCache<ChunkId, Seen>>,

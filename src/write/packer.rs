@@ -1,7 +1,7 @@
 //! Chunks into packs, packs into the store: bounded memory, uploads beside the work, the first error stops everything.
 
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
@@ -9,8 +9,10 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
+use crate::format::CHUNK;
 use crate::format::chunk::{ChunkId, ChunkRef, PackId};
 use crate::format::pack::{PackKind, PackWriter};
+use crate::format::seal::SealKind;
 use crate::repo::{Repository, keys};
 use crate::store::Body;
 
@@ -32,21 +34,22 @@ pub struct Stored {
 #[derive(Debug)]
 pub struct Lane {
     kind: PackKind,
+    seal: SealKind,
     writer: Option<PackWriter>,
 }
 
 impl Lane {
     /// An empty lane.
-    pub fn new(kind: PackKind) -> Self {
-        Self { kind, writer: None }
+    pub fn new(kind: PackKind, seal: SealKind) -> Self {
+        Self { kind, seal, writer: None }
     }
 
     /// Adds a chunk; hands the pack to `uploads` when it is full.
     pub fn add(&mut self, uploads: &Uploads, id: ChunkId, plain_len: usize, stored: &[u8]) -> Result<ChunkRef> {
-        let kind = self.kind;
+        let (kind, seal) = (self.kind, self.seal);
         let writer = match &mut self.writer {
             Some(writer) => writer,
-            empty => empty.insert(PackWriter::new(kind, random_pack_id()?, PACK_BYTES + 256 * 1024)),
+            empty => empty.insert(PackWriter::new(kind, seal, random_pack_id()?, PACK_BYTES + CHUNK)),
         };
         let chunk = writer.add(id, plain_len, stored);
         if writer.len() >= PACK_BYTES {
@@ -82,7 +85,7 @@ pub struct Uploads {
 #[derive(Debug, Default)]
 struct Shared {
     failure: Mutex<Option<Arc<Error>>>,
-    bytes: AtomicU64,
+    sizes: Mutex<HashMap<PackId, u64>>,
 }
 
 impl Uploads {
@@ -115,11 +118,11 @@ impl Uploads {
         }
     }
 
-    /// Waits until every pack is in the store; returns the bytes of all of them.
-    pub fn finish(mut self) -> Result<u64> {
+    /// Waits until every pack is in the store; returns the length of each.
+    pub fn finish(mut self) -> Result<HashMap<PackId, u64>> {
         self.join();
         self.check()?;
-        Ok(self.shared.bytes.load(Ordering::Relaxed))
+        Ok(std::mem::take(&mut self.shared.sizes.lock()))
     }
 
     fn join(&mut self) {
@@ -145,7 +148,7 @@ fn upload(repository: &Repository, packs: &Receiver<(PackId, Vec<u8>)>, shared: 
         }
         let size = bytes.len() as u64;
         match repository.store.put(&keys::pack(&repository.stanza, id), Body::Bytes(Bytes::from(bytes))) {
-            Ok(()) => _ = shared.bytes.fetch_add(size, Ordering::Relaxed),
+            Ok(()) => _ = shared.sizes.lock().insert(id, size),
             Err(error) => _ = shared.failure.lock().get_or_insert_with(|| Arc::new(error.into())),
         }
     }

@@ -9,10 +9,11 @@ use std::thread;
 
 use super::answer::Content;
 use crate::error::{Context, Error, Result};
-use crate::format::SLOT;
-use crate::format::chunk::{ChunkId, Encoder, HashKeys, PackId};
+use crate::format::CHUNK;
+use crate::format::chunk::{ChunkId, Encoder, Keys, PackId};
 use crate::format::manifest::Database;
 use crate::format::pack::{PackKind, PackWriter};
+use crate::format::seal::SealKind;
 use crate::postgres::wal::header::LONG_PAGE_HEADER_BYTES;
 use crate::postgres::{SegmentName, WalName};
 use crate::repo::Repository;
@@ -90,6 +91,7 @@ pub(super) struct WalFile {
     header: Vec<u8>,
     chunks: Vec<Chunk>,
     content: PackId,
+    seal: SealKind,
 }
 
 struct Chunk {
@@ -148,7 +150,8 @@ impl WalFile {
         source.read_at(&mut header, 0)?;
         let chunks = read(&source)?;
         let content = repository.keys.file(chunks.iter().map(|chunk| chunk.id));
-        Ok(Self { name: name.to_owned(), kind, path: path.to_owned(), len, header, chunks, content })
+        let seal = repository.keys.seal_kind();
+        Ok(Self { name: name.to_owned(), kind, path: path.to_owned(), len, header, chunks, content, seal })
     }
 
     /// Which segment it is, if it is a whole one.
@@ -200,7 +203,7 @@ impl WalFile {
 
     /// Its object, if it was compressed.
     pub(super) fn pack(&self) -> Vec<u8> {
-        let mut pack = PackWriter::new(PackKind::Wal, self.content, 0);
+        let mut pack = PackWriter::new(PackKind::Wal, self.seal, self.content, 0);
         for chunk in &self.chunks {
             pack.add(chunk.id, chunk.plain_len, &chunk.stored);
         }
@@ -213,13 +216,13 @@ struct Source<'a> {
     file: File,
     path: &'a Path,
     len: u64,
-    keys: &'a HashKeys,
+    keys: &'a Keys,
     level: Option<i32>,
 }
 
 impl Source<'_> {
     fn chunks(&self) -> usize {
-        self.len.div_ceil(SLOT as u64) as usize
+        self.len.div_ceil(CHUNK as u64) as usize
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
@@ -231,18 +234,19 @@ impl Source<'_> {
         let encoder = self.level.map(Encoder::new).transpose();
         let mut encoder = encoder.context(|| "cannot set up zstd".into())?;
         // one buffer each for all chunks: fresh ones would cost more than compressing
-        let (mut plain, mut stored) = (vec![0; SLOT], Vec::new());
+        let (mut plain, mut stored) = (vec![0; CHUNK], Vec::new());
         let mut chunks = Vec::with_capacity(numbers.len());
         for number in numbers {
-            let offset = number as u64 * SLOT as u64;
-            plain.resize((self.len - offset).min(SLOT as u64) as usize, 0);
+            let offset = number as u64 * CHUNK as u64;
+            plain.resize((self.len - offset).min(CHUNK as u64) as usize, 0);
             self.read_at(&mut plain, offset)?;
             each(&plain);
             stored.clear();
+            let id = self.keys.digest(&plain).id;
             if let Some(encoder) = &mut encoder {
-                encoder.encode(&plain, &mut stored).context(|| "cannot compress".into())?;
+                encoder.encode(self.keys, &id, &plain, &mut stored).context(|| "cannot compress".into())?;
             }
-            chunks.push(Chunk { id: self.keys.digest(&plain).id, plain_len: plain.len(), stored: stored.to_vec() });
+            chunks.push(Chunk { id, plain_len: plain.len(), stored: stored.to_vec() });
         }
         Ok(chunks)
     }

@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use pgcairn::error::Result;
-use pgcairn::format::chunk::{Encoder, PackId};
+use pgcairn::format::chunk::Encoder;
 use pgcairn::format::manifest::{BlockWriter, Description, Entry, encode_description};
-use pgcairn::format::pack::{PackKind, PackWriter};
+use pgcairn::format::pack::{Pack, PackKind, PackWriter};
 use pgcairn::read::fetch::{FetchOptions, Fetcher};
 use pgcairn::read::view::{Content, View, ViewOptions};
-use pgcairn::repo::Repository;
+use pgcairn::repo::{Repository, keys};
 use pgcairn::store::{Body, MemoryStore, Store};
 use pgcairn_integration::{files, stanza};
 
@@ -108,11 +108,19 @@ pub(crate) fn changed_manifest(
     let mut writer = BlockWriter::default();
     plains.extend(entries.iter().filter_map(|entry| writer.push(entry)));
     plains.extend(writer.finish());
-    let (mut encoder, mut pack) = (Encoder::new(3).unwrap(), PackWriter::new(PackKind::Manifest, PackId([7; 16]), 0));
+    // what the manifest holds itself stays where entries look for it
+    let key = keys::manifest(&repository.stanza, label);
+    let stored = repository.store.get(&key).unwrap();
+    let old = Pack::parse(&key, &stored).unwrap();
+    let own = old.chunks[0];
+    let keys = &repository.keys;
+    let mut pack = PackWriter::new(PackKind::Manifest, keys.seal_kind(), old.header.id, 0);
+    pack.add(own.id, own.plain_len as usize, &stored[own.offset as usize..own.end() as usize]);
+    let mut encoder = Encoder::new(3).unwrap();
     for plain in plains {
-        let mut stored = Vec::new();
-        encoder.encode(&plain, &mut stored).unwrap();
-        pack.add(repository.keys.digest(&plain).id, plain.len(), &stored);
+        let (id, mut stored) = (keys.digest(&plain).id, Vec::new());
+        encoder.encode(keys, &id, &plain, &mut stored).unwrap();
+        pack.add(id, plain.len(), &stored);
     }
     pack.finish()
 }

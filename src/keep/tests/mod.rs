@@ -10,11 +10,12 @@ use parking_lot::Mutex;
 
 use crate::format::chunk::{ChunkRef, Encoder, PackId};
 use crate::format::manifest::{
-    BlockWriter, Database, Description, Entry, File, Node, Place, Sizes, encode_description,
+    BlockWriter, Database, Description, Entry, File, Node, PackUse, Place, Sizes, encode_description, encode_packs,
 };
 use crate::format::map::{Extent, Leaf, LeafRef, SlotChange, encode_changes};
 use crate::format::pack::{PackKind, PackWriter};
-use crate::format::{GRAIN, LEAF_BYTES, SLOT};
+use crate::format::seal::SealKind;
+use crate::format::{CHUNK, GRAIN, LEAF_BYTES, SLOT};
 use crate::postgres::{BackupKind, Label, SegmentName, SegmentSize, Timeline};
 use crate::repo::{Repository, keys};
 use crate::store::{Body, Fault, FaultPlan, MemoryStore, Page, Result, Store};
@@ -125,7 +126,7 @@ impl Made {
     pub(super) fn chunk(&mut self, pack: &mut PackWriter, plain: &[u8]) -> ChunkRef {
         let id = self.repository.keys.digest(plain).id;
         let mut stored = Vec::new();
-        self.encoder.encode(plain, &mut stored).unwrap();
+        self.encoder.encode(&self.repository.keys, &id, plain, &mut stored).unwrap();
         pack.add(id, plain.len(), &stored)
     }
 
@@ -136,7 +137,7 @@ impl Made {
 
     /// A pack that nothing refers to, as a backup that died leaves it.
     pub(super) fn garbage(&mut self) -> String {
-        let mut pack = PackWriter::new(PackKind::Data, self.pack_id(), 0);
+        let mut pack = PackWriter::new(PackKind::Data, SealKind::Hashed, self.pack_id(), 0);
         let plain = self.random().to_le_bytes();
         self.chunk(&mut pack, &plain);
         let key = keys::pack(&self.repository.stanza, pack.id());
@@ -180,7 +181,7 @@ impl Made {
 
     fn store_files(&mut self) -> Vec<Entry> {
         let (data_id, small_id, map_id) = (self.pack_id(), self.pack_id(), self.pack_id());
-        let mut data = PackWriter::new(PackKind::Data, data_id, 0);
+        let mut data = PackWriter::new(PackKind::Data, SealKind::Hashed, data_id, 0);
         let count = LARGE.div_ceil(SLOT as u64) as usize;
         let is_first = self.slots.is_empty();
         for slot in 0..count {
@@ -196,7 +197,7 @@ impl Made {
                 false => self.slots[slot] = chunk,
             }
         }
-        let mut map = PackWriter::new(PackKind::Map, map_id, 0);
+        let mut map = PackWriter::new(PackKind::Map, SealKind::Hashed, map_id, 0);
         let leaves: Vec<LeafRef> = (self.slots.clone().chunks((LEAF_BYTES / SLOT as u64) as usize))
             .map(|slots| {
                 let mut leaf = Leaf::default();
@@ -211,7 +212,7 @@ impl Made {
                 }
             })
             .collect();
-        let mut small = PackWriter::new(PackKind::Small, small_id, 0);
+        let mut small = PackWriter::new(PackKind::Small, SealKind::Hashed, small_id, 0);
         let text = format!("small file {}", self.random());
         let plain = self.chunk(&mut small, text.as_bytes());
         let changes = self.chunk(&mut small, &encode_changes(&[SlotChange { crc: 0, grains: vec![0] }]));
@@ -234,12 +235,36 @@ impl Made {
         ]
     }
 
+    /// The packs of these entries and of the slots of the large file.
+    fn packs_of(&self, entries: &[Entry]) -> Vec<PackUse> {
+        let mut chunks = self.slots.clone();
+        for entry in entries {
+            match &entry.node {
+                Node::File(File { place: Place::Inline { extents, changes }, .. }) => {
+                    chunks.extend(extents.iter().map(|extent| extent.chunk));
+                    chunks.extend(changes.iter().map(|(chunk, _)| *chunk));
+                }
+                Node::File(File { place: Place::Leaves(leaves), .. }) => {
+                    chunks.extend(leaves.iter().flat_map(|leaf| [leaf.map, leaf.changes]));
+                }
+                _ => {}
+            }
+        }
+        let sizes = self.repository.packs().unwrap();
+        let mut weights = BTreeMap::new();
+        for chunk in chunks {
+            *weights.entry(chunk.pack).or_default() += u64::from(chunk.stored_len);
+        }
+        weights.into_iter().map(|(pack, weight)| PackUse { pack, size: sizes[&pack], weight }).collect()
+    }
+
     fn commit(&mut self, entries: &[Entry], description: &Description) {
-        let mut pack = PackWriter::new(PackKind::Manifest, self.pack_id(), 0);
+        let mut pack = PackWriter::new(PackKind::Manifest, SealKind::Hashed, self.pack_id(), 0);
         let mut parts = encode_description(description).unwrap();
         let mut writer = BlockWriter::default();
         parts.extend(entries.iter().filter_map(|entry| writer.push(entry)));
         parts.extend(writer.finish());
+        parts.extend(encode_packs(&self.packs_of(entries)));
         for part in &parts {
             self.chunk(&mut pack, part);
         }
@@ -259,11 +284,11 @@ impl Made {
     /// One file of the archive, as large as a segment, with the header of `segment`.
     pub(super) fn archive_file(&mut self, name: &str, segment: SegmentName) {
         let bytes = wal_bytes(segment);
-        let ids: Vec<_> = bytes.chunks(SLOT).map(|slot| self.repository.keys.digest(slot).id).collect();
+        let ids: Vec<_> = bytes.chunks(CHUNK).map(|plain| self.repository.keys.digest(plain).id).collect();
         let content = self.repository.keys.file(ids.iter().copied());
-        let mut pack = PackWriter::new(PackKind::Wal, content, 0);
-        for slot in bytes.chunks(SLOT) {
-            self.chunk(&mut pack, slot);
+        let mut pack = PackWriter::new(PackKind::Wal, SealKind::Hashed, content, 0);
+        for plain in bytes.chunks(CHUNK) {
+            self.chunk(&mut pack, plain);
         }
         let key = self.repository.archive(&database()).key(name, content);
         self.repository.store.put(&key, Body::Bytes(pack.finish().into())).unwrap();
@@ -279,7 +304,7 @@ impl Made {
     /// Demands that everything the manifests refer to can be read.
     #[track_caller]
     pub(super) fn assert_sound(&self) {
-        let mut decoder = crate::format::chunk::Decoder::new().unwrap();
+        let reader = crate::repo::chunks::ChunkReader::new(&self.repository).unwrap();
         for label in self.labels() {
             for of in self.repository.manifest_packs(&label).unwrap() {
                 let key = keys::pack(&self.repository.stanza, of.pack);
@@ -295,7 +320,7 @@ impl Made {
                 })
                 .unwrap();
             for chunk in chunks.values() {
-                self.repository.fetch_chunk(&mut decoder, chunk).unwrap();
+                reader.read(chunk, None).unwrap();
             }
             for name in [&description.wal_start, &description.wal_stop] {
                 assert!(self.archived().contains(name), "{label} lost {name}");

@@ -67,21 +67,27 @@ pub(super) fn follow(
     each(descriptions, threads, |description| {
         let label = &description.label;
         let decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
-        let mut follower = Follower { repository, found, findings, leaves: &leaves, label, decoder };
-        let mut failure = None;
-        let read = repository.manifest(label, |entry| {
-            if let (Node::File(file), None) = (&entry.node, &failure) {
-                failure = follower.file(&entry.path, file).err();
-            }
-        });
-        match (failure, read) {
-            (Some(error), _) => Err(error),
-            (None, Ok(_)) => Ok(()),
-            // it was there and whole a moment ago
-            (None, Err(error)) => {
-                let (object, what) = finding(error, &keys::manifest(&repository.stanza, label))?;
-                findings.suffers(label, &object, &what, None);
-                Ok(())
+        let mut follower = Follower { repository, found, findings, leaves: &leaves, label, own: None, decoder };
+        // it was there and whole a moment ago
+        let gone = |error| {
+            let (object, what) = finding(error, &keys::manifest(&repository.stanza, label))?;
+            findings.suffers(label, &object, &what, None);
+            Ok(())
+        };
+        let mut manifest = match repository.open_manifest(label) {
+            Ok(manifest) => manifest,
+            Err(error) => return gone(error),
+        };
+        follower.own = Some(manifest.pack());
+        loop {
+            match manifest.next() {
+                Ok(Some(entry)) => {
+                    if let Node::File(file) = &entry.node {
+                        follower.file(&entry.path, file)?;
+                    }
+                }
+                Ok(None) => return Ok(()),
+                Err(error) => return gone(error),
             }
         }
     })
@@ -93,6 +99,8 @@ struct Follower<'a> {
     findings: &'a Findings,
     leaves: &'a Leaves,
     label: &'a str,
+    /// the manifest itself, which was proved when it was read
+    own: Option<PackId>,
     decoder: Decoder,
 }
 
@@ -162,6 +170,9 @@ impl Follower<'_> {
     }
 
     fn chunk(&mut self, path: &[u8], chunk: &ChunkRef) -> Result<()> {
+        if self.own == Some(chunk.pack) {
+            return Ok(());
+        }
         if let Verdict::Harmed(what) = self.found.judge(self.repository, &mut self.decoder, chunk)? {
             self.findings.suffers(self.label, &self.key(chunk.pack), &what, Some(path));
         }

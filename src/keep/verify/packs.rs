@@ -158,7 +158,7 @@ fn prove(repository: &Repository, id: PackId, key: &str, bytes: &[u8]) -> Result
     let (mut sound, mut first) = (Vec::with_capacity(chunks.len()), None);
     for chunk in chunks {
         let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
-        match decoder.decode(&repository.keys, key, &chunk, stored) {
+        match decoder.prove(&repository.keys, key, &chunk, stored) {
             Ok(_) => sound.push(chunk),
             Err(error) => _ = first.get_or_insert_with(|| told(&error)),
         }

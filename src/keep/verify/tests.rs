@@ -1,5 +1,7 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
+use crate::format::pack::{PackKind, PackWriter};
+use crate::format::seal::SealKind;
 use crate::keep::expire::{ExpireOptions, GRACE, expire};
 use crate::keep::policy::Retention;
 use crate::keep::tests::{Made, database, segment};
@@ -126,7 +128,7 @@ fn a_pack_that_is_missing_or_cut_is_found_even_quickly() {
 fn a_pack_that_holds_other_sound_chunks_is_found() {
     let mut made = made(&[Full]);
     let pack = own_packs(&made, 0)[0];
-    let mut other = crate::format::pack::PackWriter::new(crate::format::pack::PackKind::Data, pack, 0);
+    let mut other = PackWriter::new(PackKind::Data, SealKind::Hashed, pack, 0);
     made.chunk(&mut other, b"something else");
     made.repository.store.put(&keys::pack("main", pack), Body::Bytes(other.finish().into())).unwrap();
     let report = run(&made, false);
@@ -209,9 +211,10 @@ fn a_timeline_must_join_the_one_before() {
         let key = made.repository.archive(&database()).key("00000002.history", PackId([0; 16]));
         let digest = made.repository.keys.digest(text.as_bytes());
         let content = made.repository.keys.file([digest.id]);
-        let mut pack = crate::format::pack::PackWriter::new(crate::format::pack::PackKind::Wal, content, 0);
+        let mut pack = PackWriter::new(PackKind::Wal, SealKind::Hashed, content, 0);
         let mut stored = Vec::new();
-        crate::format::chunk::Encoder::new(1).unwrap().encode(text.as_bytes(), &mut stored).unwrap();
+        let mut encoder = crate::format::chunk::Encoder::new(1).unwrap();
+        encoder.encode(&made.repository.keys, &digest.id, text.as_bytes(), &mut stored).unwrap();
         pack.add(digest.id, text.len(), &stored);
         made.repository.store.put(&key, Body::Bytes(pack.finish().into())).unwrap();
     };

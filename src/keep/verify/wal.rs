@@ -137,7 +137,7 @@ impl Archive<'_> {
         let (key, keys) = (&object.key, &self.repository.keys);
         let bytes = self.repository.store.get(key)?;
         let pack = Pack::parse(key, &bytes)?;
-        pack.header.expect(key, PackKind::Wal)?;
+        pack.header.expect(key, PackKind::Wal, keys.seal_kind())?;
         let wrong = |what: String| FormatError::new(key, 0, what);
         let content = keys.file(pack.chunks.iter().map(|chunk| chunk.id));
         if content != pack.header.id {
@@ -147,7 +147,7 @@ impl Archive<'_> {
         let (mut len, mut text) = (0u64, Vec::new());
         for chunk in &pack.chunks {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
-            let plain = decoder.decode(keys, key, chunk, stored)?;
+            let plain = decoder.prove(keys, key, chunk, stored)?.plain;
             if let (0, WalName::Segment(_) | WalName::Partial(_)) = (len, name) {
                 // that it is another cluster's is damage too, whatever its checksums say
                 let first = check_first_bytes(self.database, &name.to_string(), &plain);

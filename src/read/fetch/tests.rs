@@ -25,13 +25,14 @@ fn fixture(count: usize, options: FetchOptions) -> Fixture {
     let recording = record.recording();
     let repository = Repository::new(Arc::new(record), "main").unwrap();
     let id = PackId([7; 16]);
-    let mut pack = PackWriter::new(PackKind::Data, id, 0);
+    let mut pack = PackWriter::new(PackKind::Data, repository.keys.seal_kind(), id, 0);
     let (mut encoder, mut chunks, mut plain) = (Encoder::new(3).unwrap(), Vec::new(), Vec::new());
     for number in 0..count {
         let bytes = noise(number as u64 + 1, SLOT);
         let mut stored = Vec::new();
-        encoder.encode(&bytes, &mut stored).unwrap();
-        chunks.push(pack.add(repository.keys.digest(&bytes).id, SLOT, &stored));
+        let id = repository.keys.digest(&bytes).id;
+        encoder.encode(&repository.keys, &id, &bytes, &mut stored).unwrap();
+        chunks.push(pack.add(id, SLOT, &stored));
         plain.push(bytes);
     }
     repository.store.put(&keys::pack("main", id), Body::Bytes(pack.finish().into())).unwrap();

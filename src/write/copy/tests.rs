@@ -1,7 +1,7 @@
 //! A data directory through the workers into a repository and back through a view: every byte, for every kind of size.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -9,10 +9,9 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
-use crate::format::chunk::ChunkId;
-use crate::format::manifest::{Entry, File, ManifestReader, Node, Place};
-use crate::format::map::{Extent, Leaf, decode_changes, decode_index};
-use crate::format::pack::PackKind;
+use crate::format::chunk::{ChunkId, PackId};
+use crate::format::manifest::{Description, Entry, File, Node, PackUse, Place};
+use crate::format::map::{Extent, Leaf, apply_changes, changes_base, decode_changes, decode_index};
 use crate::format::{GRAIN, SLOT};
 use crate::postgres::{Layout, Major};
 use crate::progress::Silent;
@@ -21,71 +20,101 @@ use crate::store::{Body, Effect, ErrorKind, Fault, MemoryStore, Operation, Store
 use crate::write::cut::Lanes;
 use crate::write::dedup::Dedup;
 use crate::write::packer::Uploads;
+use crate::write::parent::{Parent, Reuse};
 use crate::write::scan::scan;
 
-const MANIFEST: &str = "backup/main/test/backup.manifest";
+const LABEL: &str = "20240107-120000F";
 
-/// Copies `root` as a backup does, without a server.
+fn repository() -> Repository {
+    Repository::new(Arc::new(MemoryStore::new()), "main").unwrap()
+}
+
+/// Copies `root` as a full backup does, without a server.
 fn copy_directory(repository: &Repository, root: &Path) -> Result<()> {
+    copy_since(repository, root, LABEL, None, now_s()).map(drop)
+}
+
+/// Copies `root` as the backup `label`, comparing with a parent; gives the bytes of packs that it wrote.
+fn copy_since(
+    repository: &Repository,
+    root: &Path,
+    label: &str,
+    parent: Option<(&str, Reuse)>,
+    now: i64,
+) -> Result<(u64, Vec<PackUse>)> {
     let layout = Layout {
         tablespace_directory: Major::new(15).unwrap().tablespace_directory(),
         relation_segment_pages: 131_072,
     };
     let scan = scan(root, layout)?;
     let uploads = Uploads::start(repository, 2);
+    let opened = parent.map(|(label, reuse)| Parent::open(repository, label, reuse)).transpose()?;
+    let (files, parent) = opened.map(|(_, files, parent)| (files, parent)).unzip();
+    let mut sizes: HashMap<_, _> = parent.iter().flat_map(Parent::packs).map(|pack| (pack.pack, pack.size)).collect();
     let cutting = Cutting {
         root: root.to_owned(),
         keys: &repository.keys,
         level: 1,
         uploads: &uploads,
         dedup: Dedup::default(),
-        lanes: Lanes::default(),
+        lanes: Lanes::new(&repository.keys),
         pages: None,
+        parent,
     };
-    let mut assembler = Assembler::new(repository.keys.clone())?;
-    let control = copy(&cutting, scan.found, 3, &mut assembler, &Silent)?;
-    let mut last = Worker::new(&cutting)?;
+    let mut assembler = Assembler::new(repository.keys.clone(), &[])?;
+    let files = Files { found: scan.found, parent: files, now };
+    let control = copy(&cutting, files, 3, &mut assembler, &Silent)?;
     let found = Scanned { kind: ScannedKind::File, ..control };
-    let cut = last.small_bytes(&found, fs::read(root.join("global/pg_control")).unwrap())?;
-    let none = |_: &[u8]| Err(Error::new("no index here"));
-    assembler.fill(Later::Control, vec![Done::Small(vec![(found, Some(cut))])], &none)?;
-    assembler.fill(Later::Wal, Vec::new(), &none)?;
-    last.finish()?;
+    assembler.fill_control(&found, &fs::read(root.join("global/pg_control")).unwrap())?;
+    assembler.fill_wal(Vec::new(), &|_| Err(Error::new("no index here")))?;
     cutting.lanes.flush(&uploads)?;
     drop(cutting);
-    uploads.finish()?;
-    let description = serde_json::from_str(include_str!("description.json")).unwrap();
-    repository.store.put(MANIFEST, Body::Bytes(assembler.finish(&description)?.into()))?;
-    Ok(())
+    let written = uploads.finish()?;
+    let bytes = written.values().sum();
+    sizes.extend(written);
+    let weights = assembler.totals().weights.sorted();
+    let pack = |(pack, weight)| PackUse { pack, size: sizes.get(&pack).copied().unwrap_or_default(), weight };
+    let packs: Vec<_> = weights.into_iter().filter(|(pack, _)| sizes.contains_key(pack)).map(pack).collect();
+    let mut description: Description = serde_json::from_str(include_str!("description.json")).unwrap();
+    (description.label, description.start_time) = (label.to_owned(), now);
+    let manifest = assembler.finish(&description, &packs)?;
+    repository.store.put(&crate::repo::keys::manifest("main", label), Body::Bytes(manifest.into()))?;
+    Ok((bytes, packs))
 }
 
-/// Reads every file of the manifest by the format's own rules, not through the view.
-fn read_back(repository: &Repository) -> BTreeMap<Vec<u8>, (Vec<u8>, u32)> {
-    let (mut entries, mut reader) = (Vec::<Entry>::new(), ManifestReader::new(MANIFEST));
-    repository
-        .read_pack(MANIFEST, PackKind::Manifest, |plain| Ok(reader.chunk(plain, |entry| entries.push(entry))?))
-        .unwrap();
-    let mut chunks = Chunks { repository, known: BTreeMap::new() };
-    let files = entries.into_iter().filter_map(|entry| match entry.node {
-        Node::File(file) => Some((entry.path, (chunks.file(&file), file.crc))),
-        _ => None,
-    });
-    files.collect()
+fn now_s() -> i64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64
+}
+
+/// Reads every file of a backup by the format's own rules, not through the view.
+fn read_back(repository: &Repository, label: &str) -> BTreeMap<Vec<u8>, (Vec<u8>, u32)> {
+    let mut manifest = repository.open_manifest(label).unwrap();
+    let own = (manifest.pack(), manifest.key().to_owned());
+    let mut chunks = Chunks { repository, own, known: BTreeMap::new() };
+    let mut files = BTreeMap::new();
+    while let Some(entry) = manifest.next().unwrap() {
+        if let Node::File(file) = entry.node {
+            files.insert(entry.path, (chunks.file(&file), file.crc));
+        }
+    }
+    files
 }
 
 struct Chunks<'a> {
     repository: &'a Repository,
+    /// the manifest's own pack and key
+    own: (PackId, String),
     known: BTreeMap<ChunkId, Vec<u8>>,
 }
 
 impl Chunks<'_> {
     fn chunk(&mut self, at: &crate::format::chunk::ChunkRef) -> &Vec<u8> {
-        let repository = self.repository;
+        let (repository, own) = (self.repository, &self.own);
         self.known.entry(at.id).or_insert_with(|| {
-            let key = crate::repo::keys::pack("main", at.pack);
+            let key = if at.pack == own.0 { own.1.clone() } else { crate::repo::keys::pack("main", at.pack) };
             let stored = repository.store.get_range(&key, at.offset.into(), at.stored_len.into()).unwrap();
             let mut decoder = crate::format::chunk::Decoder::new().unwrap();
-            decoder.decode(&repository.keys, &key, at, &stored).unwrap()
+            decoder.decode(&repository.keys, &key, at, &stored).unwrap().plain
         })
     }
 
@@ -114,7 +143,15 @@ impl Chunks<'_> {
             let leaf = Leaf::decode("leaf", self.chunk(&leaf_ref.map), len).unwrap();
             let start = out.len();
             (0..leaf.slots()).for_each(|slot| self.extents(leaf.slot(slot), &mut out));
-            let changes = decode_changes("changes", self.chunk(&leaf_ref.changes), len).unwrap();
+            let plain = self.chunk(&leaf_ref.changes).clone();
+            let changes = match changes_base("changes", &plain).unwrap() {
+                None => decode_changes("changes", &plain, len).unwrap(),
+                Some(base) => {
+                    let mut changes = decode_changes("changes", self.chunk(&base), len).unwrap();
+                    apply_changes("changes", &plain, &mut changes).unwrap();
+                    changes
+                }
+            };
             for (change, slot) in changes.iter().zip(out[start..].chunks(SLOT)) {
                 assert_eq!(change.crc, crc32c::crc32c(slot));
                 assert_eq!(change.grains, self.repository.keys.digest(slot).grains);
@@ -175,9 +212,9 @@ proptest! {
             // neighbours in the two databases are often the same, as in template databases
             fs::write(root.path().join(path), content(number as u64 / 4, *size)).unwrap();
         }
-        let repository = Repository::new(Arc::new(MemoryStore::new()), "main").unwrap();
+        let repository = repository();
         copy_directory(&repository, root.path()).unwrap();
-        assert_same(root.path(), &read_back(&repository), sizes.len() + 1);
+        assert_same(root.path(), &read_back(&repository, LABEL), sizes.len() + 1);
     }
 }
 
@@ -189,19 +226,13 @@ fn files_of_several_leaves_and_of_an_index_come_back() {
     let huge = fs::File::create(root.path().join("base/1/20002")).unwrap();
     huge.set_len(65 * LEAF_BYTES).unwrap();
     huge.write_all_at(b"near the end", 65 * LEAF_BYTES - 100).unwrap();
-    let repository = Repository::new(Arc::new(MemoryStore::new()), "main").unwrap();
+    let repository = repository();
     copy_directory(&repository, root.path()).unwrap();
     let mut indexed = false;
-    let mut reader = ManifestReader::new(MANIFEST);
-    repository
-        .read_pack(MANIFEST, PackKind::Manifest, |plain| {
-            Ok(reader.chunk(plain, |entry| {
-                indexed |= matches!(&entry.node, Node::File(File { place: Place::Index(_), .. }));
-            })?)
-        })
-        .unwrap();
+    let index = |entry: Entry| indexed |= matches!(&entry.node, Node::File(File { place: Place::Index(_), .. }));
+    repository.manifest(LABEL, index).unwrap();
     assert!(indexed);
-    assert_same(root.path(), &read_back(&repository), 3);
+    assert_same(root.path(), &read_back(&repository, LABEL), 3);
 }
 
 #[test]
@@ -215,7 +246,7 @@ fn the_same_content_is_stored_once() {
     copy_directory(&repository, root.path()).unwrap();
     let stored: u64 = store.list("chunk/", None).unwrap().objects.iter().map(|object| object.size).sum();
     assert!(stored < 6 * SLOT as u64 * 2 / 3, "{stored} bytes stored");
-    assert_same(root.path(), &read_back(&repository), 4);
+    assert_same(root.path(), &read_back(&repository, LABEL), 4);
 }
 
 #[test]
@@ -242,3 +273,5 @@ fn a_store_that_fails_at_any_call_fails_the_copy() {
     fault.plan().add(|call| call.operation == Operation::Put, Effect::Fail(ErrorKind::NoSpace));
     assert!(copy_directory(&Repository::new(Arc::new(fault), "main").unwrap(), root.path()).is_err());
 }
+
+mod model;

@@ -1,0 +1,83 @@
+//! A file of the data directory while it is read, and the checksums of its pages.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::scan::Scanned;
+use crate::error::{Error, Result};
+use crate::postgres::{Lsn, page};
+
+/// How page checksums are judged.
+#[derive(Clone, Copy, Debug)]
+pub struct Pages {
+    /// BLCKSZ in bytes
+    pub size: usize,
+    /// a page changed after this point may be torn: WAL heals it
+    pub start: Lsn,
+}
+
+/// A file of the data directory, open.
+pub(super) struct Source {
+    file: File,
+    path: PathBuf,
+}
+
+impl Source {
+    /// Opens a file; `None` when it vanished.
+    pub(super) fn open(root: &Path, scanned: &Scanned) -> Result<Option<Self>> {
+        let path = root.join(scanned.os_path());
+        match File::open(&path) {
+            Ok(file) => Ok(Some(Self { file, path })),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("open", &path, error)),
+        }
+    }
+
+    /// Fills `buf`; what lies past the end of a file truncated meanwhile reads as zeros, which WAL replay mends.
+    pub(super) fn read(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            match self.file.read_at(&mut buf[done..], at + done as u64) {
+                Ok(0) => break,
+                Ok(count) => done += count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(Error::io("read", &self.path, error)),
+            }
+        }
+        buf[done..].fill(0);
+        Ok(())
+    }
+
+    /// Checks every page of a slot that was read from `at`; a page that fails is read once more, since the server may have
+    /// been writing it.
+    pub(super) fn check_pages(
+        &self,
+        pages: Pages,
+        first_block: u64,
+        at: u64,
+        slot: &mut [u8],
+        bad_blocks: &mut Vec<u64>,
+    ) -> Result<()> {
+        for (number, page) in slot.chunks_mut(pages.size).enumerate() {
+            let block = at / pages.size as u64 + number as u64;
+            if page.len() < pages.size || sound(page, first_block + block, pages.start) {
+                continue;
+            }
+            self.read(block * pages.size as u64, page)?;
+            if !sound(page, first_block + block, pages.start) {
+                bad_blocks.push(block);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// True when the checksum is right, or cannot be: a page changed after the backup's start may be torn.
+fn sound(page: &[u8], block: u64, start: Lsn) -> bool {
+    match page::verify(page, block as u32) {
+        page::Verdict::Ok | page::Verdict::New => true,
+        page::Verdict::Mismatch { lsn, .. } => lsn >= start,
+    }
+}
