@@ -21,4 +21,5 @@ pub mod push;
 pub mod scan;
 pub mod server;
 pub mod source;
+pub mod standby;
 pub mod weights;
