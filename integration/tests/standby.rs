@@ -10,7 +10,7 @@ use pgcairn::postgres::BackupKind;
 use pgcairn::progress::{Monitor, Silent};
 use pgcairn::repo::Repository;
 use pgcairn::store::{self, StoreOptions};
-use pgcairn::write::backup::{BackupOptions, WalChoice, backup};
+use pgcairn::write::backup::{BackupOptions, WalChoice, Wanted, backup};
 use pgcairn_integration::client::Client;
 use pgcairn_integration::process::run_ok;
 use pgcairn_integration::{Cluster, Stanza, StopMode, install, stanza, wait_until};
@@ -19,10 +19,10 @@ use serde_json::Value;
 const LONG: Duration = Duration::from_secs(120);
 
 /// A primary that archives into the stanza, with pgbench's tables.
-fn primary(stanza: &Stanza) -> Cluster {
+fn primary(stanza: &Stanza, scale: &str) -> Cluster {
     let builder = Cluster::builder().checksums(true).wal_segsize_mb(1).conf("wal_keep_size", "512MB");
     let primary = stanza.archiving(builder).start();
-    primary.pgbench(&["-i", "-q", "-s", "3"]);
+    primary.pgbench(&["-i", "-q", "-s", scale]);
     stanza.create(&primary);
     primary
 }
@@ -96,7 +96,7 @@ fn background_load(of: &Client) -> pgcairn_integration::client::Beside {
 #[test]
 fn backups_go_from_the_primary_to_a_standby_and_over_a_failover() {
     let stanza = Stanza::in_directory();
-    let mut primary = primary(&stanza);
+    let mut primary = primary(&stanza, "3");
     let standby = standby(&stanza, &primary, "standby");
     let by_primary = ["--pg-primary", primary.conninfo()];
     settle(&[&primary, &standby]);
@@ -162,7 +162,7 @@ impl<F: Fn() + Send + Sync> Monitor for When<F> {
 
 fn options(of: &Cluster, primary: Option<&Cluster>) -> BackupOptions {
     BackupOptions {
-        kind: BackupKind::Full,
+        kind: Wanted::Kind(BackupKind::Full),
         checksum: false,
         conninfo: of.conninfo().to_owned(),
         primary: primary.map(|primary| primary.conninfo().to_owned()),
@@ -189,7 +189,7 @@ fn with_another_directory(stanza: &Stanza, path: &Path, shown: &Path, arguments:
 #[test]
 fn a_standby_that_cannot_be_a_source_is_refused() {
     let stanza = Stanza::in_directory();
-    let primary = primary(&stanza);
+    let primary = primary(&stanza, "1");
     let standby = standby(&stanza, &primary, "standby");
     let opened = store::open(stanza.repo(), &StoreOptions::default(), false).unwrap();
     let repository = Repository::new(opened, stanza::NAME).unwrap();
@@ -212,7 +212,7 @@ fn a_standby_that_cannot_be_a_source_is_refused() {
     // the same system identifier, but the files of another server
     let second = self::standby(&stanza, &primary, "second");
     if install::server_user().is_some() {
-        for (server, shown) in [(&standby, &primary), (&primary, &standby), (&standby, &second)] {
+        for (server, shown) in [(&standby, &primary), (&standby, &second)] {
             let arguments = ["backup", "--pg", server.conninfo(), "--archive-timeout=2"];
             let (good, told) =
                 with_another_directory(&stanza, server.data_directory(), shown.data_directory(), &arguments);

@@ -10,7 +10,8 @@ use crate::format::chunk::DEFAULT_LEVEL;
 use crate::format::manifest::Description;
 use crate::keep::expire::expire;
 use crate::postgres::BackupKind;
-use crate::write::backup::{BackupOptions, WalChoice, backup};
+use crate::write::backup::{BackupOptions, WalChoice, Wanted, backup};
+use crate::write::schedule::Schedule;
 
 /// Back up the running cluster
 ///
@@ -22,9 +23,16 @@ pub(super) struct Backup {
     server: super::pg::ServerOptions,
     #[command(flatten)]
     primary: super::pg::PrimaryOptions,
-    /// Kind of backup: full reads every file; diff and incr only those that changed since the last full, or the last backup
+    /// Kind of backup: full reads every file; diff and incr only those that changed since the last full, or the last backup;
+    /// auto takes what is due by --full-every and --diff-every
     #[arg(long = "type", env = "PGCAIRN_TYPE", value_name = "TYPE", default_value = "incr")]
     kind: Kind,
+    /// With --type=auto: time from one full backup to the next, e.g. 7d or 12h
+    #[arg(long, env = "PGCAIRN_FULL_EVERY", value_name = "TIME", default_value = "7d", value_parser = interval)]
+    full_every: Duration,
+    /// With --type=auto: time from one full or differential backup to the next
+    #[arg(long, env = "PGCAIRN_DIFF_EVERY", value_name = "TIME", default_value = "1d", value_parser = interval)]
+    diff_every: Duration,
     /// Read and hash every file, also those whose size and time did not change
     #[arg(long, env = "PGCAIRN_CHECKSUM")]
     checksum: bool,
@@ -64,6 +72,7 @@ enum Kind {
     Full,
     Diff,
     Incr,
+    Auto,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -85,9 +94,10 @@ impl Backup {
         let progress = Progress::new(self.output == Output::Json);
         let options = BackupOptions {
             kind: match self.kind {
-                Kind::Full => BackupKind::Full,
-                Kind::Diff => BackupKind::Diff,
-                Kind::Incr => BackupKind::Incr,
+                Kind::Full => Wanted::Kind(BackupKind::Full),
+                Kind::Diff => Wanted::Kind(BackupKind::Diff),
+                Kind::Incr => Wanted::Kind(BackupKind::Incr),
+                Kind::Auto => Wanted::Due(Schedule { full_every: self.full_every, diff_every: self.diff_every }),
             },
             checksum: self.checksum,
             conninfo: self.server.pg.clone(),
@@ -143,6 +153,19 @@ fn report(of: &Description, took: Duration) {
         .hint("the server's own data is damaged; run pg_checksums or pg_amcheck there");
         output::error(&warning);
     }
+}
+
+/// Parses `7d`, `12h`, `30m`.
+fn interval(text: &str) -> std::result::Result<Duration, String> {
+    let bad = || format!("\"{text}\" is no time; it reads like 7d, 12h or 30m");
+    let unit = match text.chars().last() {
+        Some('d') => 86_400,
+        Some('h') => 3600,
+        Some('m') => 60,
+        _ => return Err(bad()),
+    };
+    let number = text[..text.len() - 1].parse::<u32>().ok().filter(|number| *number > 0);
+    number.map(|number| Duration::from_secs(u64::from(number) * unit)).ok_or_else(bad)
 }
 
 /// As many threads as CPUs, so that a server is not starved: at most 8.

@@ -4,12 +4,13 @@ use serde_json::{Value, json};
 use super::options::{Cache, Common, Output};
 use super::output::{self, bytes, time};
 use crate::error::Result;
-use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary};
+use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, LockKind};
 use crate::format::manifest::Database;
 use crate::postgres::{Lsn, SegmentName, Timeline, TimelineHistory};
 use crate::read::horizon::{Horizon, Range};
 use crate::repo::Repository;
 use crate::repo::catalog::stanzas;
+use crate::repo::lock::Other;
 
 /// Show what backups there are, what they weigh, which WAL is archived, and which moments can be reached
 ///
@@ -33,6 +34,8 @@ struct Stanza {
     backups: BackupInfo,
     /// oldest and newest segment, for each cluster of the stanza
     wal: Vec<Option<(String, String)>>,
+    /// who works on it
+    locks: Vec<Other>,
     /// what can be reached, by timeline of the current cluster
     reach: Vec<Reach>,
 }
@@ -76,8 +79,10 @@ impl Info {
         }
         let range = |database: &Database| repository.archive(database).range();
         let wal = archive.history.iter().map(range).collect::<Result<_>>()?;
+        let mut locks = repository.locks()?;
+        locks.retain(|lock| !lock.dead);
         let reach = self.reach(repository)?;
-        Ok(Stanza { name: repository.stanza.clone(), archive, backups, wal, reach })
+        Ok(Stanza { name: repository.stanza.clone(), archive, backups, wal, locks, reach })
     }
 
     fn reach(&self, repository: &Repository) -> Result<Vec<Reach>> {
@@ -91,6 +96,12 @@ impl Info {
     }
 }
 
+impl Stanza {
+    fn backup_runs(&self) -> bool {
+        self.locks.iter().any(|lock| lock.kind() == Some(LockKind::Backup))
+    }
+}
+
 fn to_text(stanza: &Stanza) {
     output::line(&format!("stanza: {}", stanza.name));
     for (database, wal) in stanza.archive.history.iter().zip(&stanza.wal) {
@@ -99,6 +110,9 @@ fn to_text(stanza: &Stanza) {
             Some((first, last)) => format!("    WAL archive: {first} to {last}"),
             None => "    WAL archive: empty".to_owned(),
         });
+    }
+    for lock in &stanza.locks {
+        output::line(&format!("    {}", lock.describe()));
     }
     for reach in &stanza.reach {
         let from = reach.history.ancestors.last();
@@ -170,7 +184,7 @@ fn to_json(stanza: &Stanza) -> Value {
         "db": db,
         "name": stanza.name,
         "repo": [{"cipher": "none", "key": 1, "status": {"code": code, "message": message}}],
-        "status": {"code": code, "lock": {"backup": {"held": false}}, "message": message},
+        "status": {"code": code, "lock": {"backup": {"held": stanza.backup_runs()}}, "message": message},
     })
 }
 

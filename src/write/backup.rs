@@ -9,19 +9,21 @@ use bytes::Bytes;
 
 use super::assemble::{Assembler, Done, Totals};
 use super::check::{await_segments, identify, prove_archiving, read_control, source};
+use super::compared::{Compared, Packs, compared};
 use super::copy::{Files, copy};
 use super::cut::{Cut, Cutting, Lanes, Worker};
 use super::dedup::Dedup;
 use super::packer::{PACK_BYTES, Uploads};
-use super::parent::{Parent, ParentFiles, Reuse, Unusable};
+use super::parent::{Parent, Unusable};
+use super::resume::{left_behind, take_over};
 use super::scan::{Scan, Scanned, ScannedKind, scan};
+use super::schedule::Schedule;
 use super::server::{Archiving, Server, Stopped};
 use super::source::Pages;
 use super::standby;
-use super::weights::Weights;
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::PackId;
-use crate::format::info::{BackupSummary, LockKind};
+use crate::format::info::LockKind;
 use crate::format::manifest::{Database, Description, PackUse, Sizes, Source, Tablespace};
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
 use crate::postgres::{BackupKind, ControlFile, Label, Layout, Lsn, SegmentName, SegmentSize, Timeline};
@@ -33,8 +35,8 @@ use crate::store::Body;
 /// How a backup is taken.
 #[derive(Clone, Debug)]
 pub struct BackupOptions {
-    /// full, diff or incr
-    pub kind: BackupKind,
+    /// full, diff or incr, or what is due
+    pub kind: Wanted,
     /// hash every file, also those whose size and time did not change
     pub checksum: bool,
     /// libpq conninfo of the server
@@ -55,6 +57,15 @@ pub struct BackupOptions {
     pub archive_timeout: Duration,
     /// fail when a page's checksum is wrong
     pub page_errors_fail: bool,
+}
+
+/// Which kind of backup is taken; where there is nothing to build on, a full one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// this kind
+    Kind(BackupKind),
+    /// what is due
+    Due(Schedule),
 }
 
 /// Where the WAL goes that consistency needs.
@@ -80,13 +91,6 @@ struct Started {
     source: Source,
 }
 
-/// The backup that this one is compared with.
-struct Compared {
-    description: Description,
-    files: ParentFiles,
-    parent: Parent,
-}
-
 /// What copying gave: everything of the manifest but its description.
 struct Copied {
     assembler: Assembler,
@@ -97,12 +101,6 @@ struct Copied {
     packs: Packs,
 }
 
-/// Lengths of packs: those that this backup wrote, and those that were there.
-struct Packs {
-    new: HashMap<PackId, u64>,
-    old: HashMap<PackId, u64>,
-}
-
 /// Takes a backup of the server; returns what it is once it is committed.
 ///
 /// A parent that turns out to be damaged is left aside: then every file is stored anew.
@@ -111,7 +109,12 @@ pub fn backup(repository: &Repository, options: &BackupOptions, monitor: &dyn Mo
         Err(error) if error.find::<Unusable>().is_some() => {
             tracing::warn!(%error, "a parent is damaged");
             monitor.note(&format!("{error}, it is damaged: a full backup is taken that shares nothing with it"));
-            attempt(repository, &BackupOptions { kind: BackupKind::Full, ..options.clone() }, false, monitor)
+            attempt(
+                repository,
+                &BackupOptions { kind: Wanted::Kind(BackupKind::Full), ..options.clone() },
+                false,
+                monitor,
+            )
         }
         other => other,
     }
@@ -128,13 +131,15 @@ fn attempt(
     server.lock()?;
     let lock = repository.lock(LockKind::Backup, "")?;
     let (kind, compared) = compared(repository, &database, options, share, monitor)?;
-    let options = &BackupOptions { kind, ..options.clone() };
     let prior = compared.as_ref().map(|of| of.description.label.clone());
-    let started = start(repository, &mut server, database, prior, options, monitor)?;
+    let started = start(repository, &mut server, database, kind, prior, options, monitor)?;
     lock.set_note(&started.label.to_string());
-    let data_directory = &server.data_directory;
-    let compared = compared.map(|parent| parent.trusted(repository, &started, data_directory, options)).transpose()?;
-    let mut copied = copy_all(repository, &mut server, &started, compared, options, monitor)?;
+    let trust = |parent: Compared| {
+        parent.trusted(repository, started.timeline, &server.data_directory, &started.source, options)
+    };
+    let compared = compared.map(trust).transpose()?;
+    let left = if lock.dead_backups()?.is_empty() { HashMap::new() } else { left_behind(repository)? };
+    let mut copied = copy_all(repository, &mut server, &started, compared, left, options, monitor)?;
     let totals = copied.assembler.totals();
     if options.page_errors_fail && !totals.page_errors.is_empty() {
         let file = &totals.page_errors[0];
@@ -159,6 +164,7 @@ fn copy_all(
     server: &mut Server,
     started: &Started,
     compared: Option<Compared>,
+    left: HashMap<PackId, u64>,
     options: &BackupOptions,
     monitor: &dyn Monitor,
 ) -> Result<Copied> {
@@ -168,13 +174,16 @@ fn copy_all(
     let page_size = started.database.page_size as usize;
     let old_errors = compared.as_ref().map(|of| of.description.page_errors.clone()).unwrap_or_default();
     let (parent_files, parent) = compared.map(|of| (of.files, of.parent)).unzip();
-    let old = parent.iter().flat_map(Parent::packs).map(|pack| (pack.pack, pack.size)).collect();
+    let dedup = Dedup::default();
+    take_over(repository, &left, &dedup)?;
+    let mut old = left;
+    old.extend(parent.iter().flat_map(Parent::packs).map(|pack| (pack.pack, pack.size)));
     let cutting = Cutting {
         root: server.data_directory.clone(),
         keys: &repository.keys,
         level: options.level,
         uploads: &uploads,
-        dedup: Dedup::default(),
+        dedup,
         lanes: Lanes::new(&repository.keys),
         pages: started.database.checksums.then_some(Pages { size: page_size, start: started.start_lsn }),
         parent,
@@ -214,79 +223,10 @@ fn copy_all(
     Ok(Copied { assembler, stopped, stop_time, segments, tablespaces, packs })
 }
 
-/// The kind of backup that can be taken, and the backup it is compared with.
-///
-/// A diff is compared with the last full backup, an incremental with the last backup. A full one is compared with the last backup
-/// too, so that what is stored is not stored again; but it reads every file and trusts no time.
-fn compared(
-    repository: &Repository,
-    database: &Database,
-    options: &BackupOptions,
-    share: bool,
-    monitor: &dyn Monitor,
-) -> Result<(BackupKind, Option<Compared>)> {
-    let info = repository.backup_info()?;
-    let of_cluster = |(_, summary): &(&String, &BackupSummary)| summary.database_id == database.id;
-    let fulls = |(_, summary): &(&String, &BackupSummary)| summary.kind == BackupKind::Full;
-    let mut candidates = info.backups.iter().filter(of_cluster);
-    let last_full = candidates.clone().rfind(fulls).map(|(label, _)| label.clone());
-    let (kind, label) = match (options.kind, last_full) {
-        (BackupKind::Full, _) => (BackupKind::Full, candidates.next_back().map(|(label, _)| label.clone())),
-        (kind, None) => {
-            monitor.note(&format!("there is no full backup to build on: a full one is taken instead of {kind}"));
-            (BackupKind::Full, None)
-        }
-        (BackupKind::Diff, Some(full)) => (BackupKind::Diff, Some(full)),
-        (BackupKind::Incr, Some(_)) => (BackupKind::Incr, candidates.next_back().map(|(label, _)| label.clone())),
-    };
-    let Some(label) = label.filter(|_| share) else { return Ok((kind, None)) };
-    let is_full = kind == BackupKind::Full;
-    let reuse =
-        Reuse { unread: !is_full && !options.checksum, chunks_max: if is_full { 2 } else { 4 }, leave_thin: is_full };
-    let (description, files, parent) = Parent::open(repository, &label, reuse)?;
-    Ok((kind, Some(Compared { description, files, parent })))
-}
-
 /// What was taken over must be there at the commit too, whatever was deleted meanwhile.
 fn prove_old(repository: &Repository, packs: &Packs, needed: &[PackUse]) -> Result<()> {
     let old: Vec<_> = needed.iter().filter(|pack| !packs.new.contains_key(&pack.pack)).copied().collect();
     repository.prove_packs(&old)
-}
-
-impl Compared {
-    /// The time of a file is trusted only in the directory that the parent read, and on the parent's timeline: machines that
-    /// replay the same WAL write the same file at different times, and different contents at the same time.
-    fn trusted(
-        self,
-        repository: &Repository,
-        started: &Started,
-        data_directory: &Path,
-        options: &BackupOptions,
-    ) -> Result<Self> {
-        let (parent, source) = (&self.description, &started.source);
-        let is_same = |of: &Source| (&of.host, &of.mark) == (&source.host, &source.mark);
-        let same = parent.timeline == started.timeline.0
-            && parent.data_directory == data_directory.display().to_string()
-            && parent.source.as_ref().is_some_and(is_same);
-        if same || options.checksum || options.kind == BackupKind::Full {
-            return Ok(self);
-        }
-        let reuse = Reuse { unread: false, ..self.parent.reuse() };
-        let (description, files, parent) = Parent::open(repository, &self.description.label, reuse)?;
-        Ok(Self { description, files, parent })
-    }
-}
-
-impl Packs {
-    /// The pack table of what is needed.
-    fn table(&self, weights: &Weights) -> Result<Vec<PackUse>> {
-        let with_size = |(pack, weight): (PackId, u64)| {
-            let size = self.new.get(&pack).or_else(|| self.old.get(&pack)).copied();
-            let size = size.ok_or_else(|| Error::new(format!("pack {pack} is needed, but nobody wrote it")))?;
-            Ok(PackUse { pack, size, weight })
-        };
-        weights.sorted().into_iter().map(with_size).collect()
-    }
 }
 
 fn describe(
@@ -363,6 +303,7 @@ fn start(
     repository: &Repository,
     server: &mut Server,
     database: Database,
+    kind: BackupKind,
     prior: Option<String>,
     options: &BackupOptions,
     monitor: &dyn Monitor,
@@ -382,7 +323,7 @@ fn start(
         // seen once the backup has begun
         (false, true, None) => {}
     }
-    let label = next_label(repository, options.kind, prior.as_deref())?;
+    let label = next_label(repository, kind, prior.as_deref())?;
     monitor.stage("waiting for a checkpoint", 0);
     let start_lsn = server.start_backup(&format!("pgcairn backup {label}"), options.start_fast)?;
     let timeline = proven_start(server, start_lsn)?;
@@ -390,7 +331,7 @@ fn start(
         monitor.stage("checking the archive", 0);
         standby::prove_archived(server, &archive, &database, (timeline, start_lsn), timeout)?;
     }
-    let prior = prior.filter(|_| options.kind != BackupKind::Full);
+    let prior = prior.filter(|_| kind != BackupKind::Full);
     let source = source(server)?;
     Ok(Started { database, label, prior, timeline, start_lsn, start_time: now_s(), wal_stored, source })
 }
@@ -513,7 +454,7 @@ fn owner(path: &Path) -> Result<(String, String)> {
     Ok((user.unwrap_or_else(|| metadata.uid().to_string()), group.unwrap_or_else(|| metadata.gid().to_string())))
 }
 
-fn now_s() -> i64 {
+pub(super) fn now_s() -> i64 {
     seconds(std::time::SystemTime::now())
 }
 
