@@ -4,7 +4,7 @@ use clap::{Args, ValueEnum};
 
 use super::options::{Common, Output, YesNo, size};
 use super::output::{self, Progress, bytes};
-use super::retention::{RetentionOptions, tell};
+use super::retention::{RetentionOptions, tell, time};
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::DEFAULT_LEVEL;
 use crate::format::manifest::Description;
@@ -28,10 +28,10 @@ pub(super) struct Backup {
     #[arg(long = "type", env = "PGCAIRN_TYPE", value_name = "TYPE", default_value = "incr")]
     kind: Kind,
     /// With --type=auto: time from one full backup to the next, e.g. 7d or 12h
-    #[arg(long, env = "PGCAIRN_FULL_EVERY", value_name = "TIME", default_value = "7d", value_parser = interval)]
+    #[arg(long, env = "PGCAIRN_FULL_EVERY", value_name = "TIME", default_value = "7d", value_parser = time)]
     full_every: Duration,
     /// With --type=auto: time from one full or differential backup to the next
-    #[arg(long, env = "PGCAIRN_DIFF_EVERY", value_name = "TIME", default_value = "1d", value_parser = interval)]
+    #[arg(long, env = "PGCAIRN_DIFF_EVERY", value_name = "TIME", default_value = "1d", value_parser = time)]
     diff_every: Duration,
     /// Read and hash every file, also those whose size and time did not change
     #[arg(long, env = "PGCAIRN_CHECKSUM")]
@@ -153,19 +153,6 @@ fn report(of: &Description, took: Duration) {
         .hint("the server's own data is damaged; run pg_checksums or pg_amcheck there");
         output::error(&warning);
     }
-}
-
-/// Parses `7d`, `12h`, `30m`.
-fn interval(text: &str) -> std::result::Result<Duration, String> {
-    let bad = || format!("\"{text}\" is no time; it reads like 7d, 12h or 30m");
-    let unit = match text.chars().last() {
-        Some('d') => 86_400,
-        Some('h') => 3600,
-        Some('m') => 60,
-        _ => return Err(bad()),
-    };
-    let number = text[..text.len() - 1].parse::<u32>().ok().filter(|number| *number > 0);
-    number.map(|number| Duration::from_secs(u64::from(number) * unit)).ok_or_else(bad)
 }
 
 /// As many threads as CPUs, so that a server is not starved: at most 8.
