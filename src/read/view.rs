@@ -498,9 +498,18 @@ impl LeafCache {
     }
 }
 
-/// Sorts spans by where they are stored; and the chunks they lie in, each once, in the same order.
+/// Sorts spans by where they are stored, and joins those that follow each other there as in the file; and the chunks they lie
+/// in, each once, in the same order.
 fn by_chunk(mut spans: Vec<Span>) -> (Vec<Span>, Vec<ChunkRef>) {
     spans.sort_unstable_by_key(|span| (span.chunk.pack, span.chunk.offset, span.at));
+    spans.dedup_by(|next, span| {
+        let follows =
+            next.chunk == span.chunk && next.at == span.at + span.len as u64 && next.offset == span.offset + span.len;
+        if follows {
+            span.len += next.len;
+        }
+        follows
+    });
     let mut chunks: Vec<ChunkRef> = spans.iter().map(|span| span.chunk).collect();
     chunks.dedup();
     (spans, chunks)
