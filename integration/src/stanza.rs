@@ -168,8 +168,7 @@ impl Stanza {
     #[track_caller]
     pub fn assert_nothing_left(&self) {
         let clones = self.place.join("clones");
-        let left: Vec<_> =
-            fs::read_dir(&clones).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        let left: Vec<_> = fs::read_dir(&clones).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         assert!(left.is_empty(), "clones are left: {left:?}");
         let left = self.place.leftovers();
         assert!(left.is_empty(), "{left:?}");

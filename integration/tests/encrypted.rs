@@ -1,16 +1,16 @@
 //! An encrypted stanza: everything works with its passphrase, nothing without it, and nothing that is stored can be read.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use pgcairn_integration::bin::{Output, run_command};
 use pgcairn_integration::files::contents;
 use pgcairn_integration::process::run_ok;
 use pgcairn_integration::stanza::PASS_FILE;
-use pgcairn_integration::{Cluster, Stanza, install};
+use pgcairn_integration::{Cluster, MountGuard, Stanza, install};
 
 const LONG: Duration = Duration::from_secs(120);
 const FIRST: &str = "correct horse";
@@ -59,7 +59,8 @@ fn words(cluster: &Cluster) -> Vec<String> {
     words.push(cluster.psql("SELECT system_identifier FROM pg_control_system();"));
     words.push(cluster.data_directory().display().to_string());
     words.push(fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim().to_owned());
-    words.extend(["pg_control", "PG_VERSION", "checkpoint", "database-id", "start-lsn", "heartbeat"].map(str::to_owned));
+    words
+        .extend(["pg_control", "PG_VERSION", "checkpoint", "database-id", "start-lsn", "heartbeat"].map(str::to_owned));
     words.extend([FIRST, SECOND].map(str::to_owned));
     words
 }
@@ -94,7 +95,7 @@ fn refused_without(stanza: &Stanza, cluster: &Cluster) {
         (1, &["restore", &target]),
         (1, &["stanza-create", "--pg", pg]),
         (1, &["archive-push", &wal]),
-        (127, &["archive-get", "000000010000000000000001", &target]),
+        (250, &["archive-get", "000000010000000000000001", &target]),
     ];
     fs::create_dir_all(&target).unwrap();
     for (code, arguments) in verbs {
@@ -111,23 +112,22 @@ fn refused_without(stanza: &Stanza, cluster: &Cluster) {
 }
 
 /// Mounted, started, restored: what the server had.
-fn reads_back(stanza: &Stanza, cluster: &Cluster) {
-    let expected = cluster.fingerprint();
+fn reads_back(stanza: &Stanza, cluster: &Cluster, backed_up: &BTreeMap<String, String>) {
     let mount = stanza.place().directory("mounted");
-    let guard = pgcairn_integration::mounts::MountGuard::new(&mount);
+    let guard = MountGuard::new(&mount);
     // the daemon in the background has it from the environment
     run_with(stanza, Some(FIRST), &["mount", "--backup", "latest", &mount.display().to_string()]).ok();
     let verified = run_ok(install::client("pg_verifybackup").arg(&mount), &[], LONG);
     assert!(verified.contains("successfully verified"), "{verified}");
     drop(guard);
     let clone = stanza.start("clone", &[]);
-    assert_eq!(clone.fingerprint(), expected);
+    assert_eq!(clone.fingerprint(), *backed_up);
     clone.stop(&[]);
     let copy = stanza.place().join("restored");
     // recovery goes on to the end of the archive: restore_command has the passphrase's file
     stanza.run(["restore", "--type=default", &copy.display().to_string()]).ok();
     let opened = Cluster::open(15, &copy, &[]);
-    assert_eq!(opened.fingerprint(), expected);
+    assert_eq!(opened.fingerprint(), cluster.fingerprint());
     assert_eq!(opened.psql("SELECT count(*) FROM zebrafish_table WHERE note LIKE 'zebrafish_row later%';"), "2000");
 }
 
@@ -144,6 +144,7 @@ fn everything_works_and_nothing_can_be_read() {
     let full = stanza.backup(&cluster);
     cluster.psql("UPDATE zebrafish_table SET note = 'zebrafish_row later' || i WHERE i <= 1000;");
     stanza.run(["backup", "--type=incr", "--pg", pg]).ok();
+    let backed_up = cluster.fingerprint();
     cluster.psql("UPDATE zebrafish_table SET note = 'zebrafish_row later' || i WHERE i > 19000;");
     let checked = stanza.run(["check", "--pg", pg]).ok();
     assert!(checked.contains("was archived"), "{checked}");
@@ -151,12 +152,12 @@ fn everything_works_and_nothing_can_be_read() {
     stanza.run(["verify"]).ok();
     let told = stanza.run(["info"]).ok();
     assert!(told.contains("stanza: main (encrypted)") && told.contains(&full), "{told}");
-    reads_back(&stanza, &cluster);
+    reads_back(&stanza, &cluster, &backed_up);
     let words = words(&cluster);
     assert_eq!(legible(stanza.repo(), &words), Vec::<String>::new());
     refused_without(&stanza, &cluster);
 
-    // a new full, and the old backups go; then another passphrase, while the lock of the demo is not held
+    // a new full, and the old backups go; then another passphrase
     stanza.backup(&cluster);
     stanza.run(["expire", "--repo-retention-full=1"]).ok();
     assert!(!stanza.run(["info"]).ok().contains(&full));
@@ -176,10 +177,10 @@ fn changes_its_passphrase(stanza: &Stanza) {
     stanza.run(["info"]).fails(1, "the passphrase does not open stanza main");
     stanza.run(["verify", "--repo-cipher-pass-file", &file]).ok();
     let command = format!("cat {file}");
-    let shown = run_command(
-        stanza.command().env_remove(PASS_FILE).args(["info", "--repo-cipher-pass-command", command.as_str()]),
-    );
+    let shown = run_command(stanza.command().env_remove(PASS_FILE).args([
+        "info",
+        "--repo-cipher-pass-command",
+        command.as_str(),
+    ]));
     assert!(shown.ok().contains("stanza: main (encrypted)"));
-    let clone = Command::new("true").status().unwrap();
-    assert!(clone.success());
 }

@@ -60,7 +60,9 @@ impl Info {
                     let open = Repository::new(store.clone(), &name)?;
                     found.push(match (open.has_secret()?, &passphrase) {
                         (true, None) => Stanza::locked(name),
-                        (true, Some(passphrase)) => self.stanza(&Repository::open(open.store, &name, Some(passphrase))?)?,
+                        (true, Some(passphrase)) => {
+                            self.stanza(&Repository::open(open.store, &name, Some(passphrase))?)?
+                        }
                         (false, _) => self.stanza(&open)?,
                     });
                 }

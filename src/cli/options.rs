@@ -186,7 +186,12 @@ impl Common {
             ),
             ("--repo-storage-ca-file", self.s3.repo_storage_ca_file.as_deref().map(absolute_path)),
         ];
-        pairs.into_iter().chain(self.cipher.arguments()).filter_map(|(name, value)| Some([name.to_owned(), value?])).flatten().collect()
+        pairs
+            .into_iter()
+            .chain(self.cipher.arguments())
+            .filter_map(|(name, value)| Some([name.to_owned(), value?]))
+            .flatten()
+            .collect()
     }
 
     /// Secrets, for a child's environment.

@@ -45,7 +45,9 @@ fn begun<'a>(
             Ok(Some(Some(found))) if found == *secret => return Ok(Some(place)),
             Ok(_) => {}
             // what nobody can read is replaced
-            Err(error) if error.is_damage() => tracing::warn!(place, %error, "this place is used for the new passphrase"),
+            Err(error) if error.is_damage() => {
+                tracing::warn!(place, %error, "this place is used for the new passphrase")
+            }
             Err(error) => return Err(error),
         }
     }

@@ -89,7 +89,9 @@ impl Repository {
         let opened = decode_open::<KeyObject>(place, &bytes).and_then(|object| object.unwrap(place, passphrase));
         opened.map(Some).map_err(|error| {
             Error::new(format!("the key of stanza {} cannot be read", self.stanza))
-                .hint(format!("put back the copy of {place} that you keep elsewhere; see docs/operations.md, Encryption"))
+                .hint(format!(
+                    "put back the copy of {place} that you keep elsewhere; see docs/operations.md, Encryption"
+                ))
                 .source(error)
         })
     }
@@ -147,8 +149,11 @@ impl Repository {
         };
         if is_sealed {
             let prefix = keys::secrets(&self.stanza);
-            return Error::new(format!("stanza {} is encrypted, and its key is gone: nothing is below {prefix}", self.stanza))
-                .hint("put back the copy that you keep elsewhere; without it nothing of the stanza can be read");
+            return Error::new(format!(
+                "stanza {} is encrypted, and its key is gone: nothing is below {prefix}",
+                self.stanza
+            ))
+            .hint("put back the copy that you keep elsewhere; without it nothing of the stanza can be read");
         }
         if let Err(error) = self.archive_info()
             && !error.is_damage()
