@@ -5,6 +5,8 @@ use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use pgcairn_integration::process::run_ok;
 use pgcairn_integration::{Cluster, Data, Stanza, files, install};
 use serde_json::Value;
@@ -38,13 +40,17 @@ fn now_s() -> i64 {
 fn what_expire_leaves_is_whole() {
     let stanza = Stanza::in_directory();
     let mut cluster = stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
-    Data::tiny().random_mb(2).load(&cluster);
+    Data::tiny().load(&cluster);
+    // most of what the first backup stores; full backups share what is the same, but no other one needs this
+    cluster.psql(
+        "CREATE TABLE gone AS SELECT decode(string_agg(md5(random()::text), ''), 'hex') AS noise
+         FROM generate_series(1, 640000) AS i GROUP BY i % 10000;",
+    );
     stanza.create(&cluster);
     let first = stanza.backup(&cluster);
-    cluster.psql("CREATE TABLE second AS SELECT i, md5(i::text) FROM generate_series(1, 20000) AS i;");
+    cluster.psql("DROP TABLE gone; CHECKPOINT;");
     let second = stanza.backup(&cluster);
-    // full backups share what is the same: only what is gone from the cluster becomes garbage
-    cluster.psql("DROP TABLE second; CREATE TABLE third AS SELECT generate_series(1, 20000) AS i; CHECKPOINT;");
+    cluster.psql("CREATE TABLE third AS SELECT generate_series(1, 20000) AS i; CHECKPOINT;");
     let third = stanza.backup(&cluster);
     let expected = cluster.fingerprint();
     assert_eq!(labels(&stanza), [first.clone(), second.clone(), third.clone()]);
@@ -142,7 +148,15 @@ fn a_killed_backup_does_not_lock_the_next_one_out() {
     let mut child = command.args(["backup", "--pg", cluster.conninfo()]).spawn().unwrap();
     let locks = std::path::Path::new(stanza.repo()).join("lock/main");
     let held = || fs::read_dir(&locks).is_ok_and(|mut locks| locks.next().is_some());
-    pgcairn_integration::wait_until(LONG, "the lock", held);
+    let since = |entry: fs::DirEntry| fs::read_to_string(entry.path()).is_ok_and(|text| text.contains("\"since\""));
+    let taken = || fs::read_dir(&locks).is_ok_and(|locks| locks.flatten().any(since));
+    pgcairn_integration::wait_until(LONG, "the lock", taken);
+    // it must not come to its end
+    kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGSTOP).unwrap();
+    let info = json(&stanza.run(["info", "--output", "json"]).ok());
+    assert_eq!(info[0]["status"]["lock"]["backup"]["held"], true, "{info}");
+    assert!(stanza.run(["info"]).ok().contains("a backup"));
+    stanza.run(["stanza-upgrade", "--pg", cluster.conninfo()]).fails(1, "stanza main is locked: a backup");
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(held());
@@ -194,7 +208,16 @@ fn verify_names_what_is_harmed_and_by_what() {
     assert!(!harmed.is_empty() && harmed.iter().all(|label| [&first, &second].iter().any(|known| label == *known)));
     let output = stanza.run(["verify"]).fails(1, "stanza main is harmed: 1 objects, 0 gaps");
     assert!(output.stdout.contains("harmed in 1 files"), "{output:?}");
+    // what lies in a harmed pack is stored anew, whatever kind of backup it is
+    for kind in ["incr", "full"] {
+        stanza.run(["backup", "--type", kind, "--pg", cluster.conninfo()]).ok();
+    }
+    let report = verify(&stanza, &[]);
+    let sound: Vec<bool> = report["backups"].as_array().unwrap().iter().map(|backup| backup["sound"] == true).collect();
+    assert!(sound.len() == 4 && sound[2..] == [true, true] && sound[..2].contains(&false), "{report}");
     fs::write(&pack, &whole).unwrap();
+    assert!(verify(&stanza, &[])["sound"] == true);
+    assert!(files::files(&repo.join("harm")).is_empty());
 
     // a segment that no backup needs, but points in time do
     let segment = {
@@ -212,6 +235,7 @@ fn verify_names_what_is_harmed_and_by_what() {
     let report = verify(&stanza, &["--quick"]);
     assert!(report["harms"].as_array().unwrap().is_empty(), "{report}");
     assert_eq!((&report["gaps"][0]["after"], &report["gaps"][0]["until"]), (&first.into(), &second.into()), "{report}");
+    assert_eq!(report["gaps"].as_array().unwrap().len(), 1);
 
     // the summaries can be made again
     for key in ["archive/main/archive.info", "archive/main/archive.info.copy", "backup/main/backup.info"] {
@@ -219,6 +243,6 @@ fn verify_names_what_is_harmed_and_by_what() {
     }
     stanza.run(["info"]).fails(1, "does not exist");
     stanza.run(["repo", "repair"]).ok();
-    assert_eq!(labels(&stanza).len(), 2);
+    assert_eq!(labels(&stanza).len(), 4);
     stanza.run(["check", "--pg", cluster.conninfo()]).ok();
 }

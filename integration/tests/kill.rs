@@ -18,7 +18,7 @@ use pgcairn::postgres::BackupKind;
 use pgcairn::progress::Silent;
 use pgcairn::repo::Repository;
 use pgcairn::store::{Effect, ErrorKind, Fault, MemoryStore};
-use pgcairn::write::backup::{BackupOptions, WalChoice, backup};
+use pgcairn::write::backup::{BackupOptions, WalChoice, Wanted, backup};
 use pgcairn_integration::process::{is_running, run_ok};
 use pgcairn_integration::{Cluster, Data, Stanza, install, wait_until};
 
@@ -126,7 +126,7 @@ fn a_killed_mount_loses_nothing_that_was_committed() {
 
 fn options(cluster: &Cluster) -> BackupOptions {
     BackupOptions {
-        kind: BackupKind::Full,
+        kind: Wanted::Kind(BackupKind::Full),
         checksum: false,
         conninfo: cluster.conninfo().to_owned(),
         process_max: 2,

@@ -46,7 +46,10 @@ impl History {
     fn new(major: u32) -> Self {
         let stanza = Stanza::in_directory();
         let builder = Cluster::builder().major(major).wal_segsize_mb(1).conf("track_commit_timestamp", "on");
+        // what an earlier recovery left in both files must not be a second target
+        let builder = builder.conf("recovery_target_xid", "4000000000");
         let cluster = stanza.archiving(builder).start();
+        cluster.psql("ALTER SYSTEM SET recovery_target_xid = '4000000001';");
         stanza.create(&cluster);
         cluster.psql("CREATE TABLE marks (id int); CREATE TABLE victim AS SELECT generate_series(1, 5000) AS i;");
         let mut backups = vec![stanza.backup(&cluster)];

@@ -4,13 +4,14 @@ use clap::{Args, ValueEnum};
 
 use super::options::{Common, Output, YesNo, size};
 use super::output::{self, Progress, bytes};
-use super::retention::{RetentionOptions, tell};
+use super::retention::{RetentionOptions, tell, time};
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::DEFAULT_LEVEL;
 use crate::format::manifest::Description;
 use crate::keep::expire::expire;
 use crate::postgres::BackupKind;
-use crate::write::backup::{BackupOptions, WalChoice, backup};
+use crate::write::backup::{BackupOptions, WalChoice, Wanted, backup};
+use crate::write::schedule::Schedule;
 
 /// Back up the running cluster
 ///
@@ -20,9 +21,16 @@ use crate::write::backup::{BackupOptions, WalChoice, backup};
 pub(super) struct Backup {
     #[command(flatten)]
     server: super::pg::ServerOptions,
-    /// Kind of backup: full reads every file; diff and incr only those that changed since the last full, or the last backup
+    /// Kind of backup: full reads every file; diff and incr only those that changed since the last full, or the last backup;
+    /// auto takes what is due by --full-every and --diff-every
     #[arg(long = "type", env = "PGCAIRN_TYPE", value_name = "TYPE", default_value = "incr")]
     kind: Kind,
+    /// With --type=auto: time from one full backup to the next, e.g. 7d or 12h
+    #[arg(long, env = "PGCAIRN_FULL_EVERY", value_name = "TIME", default_value = "7d", value_parser = time)]
+    full_every: Duration,
+    /// With --type=auto: time from one full or differential backup to the next
+    #[arg(long, env = "PGCAIRN_DIFF_EVERY", value_name = "TIME", default_value = "1d", value_parser = time)]
+    diff_every: Duration,
     /// Read and hash every file, also those whose size and time did not change
     #[arg(long, env = "PGCAIRN_CHECKSUM")]
     checksum: bool,
@@ -62,6 +70,7 @@ enum Kind {
     Full,
     Diff,
     Incr,
+    Auto,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -83,9 +92,10 @@ impl Backup {
         let progress = Progress::new(self.output == Output::Json);
         let options = BackupOptions {
             kind: match self.kind {
-                Kind::Full => BackupKind::Full,
-                Kind::Diff => BackupKind::Diff,
-                Kind::Incr => BackupKind::Incr,
+                Kind::Full => Wanted::Kind(BackupKind::Full),
+                Kind::Diff => Wanted::Kind(BackupKind::Diff),
+                Kind::Incr => Wanted::Kind(BackupKind::Incr),
+                Kind::Auto => Wanted::Due(Schedule { full_every: self.full_every, diff_every: self.diff_every }),
             },
             checksum: self.checksum,
             conninfo: self.server.pg.clone(),

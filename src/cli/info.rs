@@ -4,12 +4,13 @@ use serde_json::{Value, json};
 use super::options::{Cache, Common, Output};
 use super::output::{self, bytes, time};
 use crate::error::Result;
-use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary};
+use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, LockKind};
 use crate::format::manifest::Database;
 use crate::postgres::{Lsn, SegmentName, Timeline, TimelineHistory};
 use crate::read::horizon::{Horizon, Range};
 use crate::repo::Repository;
 use crate::repo::catalog::stanzas;
+use crate::repo::lock::Other;
 
 /// Show what backups there are, what they weigh, which WAL is archived, and which moments can be reached
 ///
@@ -36,6 +37,8 @@ struct Stanza {
     backups: BackupInfo,
     /// oldest and newest segment, for each cluster of the stanza
     wal: Vec<Option<(String, String)>>,
+    /// who works on it
+    locks: Vec<Other>,
     /// what can be reached, by timeline of the current cluster
     reach: Vec<Reach>,
 }
@@ -88,9 +91,11 @@ impl Info {
         }
         let range = |database: &Database| repository.archive(database).range();
         let wal = archive.history.iter().map(range).collect::<Result<_>>()?;
+        let mut locks = repository.locks()?;
+        locks.retain(|lock| !lock.dead);
         let reach = self.reach(repository)?;
         let (name, is_encrypted) = (repository.stanza.clone(), repository.keys.is_secret());
-        Ok(Stanza { name, is_encrypted, is_locked: false, archive, backups, wal, reach })
+        Ok(Stanza { name, is_encrypted, is_locked: false, archive, backups, wal, locks, reach })
     }
 
     fn reach(&self, repository: &Repository) -> Result<Vec<Reach>> {
@@ -107,7 +112,12 @@ impl Info {
 impl Stanza {
     fn locked(name: String) -> Self {
         let (archive, backups) = (ArchiveInfo::default(), BackupInfo::default());
-        Self { name, is_encrypted: true, is_locked: true, archive, backups, wal: Vec::new(), reach: Vec::new() }
+        let (wal, locks, reach) = (Vec::new(), Vec::new(), Vec::new());
+        Self { name, is_encrypted: true, is_locked: true, archive, backups, wal, locks, reach }
+    }
+
+    fn backup_runs(&self) -> bool {
+        self.locks.iter().any(|lock| lock.kind() == Some(LockKind::Backup))
     }
 }
 
@@ -122,6 +132,9 @@ fn to_text(stanza: &Stanza) {
             Some((first, last)) => format!("    WAL archive: {first} to {last}"),
             None => "    WAL archive: empty".to_owned(),
         });
+    }
+    for lock in &stanza.locks {
+        output::line(&format!("    {}", lock.describe()));
     }
     for reach in &stanza.reach {
         let from = reach.history.ancestors.last();
@@ -198,7 +211,7 @@ fn to_json(stanza: &Stanza) -> Value {
         "db": db,
         "name": stanza.name,
         "repo": [{"cipher": cipher, "key": 1, "status": {"code": code, "message": message}}],
-        "status": {"code": code, "lock": {"backup": {"held": false}}, "message": message},
+        "status": {"code": code, "lock": {"backup": {"held": stanza.backup_runs()}}, "message": message},
     })
 }
 

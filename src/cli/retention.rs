@@ -76,7 +76,7 @@ impl RetentionOptions {
 }
 
 /// Parses `24h`, `90m`, `7d`, `0`.
-fn time(text: &str) -> std::result::Result<Duration, String> {
+pub(super) fn time(text: &str) -> std::result::Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let seconds = match &text[digits.len()..] {
         "" | "s" => 1,

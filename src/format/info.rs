@@ -76,6 +76,13 @@ pub struct Latest {
     pub label: String,
 }
 
+/// `harm/...`: packs in which verify found damage: new backups build on nothing in them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Harm {
+    /// their ids, 32 hexadecimal digits each
+    pub packs: Vec<String>,
+}
+
 /// What the holder of a lock does, and so whom it excludes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -155,6 +162,10 @@ impl Info for Latest {
 
 impl Info for LockInfo {
     const NAME: &'static str = "lock";
+}
+
+impl Info for Harm {
+    const NAME: &'static str = "harm";
 }
 
 impl Info for Mark {

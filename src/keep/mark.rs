@@ -88,7 +88,7 @@ pub(super) fn marks(repository: &Repository) -> Result<Vec<Marked>> {
     each_object(repository, &keys::marks(&repository.stanza), |object| {
         let bytes = repository.store.get(&object.key)?;
         let packs = match repository.decode_info::<Mark>(&object.key, &bytes) {
-            Ok(mark) => mark.packs.iter().filter_map(|id| parse(id)).collect(),
+            Ok(mark) => mark.packs.iter().filter_map(|id| PackId::from_hex(id)).collect(),
             Err(error) => {
                 tracing::warn!(%error, "a mark cannot be read; what it named is marked again");
                 Vec::new()
@@ -113,7 +113,7 @@ pub(super) struct Packs {
 pub(super) fn look(repository: &Repository, needed: &Needed, horizon: i64) -> Result<Packs> {
     let mut packs = Packs::default();
     each_object(repository, &keys::packs(&repository.stanza), |object| {
-        let Some(id) = object.key.rsplit('/').next().and_then(parse) else { return Ok(()) };
+        let Some(id) = object.key.rsplit('/').next().and_then(PackId::from_hex) else { return Ok(()) };
         packs.total += 1;
         if !needed.contains(&id) && object.modified < horizon {
             packs.unneeded.insert(id, object.size);
@@ -153,20 +153,4 @@ pub(super) fn each_object(
             return Ok(());
         }
     }
-}
-
-/// A pack's name as it stands in its key.
-pub(super) fn parse(text: &str) -> Option<PackId> {
-    let digits = text.as_bytes();
-    if digits.len() != 32 {
-        return None;
-    }
-    let mut id = PackId::default();
-    for (byte, pair) in id.0.iter_mut().zip(digits.chunks(2)) {
-        let pair = std::str::from_utf8(pair)
-            .ok()
-            .filter(|pair| pair.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))?;
-        *byte = u8::from_str_radix(pair, 16).ok()?;
-    }
-    Some(id)
 }

@@ -6,6 +6,7 @@
 //! is read. Memory: 8 bytes for each stored chunk, beside the packs being read.
 
 mod backups;
+mod harms;
 mod packs;
 mod wal;
 
@@ -176,6 +177,9 @@ pub fn verify(repository: &Repository, options: &VerifyOptions, monitor: &dyn Mo
         true => packs::compare(repository, &described.packs, &needed, &findings),
         false => packs::read(repository, &described.packs, &needed, &findings, options, monitor, &mut report.checked)?,
     };
+    if let Err(error) = harms::remember(repository, &found, options.quick) {
+        tracing::warn!(%error, "what was found could not be noted in the repository: new backups may build on harmed packs");
+    }
     // in a quick run only those backups are followed that something is known to be wrong with
     if !options.quick || !found.is_sound() {
         monitor.stage("following manifests", 0);
@@ -225,7 +229,7 @@ fn summaries(repository: &Repository) -> Result<Vec<String>> {
 fn list_packs(repository: &Repository, needed: &HashMap<PackId, u64>) -> Result<(HashMap<PackId, u64>, u64)> {
     let (mut there, mut unneeded) = (HashMap::new(), 0);
     each_object(repository, &keys::packs(&repository.stanza), |object| {
-        match object.key.rsplit('/').next().and_then(super::mark::parse) {
+        match object.key.rsplit('/').next().and_then(PackId::from_hex) {
             Some(id) if needed.contains_key(&id) && object.key == keys::pack(&repository.stanza, id) => {
                 there.insert(id, object.size);
             }

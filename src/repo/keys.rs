@@ -69,6 +69,11 @@ pub fn marks(stanza: &str) -> String {
     format!("mark/{stanza}/")
 }
 
+/// What verify found harmed.
+pub fn harms(stanza: &str) -> String {
+    format!("harm/{stanza}/")
+}
+
 /// The archive of one cluster: `16-1` is PostgreSQL 16, the stanza's first system identifier.
 pub fn archive(stanza: &str, version: u32, history: u32) -> String {
     format!("archive/{stanza}/{version}-{history}/")

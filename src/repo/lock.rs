@@ -265,7 +265,7 @@ impl Held {
             if let Some(rival) = holder.or(earlier) {
                 return Ok(Err(rival.clone()));
             }
-            if process::uptime().saturating_sub(started) > self.timing.lost / 2 {
+            if process::uptime().saturating_sub(started) > self.timing.lost / 6 {
                 return Ok(Err(first.clone()));
             }
             std::thread::sleep(pause(Duration::from_millis(200)));

@@ -9,7 +9,7 @@ use crate::error::{Context, Result};
 use crate::format::FormatError;
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
 use crate::format::manifest::{Description, Entry, ManifestReader, PackUse, decode_packs};
-use crate::format::pack::{Pack, PackKind};
+use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer};
 
 /// A manifest that is being read.
 #[derive(Debug)]
@@ -22,12 +22,17 @@ pub struct ManifestCursor {
     entries: VecDeque<Entry>,
 }
 
-/// A manifest in memory as it is stored, proved.
+/// Bytes at the end of a large manifest that are fetched for its pack table: that of some ten thousand packs is in them.
+const TAIL_BYTES: u64 = 1 << 20;
+
+/// A manifest in memory as it is stored, proved; or its end alone.
 #[derive(Debug)]
 struct Object {
     key: String,
     pack: PackId,
     bytes: Bytes,
+    /// what is missing before `bytes`
+    from: u64,
     chunks: Vec<ChunkRef>,
     decoder: Decoder,
     keys: crate::format::chunk::Keys,
@@ -64,7 +69,10 @@ impl Repository {
 
     /// The packs a backup needs, ascending by name.
     pub fn manifest_packs(&self, label: &str) -> Result<Vec<PackUse>> {
-        Object::get(self, label)?.packs()
+        match Object::end(self, label)?.map(|mut end| end.packs()).transpose()?.flatten() {
+            Some(packs) => Ok(packs),
+            None => Object::get(self, label)?.whole_packs(),
+        }
     }
 }
 
@@ -92,7 +100,7 @@ impl ManifestCursor {
 
     /// The packs the backup needs, ascending by name.
     pub fn packs(&mut self) -> Result<Vec<PackUse>> {
-        self.object.packs()
+        self.object.whole_packs()
     }
 }
 
@@ -103,19 +111,44 @@ impl Object {
         let pack = Pack::parse(&key, &bytes)?;
         pack.header.expect(&key, PackKind::Manifest, repository.keys.seal_kind())?;
         let decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
-        Ok(Self { key, pack: pack.header.id, bytes, chunks: pack.chunks, decoder, keys: repository.keys.clone() })
+        let keys = repository.keys.clone();
+        Ok(Self { key, pack: pack.header.id, bytes, from: 0, chunks: pack.chunks, decoder, keys })
+    }
+
+    /// The end of a large manifest, where the pack table is: who looks at a thousand backups need not read every file's entry.
+    fn end(repository: &Repository, label: &str) -> Result<Option<Self>> {
+        let key = keys::manifest(&repository.stanza, label);
+        let size = repository.store.size(&key)?.unwrap_or_default();
+        let Some(from) = size.checked_sub(TAIL_BYTES).filter(|from| *from > 0) else { return Ok(None) };
+        let header = Header::parse(&key, &repository.store.get_range(&key, 0, HEADER_LEN as u64)?)?;
+        header.expect(&key, PackKind::Manifest, repository.keys.seal_kind())?;
+        let bytes = repository.store.get_range(&key, from, TAIL_BYTES)?;
+        let footer_end = bytes.len() - TRAILER_LEN;
+        let trailer = Trailer::parse(&key, size, &bytes[footer_end..])?;
+        let Some(footer) = trailer.footer_offset.checked_sub(from) else { return Ok(None) };
+        let chunks = trailer.footer(&key, header.id, &bytes[footer as usize..footer_end])?;
+        let decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
+        Ok(Some(Self { key, pack: header.id, bytes, from, chunks, decoder, keys: repository.keys.clone() }))
     }
 
     fn plain(&mut self, number: usize) -> Result<Vec<u8>> {
         let chunk = &self.chunks[number];
-        let stored = &self.bytes[chunk.offset as usize..chunk.end() as usize];
+        let stored = &self.bytes[(u64::from(chunk.offset) - self.from) as usize..(chunk.end() - self.from) as usize];
         Ok(self.decoder.decode(&self.keys, &self.key, chunk, stored)?.plain)
     }
 
-    /// The pack table: the last chunks.
-    fn packs(&mut self) -> Result<Vec<PackUse>> {
+    fn whole_packs(&mut self) -> Result<Vec<PackUse>> {
+        let packs = self.packs()?;
+        packs.ok_or_else(|| FormatError::new(&self.key, 0, "only the end of it was read").into())
+    }
+
+    /// The pack table: the last chunks. `None` when it begins before what is in memory.
+    fn packs(&mut self) -> Result<Option<Vec<PackUse>>> {
         let mut parts = Vec::new();
         for number in (0..self.chunks.len()).rev() {
+            if u64::from(self.chunks[number].offset) < self.from {
+                return Ok(None);
+            }
             let plain = self.plain(number)?;
             match decode_packs(&self.key, &plain)? {
                 Some(part) => parts.push(part),
@@ -127,9 +160,74 @@ impl Object {
         let what = match packs.is_sorted_by(|a, b| a.pack < b.pack) {
             // who deletes must not take this for "needs nothing"
             _ if is_missing => "it has no pack table",
-            true => return Ok(packs),
+            true => return Ok(Some(packs)),
             false => "the pack table is not in order",
         };
         Err(FormatError::new(&self.key, 0, what).into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::format::chunk::Encoder;
+    use crate::format::manifest::encode_packs;
+    use crate::format::pack::PackWriter;
+    use crate::store::{Body, MemoryStore, Operation, Record};
+
+    const LABEL: &str = "20240107-120000F";
+
+    /// A manifest of `parts` 64 KiB parts of a description and a table of `packs` packs.
+    fn manifest(keys: &crate::format::chunk::Keys, parts: usize, packs: u32) -> (Vec<u8>, Vec<PackUse>) {
+        let table: Vec<PackUse> = (0..packs)
+            .map(|number| {
+                // names that cannot be compressed
+                let mut pack = PackId::default();
+                pack.0[..4].copy_from_slice(&number.to_be_bytes());
+                pack.0[4..].copy_from_slice(&blake3::hash(&number.to_le_bytes()).as_bytes()[..12]);
+                PackUse { pack, size: 1 << 24, weight: 1 << 20 }
+            })
+            .collect();
+        let mut writer = PackWriter::new(PackKind::Manifest, keys.seal_kind(), PackId([9; 16]), 0);
+        let mut encoder = Encoder::new(1).unwrap();
+        let noise = |number: usize| {
+            let mut noise = vec![1; 64 * 1024];
+            blake3::Hasher::new().update(&number.to_le_bytes()).finalize_xof().fill(&mut noise[1..]);
+            noise
+        };
+        for plain in (0..parts).map(noise).chain(encode_packs(&table)) {
+            let (id, mut stored) = (keys.digest(&plain).id, Vec::new());
+            encoder.encode(keys, &id, &plain, &mut stored).unwrap();
+            writer.add(id, plain.len(), &stored);
+        }
+        (writer.finish(), table)
+    }
+
+    #[test]
+    fn a_pack_table_is_read_without_the_entries_before_it() {
+        // a small manifest, a large one, and one whose table alone is longer than what is fetched first
+        for (parts, packs, whole) in [(1, 10, true), (40, 5000, false), (20, 80_000, true)] {
+            let store = Record::new(MemoryStore::new());
+            let recording = store.recording();
+            let repository = Repository::new(Arc::new(store), "main").unwrap();
+            let (bytes, table) = manifest(&repository.keys, parts, packs);
+            let key = keys::manifest("main", LABEL);
+            repository.store.put(&key, Body::Bytes(bytes.clone().into())).unwrap();
+            assert_eq!(repository.manifest_packs(LABEL).unwrap(), table);
+            assert_eq!(recording.count(Operation::Get).calls, u64::from(whole), "{parts} {packs}");
+            // damage at the end is found
+            for at in [bytes.len() - 20, bytes.len() - 100, bytes.len() - 5000, 3] {
+                let mut spoilt = bytes.clone();
+                spoilt[at] ^= 1;
+                repository.store.put(&key, Body::Bytes(spoilt.into())).unwrap();
+                let read = repository.manifest_packs(LABEL);
+                // the object's hash cannot be checked by who reads the end alone: what the table says is proved by itself
+                let is_object_hash = at == bytes.len() - 20 && !whole;
+                assert!(read.is_err() || is_object_hash && read.unwrap() == table, "{at} of {}", bytes.len());
+            }
+        }
     }
 }

@@ -9,18 +9,20 @@ use bytes::Bytes;
 
 use super::assemble::{Assembler, Done, Totals};
 use super::check::{await_segments, identify, prove_archiving, read_control};
+use super::compared::{Compared, Packs, compared};
 use super::copy::{Files, copy};
 use super::cut::{Cut, Cutting, Lanes, Worker};
 use super::dedup::Dedup;
 use super::packer::{PACK_BYTES, Uploads};
-use super::parent::{Parent, ParentFiles, Reuse, Unusable};
+use super::parent::{Parent, Unusable};
+use super::resume::{left_behind, take_over};
 use super::scan::{Scan, Scanned, ScannedKind, scan};
+use super::schedule::Schedule;
 use super::server::{Archiving, Server, Stopped};
 use super::source::Pages;
-use super::weights::Weights;
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::PackId;
-use crate::format::info::{BackupSummary, LockKind};
+use crate::format::info::LockKind;
 use crate::format::manifest::{Database, Description, PackUse, Sizes, Tablespace};
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
 use crate::postgres::{BackupKind, Label, Layout, Lsn, SegmentName, SegmentSize, Timeline};
@@ -32,8 +34,8 @@ use crate::store::Body;
 /// How a backup is taken.
 #[derive(Clone, Debug)]
 pub struct BackupOptions {
-    /// full, diff or incr
-    pub kind: BackupKind,
+    /// full, diff or incr, or what is due
+    pub kind: Wanted,
     /// hash every file, also those whose size and time did not change
     pub checksum: bool,
     /// libpq conninfo of the server
@@ -52,6 +54,15 @@ pub struct BackupOptions {
     pub archive_timeout: Duration,
     /// fail when a page's checksum is wrong
     pub page_errors_fail: bool,
+}
+
+/// Which kind of backup is taken; where there is nothing to build on, a full one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// this kind
+    Kind(BackupKind),
+    /// what is due
+    Due(Schedule),
 }
 
 /// Where the WAL goes that consistency needs.
@@ -76,13 +87,6 @@ struct Started {
     wal_stored: bool,
 }
 
-/// The backup that this one is compared with.
-struct Compared {
-    description: Description,
-    files: ParentFiles,
-    parent: Parent,
-}
-
 /// What copying gave: everything of the manifest but its description.
 struct Copied {
     assembler: Assembler,
@@ -93,12 +97,6 @@ struct Copied {
     packs: Packs,
 }
 
-/// Lengths of packs: those that this backup wrote, and those that were there.
-struct Packs {
-    new: HashMap<PackId, u64>,
-    old: HashMap<PackId, u64>,
-}
-
 /// Takes a backup of the server; returns what it is once it is committed.
 ///
 /// A parent that turns out to be damaged is left aside: then every file is stored anew.
@@ -107,7 +105,12 @@ pub fn backup(repository: &Repository, options: &BackupOptions, monitor: &dyn Mo
         Err(error) if error.find::<Unusable>().is_some() => {
             tracing::warn!(%error, "a parent is damaged");
             monitor.note(&format!("{error}, it is damaged: a full backup is taken that shares nothing with it"));
-            attempt(repository, &BackupOptions { kind: BackupKind::Full, ..options.clone() }, false, monitor)
+            attempt(
+                repository,
+                &BackupOptions { kind: Wanted::Kind(BackupKind::Full), ..options.clone() },
+                false,
+                monitor,
+            )
         }
         other => other,
     }
@@ -124,12 +127,12 @@ fn attempt(
     server.lock()?;
     let lock = repository.lock(LockKind::Backup, "")?;
     let (kind, compared) = compared(repository, &database, options, share, monitor)?;
-    let options = &BackupOptions { kind, ..options.clone() };
     let prior = compared.as_ref().map(|of| of.description.label.clone());
-    let started = start(repository, &mut server, database, prior, options, monitor)?;
+    let started = start(repository, &mut server, database, kind, prior, options, monitor)?;
     lock.set_note(&started.label.to_string());
     let compared = compared.map(|parent| parent.on_timeline(repository, started.timeline, options)).transpose()?;
-    let mut copied = copy_all(repository, &mut server, &started, compared, options, monitor)?;
+    let left = if lock.dead_backups()?.is_empty() { HashMap::new() } else { left_behind(repository)? };
+    let mut copied = copy_all(repository, &mut server, &started, compared, left, options, monitor)?;
     let totals = copied.assembler.totals();
     if options.page_errors_fail && !totals.page_errors.is_empty() {
         let file = &totals.page_errors[0];
@@ -154,6 +157,7 @@ fn copy_all(
     server: &mut Server,
     started: &Started,
     compared: Option<Compared>,
+    left: HashMap<PackId, u64>,
     options: &BackupOptions,
     monitor: &dyn Monitor,
 ) -> Result<Copied> {
@@ -163,13 +167,16 @@ fn copy_all(
     let page_size = started.database.page_size as usize;
     let old_errors = compared.as_ref().map(|of| of.description.page_errors.clone()).unwrap_or_default();
     let (parent_files, parent) = compared.map(|of| (of.files, of.parent)).unzip();
-    let old = parent.iter().flat_map(Parent::packs).map(|pack| (pack.pack, pack.size)).collect();
+    let dedup = Dedup::default();
+    take_over(repository, &left, &dedup)?;
+    let mut old = left;
+    old.extend(parent.iter().flat_map(Parent::packs).map(|pack| (pack.pack, pack.size)));
     let cutting = Cutting {
         root: server.data_directory.clone(),
         keys: &repository.keys,
         level: options.level,
         uploads: &uploads,
-        dedup: Dedup::default(),
+        dedup,
         lanes: Lanes::new(&repository.keys),
         pages: started.database.checksums.then_some(Pages { size: page_size, start: started.start_lsn }),
         parent,
@@ -202,67 +209,10 @@ fn copy_all(
     Ok(Copied { assembler, stopped, stop_time, segments, tablespaces, packs })
 }
 
-/// The kind of backup that can be taken, and the backup it is compared with.
-///
-/// A diff is compared with the last full backup, an incremental with the last backup. A full one is compared with the last backup
-/// too, so that what is stored is not stored again; but it reads every file and trusts no time.
-fn compared(
-    repository: &Repository,
-    database: &Database,
-    options: &BackupOptions,
-    share: bool,
-    monitor: &dyn Monitor,
-) -> Result<(BackupKind, Option<Compared>)> {
-    let info = repository.backup_info()?;
-    let of_cluster = |(_, summary): &(&String, &BackupSummary)| summary.database_id == database.id;
-    let fulls = |(_, summary): &(&String, &BackupSummary)| summary.kind == BackupKind::Full;
-    let mut candidates = info.backups.iter().filter(of_cluster);
-    let last_full = candidates.clone().rfind(fulls).map(|(label, _)| label.clone());
-    let (kind, label) = match (options.kind, last_full) {
-        (BackupKind::Full, _) => (BackupKind::Full, candidates.next_back().map(|(label, _)| label.clone())),
-        (kind, None) => {
-            monitor.note(&format!("there is no full backup to build on: a full one is taken instead of {kind}"));
-            (BackupKind::Full, None)
-        }
-        (BackupKind::Diff, Some(full)) => (BackupKind::Diff, Some(full)),
-        (BackupKind::Incr, Some(_)) => (BackupKind::Incr, candidates.next_back().map(|(label, _)| label.clone())),
-    };
-    let Some(label) = label.filter(|_| share) else { return Ok((kind, None)) };
-    let is_full = kind == BackupKind::Full;
-    let reuse =
-        Reuse { unread: !is_full && !options.checksum, chunks_max: if is_full { 2 } else { 4 }, leave_thin: is_full };
-    let (description, files, parent) = Parent::open(repository, &label, reuse)?;
-    Ok((kind, Some(Compared { description, files, parent })))
-}
-
 /// What was taken over must be there at the commit too, whatever was deleted meanwhile.
 fn prove_old(repository: &Repository, packs: &Packs, needed: &[PackUse]) -> Result<()> {
     let old: Vec<_> = needed.iter().filter(|pack| !packs.new.contains_key(&pack.pack)).copied().collect();
     repository.prove_packs(&old)
-}
-
-impl Compared {
-    /// After a change of the timeline no time of a file is trusted.
-    fn on_timeline(self, repository: &Repository, timeline: Timeline, options: &BackupOptions) -> Result<Self> {
-        if self.description.timeline == timeline.0 || options.checksum || options.kind == BackupKind::Full {
-            return Ok(self);
-        }
-        let reuse = Reuse { unread: false, ..self.parent.reuse() };
-        let (description, files, parent) = Parent::open(repository, &self.description.label, reuse)?;
-        Ok(Self { description, files, parent })
-    }
-}
-
-impl Packs {
-    /// The pack table of what is needed.
-    fn table(&self, weights: &Weights) -> Result<Vec<PackUse>> {
-        let with_size = |(pack, weight): (PackId, u64)| {
-            let size = self.new.get(&pack).or_else(|| self.old.get(&pack)).copied();
-            let size = size.ok_or_else(|| Error::new(format!("pack {pack} is needed, but nobody wrote it")))?;
-            Ok(PackUse { pack, size, weight })
-        };
-        weights.sorted().into_iter().map(with_size).collect()
-    }
 }
 
 fn describe(
@@ -338,6 +288,7 @@ fn start(
     repository: &Repository,
     server: &mut Server,
     database: Database,
+    kind: BackupKind,
     prior: Option<String>,
     options: &BackupOptions,
     monitor: &dyn Monitor,
@@ -359,11 +310,11 @@ fn start(
             prove_archiving(server, &repository.archive(&database), size, options.archive_timeout)?;
         }
     }
-    let label = next_label(repository, options.kind, prior.as_deref())?;
+    let label = next_label(repository, kind, prior.as_deref())?;
     monitor.stage("waiting for a checkpoint", 0);
     let start_lsn = server.start_backup(&format!("pgcairn backup {label}"), options.start_fast)?;
     let timeline = proven_start(server, start_lsn)?;
-    let prior = prior.filter(|_| options.kind != BackupKind::Full);
+    let prior = prior.filter(|_| kind != BackupKind::Full);
     Ok(Started { database, label, prior, timeline, start_lsn, start_time: now_s(), wal_stored })
 }
 
@@ -462,7 +413,7 @@ fn owner(path: &Path) -> Result<(String, String)> {
     Ok((user.unwrap_or_else(|| metadata.uid().to_string()), group.unwrap_or_else(|| metadata.gid().to_string())))
 }
 
-fn now_s() -> i64 {
+pub(super) fn now_s() -> i64 {
     seconds(std::time::SystemTime::now())
 }
 

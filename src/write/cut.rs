@@ -408,8 +408,13 @@ impl<'a> Worker<'a> {
 
     fn store_in(&mut self, lane: &Mutex<Lane>, plain: &[u8]) -> Result<ChunkRef> {
         let id = self.cutting.keys.digest(plain).id;
+        if let Some(Seen { chunk, .. }) = self.cutting.dedup.get(&id).filter(|seen| seen.chunk.id == id) {
+            return Ok(chunk);
+        }
         self.encode(&id, plain)?;
-        lane.lock().add(self.cutting.uploads, id, plain.len(), &self.stored)
+        let chunk = lane.lock().add(self.cutting.uploads, id, plain.len(), &self.stored)?;
+        self.cutting.dedup.insert(id, Seen { chunk, offset: 0 });
+        Ok(chunk)
     }
 
     fn encode(&mut self, id: &ChunkId, plain: &[u8]) -> Result<()> {

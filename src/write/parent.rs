@@ -1,7 +1,7 @@
 //! What an earlier backup knows of the files that are read now: which need not be read, which slots and grains are stored
 //! already. Only its manifest, file maps and changes are read, never its data.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::scan::Scanned;
@@ -49,6 +49,8 @@ pub struct Parent {
     label: String,
     chunks: ChunkReader,
     packs: HashMap<PackId, PackUse>,
+    /// packs in which damage was found: what is in them is stored anew
+    harmed: HashSet<PackId>,
     reuse: Reuse,
 }
 
@@ -132,13 +134,17 @@ impl Parent {
             let mut cursor = repository.open_manifest(label)?;
             let packs = cursor.packs()?;
             repository.prove_packs(&packs)?;
-            Ok((cursor, packs.into_iter().map(|pack| (pack.pack, pack)).collect()))
+            Ok((cursor, packs.into_iter().map(|pack| (pack.pack, pack)).collect::<HashMap<_, _>>()))
         };
         let (cursor, packs) = open().map_err(|error| unusable(label, error))?;
+        let mut harmed = repository.harmed_packs()?;
+        harmed.retain(|pack| packs.contains_key(pack));
+        // every file is read then: only its maps would say whether it needs one of them
+        let reuse = Reuse { unread: reuse.unread && harmed.is_empty(), ..reuse };
         let (label, description) = (label.to_owned(), cursor.description.clone());
         let settled_before = description.start_time - SETTLED_SECONDS;
         let files = ParentFiles { label: label.clone(), cursor, ahead: None, unread: reuse.unread, settled_before };
-        Ok((description, files, Self { label, chunks: ChunkReader::new(repository)?, packs, reuse }))
+        Ok((description, files, Self { label, chunks: ChunkReader::new(repository)?, packs, harmed, reuse }))
     }
 
     /// What is taken over.
@@ -227,6 +233,9 @@ impl Parent {
 
     /// Which parts of a slot of `len` bytes with these `grains` are stored already.
     pub fn compare(&self, old: OldSlot<'_>, grains: &[GrainHash], len: usize) -> Vec<Part> {
+        if old.extents.iter().any(|extent| self.harmed.contains(&extent.chunk.pack)) {
+            return vec![Part::Fresh(0, len)];
+        }
         if self.reuse.leave_thin && old.extents.iter().any(|extent| self.is_thin(extent.chunk.pack)) {
             return vec![Part::Fresh(0, len)];
         }

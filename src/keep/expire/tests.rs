@@ -152,6 +152,9 @@ fn packs_of_a_running_backup_stay_and_none_is_deleted_meanwhile() {
     assert!(packs.marked > 0 && packs.deleted == 0, "{packs:?}");
     assert!(report.notes.iter().any(|note| note.contains("postgres@elsewhere")), "{:?}", report.notes);
     assert!(made.keys("chunk/").contains(&old) && made.keys("chunk/").contains(&fresh));
+    let marked = mark::marks(&made.repository).unwrap().into_iter().flat_map(|mark| mark.packs);
+    let marked: Vec<String> = marked.map(|pack| keys::pack("main", pack)).collect();
+    assert!(marked.contains(&old) && !marked.contains(&fresh));
     // it ends, and took up nothing
     made.repository.store.delete(&["lock/main/backup".into()]).unwrap();
     run(&made, &ExpireOptions { grace: Duration::ZERO, ..keep_full(1) });
@@ -189,6 +192,43 @@ fn a_pack_that_was_taken_up_again_is_not_deleted() {
     run(&made, &keep_full(1));
     made.assert_sound();
     assert!(!made.keys("mark/").contains(&marked[0]));
+}
+
+#[test]
+fn a_backup_that_commits_while_the_sweep_begins_loses_nothing() {
+    let mut made = made(&[Full, Full]);
+    let first = made.labels()[0].clone();
+    let lock = made.repository.lock(LockKind::Expire, "").unwrap();
+    made.repository.store.delete(&[keys::manifest("main", &first)]).unwrap();
+    let mut needed = Needed::default();
+    needed.update(&made.repository, &Silent, |_| false).unwrap();
+    let found = mark::look(&made.repository, &needed, i64::MAX).unwrap();
+    mark::mark(&made.repository, &found.unneeded, &[]).unwrap();
+    // it was taken on top of the one that went, and needs packs of it; and it wrote some of its own
+    made.backup(Incr);
+    let needed_now = |made: &Made| {
+        let of = |label: &String| made.repository.manifest_packs(label).unwrap();
+        made.labels().iter().flat_map(of).map(|of| of.pack).collect::<std::collections::HashSet<_>>()
+    };
+    let wrongly_marked = needed_now(&made).iter().map(|pack| (*pack, 1)).collect();
+    mark::mark(&made.repository, &wrongly_marked, &[]).unwrap();
+    let due = due(mark::marks(&made.repository).unwrap(), made.now(), Duration::ZERO);
+    let swept = sweep(&made.repository, &lock, &due, &mut needed, &found.unneeded, &Silent).unwrap();
+    assert!(matches!(swept, Swept::Done { packs, .. } if packs > 0), "{swept:?}");
+    made.assert_sound();
+}
+
+#[test]
+fn wal_of_a_backup_that_may_run_stays() {
+    let mut made = made(&[Full, Full]);
+    // as when a server went back to an earlier point
+    let early = segment(1, 0).to_string();
+    made.archive_file(&early, segment(1, 0));
+    run(&made, &keep_full(1));
+    assert!(made.archived().contains(&early));
+    made.pass(1);
+    run(&made, &keep_full(1));
+    assert!(!made.archived().contains(&early));
 }
 
 #[test]
@@ -274,6 +314,35 @@ fn a_run_that_dies_at_any_call_is_finished_by_the_next() {
     }
 }
 
+/// The most memory this process ever had, in bytes.
+fn memory_peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() * 1024
+}
+
+/// Each test is a process of its own.
+#[test]
+fn a_thousand_backups_of_many_packs_need_little_memory() {
+    const BACKUPS: u64 = 1000;
+    // of these, each backup after the first has a hundred of its own and shares the others
+    const PACKS: u64 = 2000;
+    // in memory, where syncs cost nothing
+    let place = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+    let store = crate::store::DirectoryStore::open(place.path(), true).unwrap();
+    let mut made = Made::on(store);
+    made.many(BACKUPS, PACKS);
+    let before = memory_peak();
+    let report = run(&made, &ExpireOptions { grace: Duration::ZERO, ..keep_full(10) });
+    assert_eq!(report.backups.iter().filter(|backup| backup.keep).count(), 10);
+    let options = crate::keep::verify::VerifyOptions { quick: true, process_max: 4 };
+    let report = crate::keep::verify::verify(&made.repository, &options, &Silent).unwrap();
+    // the packs themselves were never written, and neither were two segments
+    assert_eq!(report.harms.len() as u64, PACKS + 9 * 100 + 2);
+    let needed = memory_peak().saturating_sub(before);
+    assert!(needed < 48 << 20, "{needed} bytes more than the {before} before");
+}
+
 #[derive(Clone, Debug)]
 enum Op {
     Backup(crate::postgres::BackupKind),
@@ -323,6 +392,9 @@ proptest! {
         // nothing is left but what somebody needs
         let report = run(&made, &ExpireOptions { dry_run: true, ..end });
         prop_assert_eq!(report.packs.unwrap().unneeded, 0);
+        let options = crate::keep::verify::VerifyOptions { quick: false, process_max: 2 };
+        let report = crate::keep::verify::verify(&made.repository, &options, &Silent).unwrap();
+        prop_assert!(report.sound && report.notes.is_empty(), "{:?}", report);
         made.assert_sound();
         prop_assert!(made.keys("lock/").is_empty());
     }

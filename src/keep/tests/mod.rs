@@ -81,7 +81,16 @@ pub(super) struct Made {
 impl Made {
     pub(super) fn new() -> Self {
         let now = Arc::new(AtomicI64::new(START));
-        let store = Fault::new(Clocked { inner: MemoryStore::new(), now: now.clone(), modified: Mutex::default() });
+        Self::with(Clocked { inner: MemoryStore::new(), now: now.clone(), modified: Mutex::default() }, now)
+    }
+
+    /// On another store, which has its own clock.
+    pub(super) fn on(store: impl Store + 'static) -> Self {
+        Self::with(store, Arc::new(AtomicI64::new(START)))
+    }
+
+    fn with(store: impl Store + 'static, now: Arc<AtomicI64>) -> Self {
+        let store = Fault::new(store);
         let plan = store.plan();
         let repository = Repository::new(Arc::new(store), "main").unwrap();
         repository.create_stanza(database()).unwrap();
@@ -162,6 +171,32 @@ impl Made {
         self.archive_segment();
         self.labels.push(label);
         label.to_string()
+    }
+
+    /// Manifests of `count` full backups, each of which says that it needs `packs` packs; none of these is there.
+    pub(super) fn many(&mut self, count: u64, packs: u64) {
+        let id = |number: u64| {
+            let mut id = PackId::default();
+            id.0[..8].copy_from_slice(&number.to_be_bytes());
+            id
+        };
+        for number in 0..count {
+            let own = packs - 100..packs;
+            let ids = (0..packs).map(|pack| if own.contains(&pack) { packs + number * 100 + pack } else { pack });
+            let uses: Vec<PackUse> =
+                ids.map(|number| PackUse { pack: id(number), size: 16 << 20, weight: 16 << 20 }).collect();
+            let label = self.next_label_quickly();
+            let wal = (segment(1, 1), segment(1, 2));
+            let description = description(&label.to_string(), BackupKind::Full, None, wal, self.now());
+            let directory = Entry { path: Vec::new(), mode: 0o700, mtime: 0, node: Node::Directory };
+            self.put_manifest(&[directory], &uses, &description);
+            self.labels.push(label);
+            self.pass(DAY);
+        }
+    }
+
+    fn next_label_quickly(&self) -> Label {
+        Label::next(BackupKind::Full, None, self.now(), self.labels.last().copied()).unwrap()
     }
 
     /// The packs of a backup that dies before its manifest.
@@ -259,18 +294,22 @@ impl Made {
     }
 
     fn commit(&mut self, entries: &[Entry], description: &Description) {
+        self.put_manifest(entries, &self.packs_of(entries), description);
+        self.repository.enter(description).unwrap();
+    }
+
+    fn put_manifest(&mut self, entries: &[Entry], packs: &[PackUse], description: &Description) {
         let mut pack = PackWriter::new(PackKind::Manifest, SealKind::Hashed, self.pack_id(), 0);
         let mut parts = encode_description(description).unwrap();
         let mut writer = BlockWriter::default();
         parts.extend(entries.iter().filter_map(|entry| writer.push(entry)));
         parts.extend(writer.finish());
-        parts.extend(encode_packs(&self.packs_of(entries)));
+        parts.extend(encode_packs(packs));
         for part in &parts {
             self.chunk(&mut pack, part);
         }
         let key = keys::manifest(&self.repository.stanza, &description.label);
         self.repository.store.put(&key, Body::Bytes(pack.finish().into())).unwrap();
-        self.repository.enter(description).unwrap();
     }
 
     /// The next segment of the archive.

@@ -37,6 +37,11 @@ impl Found {
         self.harmed.is_empty()
     }
 
+    /// Packs with something wrong.
+    pub(super) fn harmed(&self) -> impl Iterator<Item = &PackId> {
+        self.harmed.keys()
+    }
+
     /// Whether a chunk is where a manifest says.
     pub(super) fn judge(&self, repository: &Repository, decoder: &mut Decoder, chunk: &ChunkRef) -> Result<Verdict> {
         if let Some(prints) = self.sound.get(&chunk.pack)

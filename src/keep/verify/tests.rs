@@ -94,8 +94,10 @@ fn a_flipped_byte_harms_the_backups_that_need_its_chunk() {
             assert_eq!((&harm.object, &harm.backups), (&key, &harmed(&report)));
             assert!(harm.backups.iter().all(|label| needing.contains(label)), "{report:?}");
             assert!(harm.backups.contains(&made.labels()[number]), "{report:?}");
+            assert_eq!(made.repository.harmed_packs().unwrap(), std::collections::HashSet::from([pack]));
             change(&made, &key, |bytes| bytes[40] ^= 1);
-            assert!(run(&made, false).sound);
+            assert!(run(&made, true).sound && !made.repository.harmed_packs().unwrap().is_empty());
+            assert!(run(&made, false).sound && made.repository.harmed_packs().unwrap().is_empty());
         }
     }
 }
@@ -115,7 +117,10 @@ fn a_pack_that_is_missing_or_cut_is_found_even_quickly() {
                 true => change(&made, &key, |bytes| bytes.truncate(bytes.len() / 3)),
                 false => remove(&made, &key),
             }
+            // twice: what is noted is noted once
+            run(&made, quick);
             let report = run(&made, quick);
+            assert_eq!(made.keys("harm/").len(), 1);
             assert_eq!(harmed(&report), expected, "{report:?}");
             assert_eq!(report.harms.len(), 1, "{report:?}");
             assert_eq!((&report.harms[0].object, &report.harms[0].backups), (&key, &expected));

@@ -21,6 +21,7 @@ use crate::write::cut::Lanes;
 use crate::write::dedup::Dedup;
 use crate::write::packer::Uploads;
 use crate::write::parent::{Parent, Reuse};
+use crate::write::resume::{left_behind, take_over};
 use crate::write::scan::scan;
 
 const LABEL: &str = "20240107-120000F";
@@ -50,13 +51,15 @@ fn copy_since(
     let uploads = Uploads::start(repository, 2);
     let opened = parent.map(|(label, reuse)| Parent::open(repository, label, reuse)).transpose()?;
     let (files, parent) = opened.map(|(_, files, parent)| (files, parent)).unzip();
+    let (left, dedup) = (left_behind(repository)?, Dedup::default());
+    take_over(repository, &left, &dedup)?;
     let mut sizes: HashMap<_, _> = parent.iter().flat_map(Parent::packs).map(|pack| (pack.pack, pack.size)).collect();
     let cutting = Cutting {
         root: root.to_owned(),
         keys: &repository.keys,
         level: 1,
         uploads: &uploads,
-        dedup: Dedup::default(),
+        dedup,
         lanes: Lanes::new(&repository.keys),
         pages: None,
         parent,
@@ -72,6 +75,7 @@ fn copy_since(
     let written = uploads.finish()?;
     let bytes = written.values().sum();
     sizes.extend(written);
+    sizes.extend(left);
     let weights = assembler.totals().weights.sorted();
     let pack = |(pack, weight)| PackUse { pack, size: sizes.get(&pack).copied().unwrap_or_default(), weight };
     let packs: Vec<_> = weights.into_iter().filter(|(pack, _)| sizes.contains_key(pack)).map(pack).collect();
@@ -272,6 +276,30 @@ fn a_store_that_fails_at_any_call_fails_the_copy() {
     let fault = Fault::new(MemoryStore::new());
     fault.plan().add(|call| call.operation == Operation::Put, Effect::Fail(ErrorKind::NoSpace));
     assert!(copy_directory(&Repository::new(Arc::new(fault), "main").unwrap(), root.path()).is_err());
+}
+
+#[test]
+fn what_a_copy_left_that_died_is_not_stored_again() {
+    let root = data_directory();
+    for number in 0..300 {
+        fs::write(root.path().join(format!("base/1/{}", 20_000 + number)), content(number, 30_000)).unwrap();
+    }
+    fs::write(root.path().join("base/5/30000"), content(99, 90 << 20)).unwrap();
+    let whole = copy_since(&repository(), root.path(), LABEL, None, now_s()).unwrap().0;
+    // the fourth pack cannot be written
+    let store = Arc::new(MemoryStore::new());
+    let fault = Fault::new(store.clone());
+    let puts = std::sync::atomic::AtomicUsize::new(0);
+    let fourth =
+        move |call: &crate::store::Call| call.operation == Operation::Put && puts.fetch_add(1, Ordering::Relaxed) >= 3;
+    fault.plan().add(fourth, Effect::Fail(ErrorKind::NoSpace));
+    assert!(copy_directory(&Repository::new(Arc::new(fault), "main").unwrap(), root.path()).is_err());
+    let repository = Repository::new(store, "main").unwrap();
+    let left: u64 = repository.packs().unwrap().values().sum();
+    assert!(left > 30 << 20, "{left} bytes were written");
+    let rest = copy_since(&repository, root.path(), LABEL, None, now_s()).unwrap().0;
+    assert!(rest <= whole - left * 9 / 10, "{rest} bytes stored after {left} of {whole}");
+    assert_same(root.path(), &read_back(&repository, LABEL), 302);
 }
 
 mod model;

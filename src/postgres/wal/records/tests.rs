@@ -162,7 +162,10 @@ fn a_record_that_two_segments_share_is_found_from_both() {
         assert!(cut.may_be_restore_point() && cut.may_tell());
         let expected = Event::RestorePoint { name: "cut".into(), time: TimestampTz(5) };
         assert_eq!(cut.joined(&walk.rest, identity().major), Some(expected));
-        assert_eq!(cut.joined(&Rest::default(), identity().major), None);
+        let longer = Rest { len: walk.rest.len + 8, ..walk.rest.clone() };
+        for other in [Rest::default(), longer] {
+            assert_eq!(cut.joined(&other, identity().major), None);
+        }
         assert_eq!(found, [(after, ended(9, 6))]);
     }
 }

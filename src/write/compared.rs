@@ -1,0 +1,93 @@
+//! What a backup builds on: the kind that can be taken, the backup it is compared with, what another left that died.
+
+use std::collections::HashMap;
+
+use super::backup::{BackupOptions, Wanted, now_s};
+use super::parent::{Parent, ParentFiles, Reuse};
+use super::weights::Weights;
+use crate::error::{Error, Result};
+use crate::format::chunk::PackId;
+use crate::format::info::BackupSummary;
+use crate::format::manifest::{Database, Description, PackUse};
+use crate::postgres::{BackupKind, Timeline};
+use crate::progress::Monitor;
+use crate::repo::Repository;
+
+/// The backup that this one is compared with.
+pub(super) struct Compared {
+    pub(super) description: Description,
+    pub(super) files: ParentFiles,
+    pub(super) parent: Parent,
+}
+
+/// Lengths of packs: those that this backup wrote, and those that were there.
+pub(super) struct Packs {
+    pub(super) new: HashMap<PackId, u64>,
+    pub(super) old: HashMap<PackId, u64>,
+}
+
+/// The kind of backup that can be taken, and the backup it is compared with.
+///
+/// A diff is compared with the last full backup, an incremental with the last backup. A full one is compared with the last backup
+/// too, so that what is stored is not stored again; but it reads every file and trusts no time.
+pub(super) fn compared(
+    repository: &Repository,
+    database: &Database,
+    options: &BackupOptions,
+    share: bool,
+    monitor: &dyn Monitor,
+) -> Result<(BackupKind, Option<Compared>)> {
+    let info = repository.backup_info()?;
+    let of_cluster = |(_, summary): &(&String, &BackupSummary)| summary.database_id == database.id;
+    let fulls = |(_, summary): &(&String, &BackupSummary)| summary.kind == BackupKind::Full;
+    let mut candidates = info.backups.iter().filter(of_cluster);
+    let last_full = candidates.clone().rfind(fulls).map(|(label, _)| label.clone());
+    let wanted = match options.kind {
+        Wanted::Kind(kind) => kind,
+        Wanted::Due(schedule) => schedule.due(candidates.clone().map(|(_, summary)| summary), now_s()),
+    };
+    let (kind, label) = match (wanted, last_full) {
+        (BackupKind::Full, _) => (BackupKind::Full, candidates.next_back().map(|(label, _)| label.clone())),
+        (kind, None) => {
+            monitor.note(&format!("there is no full backup to build on: a full one is taken instead of {kind}"));
+            (BackupKind::Full, None)
+        }
+        (BackupKind::Diff, Some(full)) => (BackupKind::Diff, Some(full)),
+        (BackupKind::Incr, Some(_)) => (BackupKind::Incr, candidates.next_back().map(|(label, _)| label.clone())),
+    };
+    let Some(label) = label.filter(|_| share) else { return Ok((kind, None)) };
+    let is_full = kind == BackupKind::Full;
+    let reuse =
+        Reuse { unread: !is_full && !options.checksum, chunks_max: if is_full { 2 } else { 4 }, leave_thin: is_full };
+    let (description, files, parent) = Parent::open(repository, &label, reuse)?;
+    Ok((kind, Some(Compared { description, files, parent })))
+}
+
+impl Compared {
+    /// After a change of the timeline no time of a file is trusted.
+    pub(super) fn on_timeline(
+        self,
+        repository: &Repository,
+        timeline: Timeline,
+        options: &BackupOptions,
+    ) -> Result<Self> {
+        if self.description.timeline == timeline.0 || options.checksum || !self.parent.reuse().unread {
+            return Ok(self);
+        }
+        let reuse = Reuse { unread: false, ..self.parent.reuse() };
+        let (description, files, parent) = Parent::open(repository, &self.description.label, reuse)?;
+        Ok(Self { description, files, parent })
+    }
+}
+
+impl Packs {
+    /// The pack table of what is needed.
+    pub(super) fn table(&self, weights: &Weights) -> Result<Vec<PackUse>> {
+        let with_size = |(pack, weight): (PackId, u64)| {
+            let size = self.new.get(&pack).or_else(|| self.old.get(&pack)).copied();
+            let size = size.ok_or_else(|| Error::new(format!("pack {pack} is needed, but nobody wrote it")))?;
+            Ok(PackUse { pack, size, weight })
+        };
+        weights.sorted().into_iter().map(with_size).collect()
+    }
+}
