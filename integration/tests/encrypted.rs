@@ -58,9 +58,13 @@ fn words(cluster: &Cluster) -> Vec<String> {
     let mut words: Vec<String> = PLANTED.map(str::to_owned).into();
     words.push(cluster.psql("SELECT system_identifier FROM pg_control_system();"));
     words.push(cluster.data_directory().display().to_string());
-    words.push(fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim().to_owned());
-    words
-        .extend(["pg_control", "PG_VERSION", "checkpoint", "database-id", "start-lsn", "heartbeat"].map(str::to_owned));
+    // a short one is found in any noise
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim().to_owned();
+    words.extend(Some(host).filter(|host| host.len() >= 8));
+    words.extend(
+        ["pg_control", "PG_VERSION", "checkpoint", "database-id", "start-lsn", "heartbeat", "\"host\""]
+            .map(str::to_owned),
+    );
     words.extend([FIRST, SECOND].map(str::to_owned));
     words
 }
