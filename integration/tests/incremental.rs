@@ -1,4 +1,5 @@
 //! Backups that store what changed: each is its own moment, whatever becomes of the others.
+#![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 use std::process::Stdio;
