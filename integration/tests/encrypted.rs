@@ -170,7 +170,7 @@ fn everything_works_and_nothing_can_be_read() {
 }
 
 fn changes_its_passphrase(stanza: &Stanza) {
-    let file = stanza.place().directory("passphrase").join("second");
+    let file = stanza.place().join("passphrase").join("second");
     fs::write(&file, format!("{SECOND}\n")).unwrap();
     let file = file.display().to_string();
     let packs = || contents(&Path::new(stanza.repo()).join("chunk"));
