@@ -310,6 +310,7 @@ fn description(label: &str, kind: BackupKind, prior: Option<&str>, start_time: i
         wal_stored: false,
         database: database(),
         data_directory: "/var/lib/postgresql/15/main".into(),
+        source: None,
         owner: "postgres".into(),
         group: "postgres".into(),
         superuser: None,

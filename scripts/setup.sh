@@ -164,7 +164,7 @@ fi
 # root mounts by itself; others need the setuid helper
 [ "$(id -u)" = 0 ] || command -v fusermount3 > /dev/null || apt_install fuse3
 if [ -n "$bench" ]; then
-    for program in pgbackrest fio python3; do
+    for program in pgbackrest fio python3 zstd; do
         command -v "$program" > /dev/null || apt_install "$program"
     done
 fi

@@ -2,7 +2,7 @@
 
 
 def measure(bench):
-    sides = {"ours": bench.ours.backup, "peer": bench.peer.backup}
+    sides = {"ours": bench.ours.first_backup, "peer": bench.peer.backup}
     values = bench.in_turns(sides)
     seconds = {side: [ran.seconds for ran, _ in runs] for side, runs in values.items()}
     work = {side: [ran.processor_seconds for ran, _ in runs] for side, runs in values.items()}

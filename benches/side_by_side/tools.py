@@ -45,13 +45,25 @@ class Pgcairn:
     def __call__(self, *words, user="postgres", env=None, arguments=None):
         return self.bench.run(self.bench.pgcairn, *(arguments or self.arguments), *words, user=user, env=env)
 
-    def backup(self):
-        """Takes a full backup; gives the run, and the bytes it stored beside WAL."""
+    def fresh(self):
+        """An empty repository: a full backup into one that has backups would store next to nothing."""
+        shutil.rmtree(self.repo, ignore_errors=True)
+        self("stanza-create", *self.server)
+
+    def backup(self, kind="full"):
+        """Takes a backup; gives the run, and the bytes it stored beside WAL."""
         self.cluster.archive_with(self.archive_command)
         before = self.stored()
         self.bench.settle()
-        ran = self("backup", "--type", "full", "--process-max", 2, *self.server)
+        ran = self("backup", "--type", kind, "--process-max", 2, *self.server)
         return ran, self.stored() - before
+
+    def first_backup(self):
+        self.fresh()
+        return self.backup()
+
+    def packs(self):
+        return sum(1 for path in (self.repo / "chunk").rglob("*") if path.is_file())
 
     def stored(self):
         return self.bench.tree_bytes(self.repo / "chunk", self.repo / "backup")
@@ -87,15 +99,15 @@ class PgBackRest:
     def __call__(self, *words):
         return self.bench.run(*self.command, *words)
 
-    def backup(self):
+    def backup(self, kind="full"):
         self.cluster.archive_with(self.archive_command)
         before = self.stored()
         self.bench.settle()
-        ran = self("--type=full", "backup")
+        ran = self(f"--type={kind}", "backup")
         return ran, self.stored() - before
 
     def stored(self):
-        return self.bench.tree_bytes(*(self.repo / "backup" / STANZA).glob("*F"))
+        return self.bench.tree_bytes(*(self.repo / "backup" / STANZA).glob("*[FDI]"))
 
     def ensure(self):
         if not list((self.repo / "backup" / STANZA).glob("*F")):

@@ -129,6 +129,7 @@ fn options(cluster: &Cluster) -> BackupOptions {
         kind: Wanted::Kind(BackupKind::Full),
         checksum: false,
         conninfo: cluster.conninfo().to_owned(),
+        primary: None,
         process_max: 2,
         buffer_bytes: 128 << 20,
         level: 1,

@@ -15,12 +15,14 @@ use crate::write::schedule::Schedule;
 
 /// Back up the running cluster
 ///
-/// Reads the data directory of the server on this machine; the server goes on working. A backup is complete in itself and
+/// Reads the data directory of the server on this machine, which may be a standby; the server goes on working. A backup is complete in itself and
 /// becomes visible only when every byte of it, and all WAL it needs, is in the repository.
 #[derive(Debug, Args)]
 pub(super) struct Backup {
     #[command(flatten)]
     server: super::pg::ServerOptions,
+    #[command(flatten)]
+    primary: super::pg::PrimaryOptions,
     /// Kind of backup: full reads every file; diff and incr only those that changed since the last full, or the last backup;
     /// auto takes what is due by --full-every and --diff-every
     #[arg(long = "type", env = "PGCAIRN_TYPE", value_name = "TYPE", default_value = "incr")]
@@ -99,6 +101,7 @@ impl Backup {
             },
             checksum: self.checksum,
             conninfo: self.server.pg.clone(),
+            primary: self.primary.pg_primary.clone(),
             process_max: self.process_max.unwrap_or_else(default_process_max),
             buffer_bytes: self.buffer_size as usize,
             level: self.compress_level,

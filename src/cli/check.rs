@@ -5,15 +5,20 @@ use clap::Args;
 use super::options::Common;
 use super::output;
 use crate::error::{Context, Result};
+use crate::format::manifest::Database;
 use crate::postgres::SegmentSize;
-use crate::write::check::{identify, prove_archiving};
+use crate::repo::Repository;
+use crate::write::check::{identify, prove_archiving, read_control};
 use crate::write::server::{Archiving, Server};
+use crate::write::standby;
 
 /// Check that backups can work: the server, the stanza, and that WAL arrives in the archive
 #[derive(Debug, Args)]
 pub(super) struct Check {
     #[command(flatten)]
     server: super::pg::ServerOptions,
+    #[command(flatten)]
+    primary: super::pg::PrimaryOptions,
     /// Seconds to wait for a WAL segment to be archived
     #[arg(long, env = "PGCAIRN_ARCHIVE_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
     archive_timeout: u64,
@@ -38,6 +43,10 @@ impl Check {
         database.id = info.current()?.id;
         let ok = format!("stanza {} is PostgreSQL {}, {}", repository.stanza, database.version, database.system_id);
         output::line(&ok);
+        let timeout = Duration::from_secs(self.archive_timeout);
+        if server.in_recovery {
+            return self.standby(&mut server, &repository, &database, timeout);
+        }
         if server.archiving == Archiving::Off {
             output::line(
                 "archive_mode is off: backups store the WAL they need, a point in time between them is not kept",
@@ -46,9 +55,32 @@ impl Check {
         }
         tell_waiting(&mut server);
         let size = SegmentSize::new(database.wal_segment_size).context(|| "pg_control".into())?;
-        let timeout = Duration::from_secs(self.archive_timeout);
         let segment = prove_archiving(&mut server, &repository.archive(&database), size, timeout)?;
         output::line(&format!("WAL segment {segment} was archived"));
+        Ok(())
+    }
+
+    fn standby(
+        &self,
+        server: &mut Server,
+        repository: &Repository,
+        database: &Database,
+        timeout: Duration,
+    ) -> Result<()> {
+        output::line("the server is a standby");
+        let archive = repository.archive(database);
+        let size = SegmentSize::new(database.wal_segment_size).context(|| "pg_control".into())?;
+        if let Some(primary) = &self.primary.pg_primary {
+            let segment = standby::prove_primary_archives(primary, server, &archive, size, timeout)?;
+            output::line(&format!("WAL segment {segment} was archived"));
+            return Ok(());
+        }
+        let (_, control) = read_control(&server.data_directory)?;
+        let start = (standby::timeline(&control, None)?, control.checkpoint.redo);
+        output::line(&match standby::prove_archived(server, &archive, database, start, timeout)? {
+            Some(segment) => format!("WAL segment {segment}, the last that was replayed to its end, is in the archive"),
+            None => "no WAL segment was replayed to its end since the last checkpoint: name the primary with --pg-primary to see whether it archives".into(),
+        });
         Ok(())
     }
 }

@@ -15,6 +15,14 @@ pub(super) struct ServerOptions {
     pub(super) pg: String,
 }
 
+/// Where a standby's primary is.
+#[derive(Debug, Args)]
+pub(super) struct PrimaryOptions {
+    /// With a standby as the server: its primary, which is asked to end WAL segments
+    #[arg(long, env = "PGCAIRN_PG_PRIMARY", value_name = "CONNINFO")]
+    pub(super) pg_primary: Option<String>,
+}
+
 /// The directory of `major`'s programs: the one given, or found where distributions put it.
 pub(super) fn programs(major: u32, given: Option<&Path>) -> Result<PathBuf> {
     let candidates: Vec<PathBuf> = match given {

@@ -18,7 +18,7 @@ pub(super) struct StanzaUpgrade {
 
 impl StanzaUpgrade {
     pub(super) fn run(self, common: &Common) -> Result<()> {
-        let server = Server::connect(&self.server.pg)?;
+        let server = Server::connect_primary(&self.server.pg, "--pg")?;
         let database = identify(&server)?;
         let repository = common.repository()?;
         let (version, system_id) = (database.version, database.system_id);

@@ -74,6 +74,19 @@ pub struct PageErrors {
     pub blocks: Vec<u64>,
 }
 
+/// Which files a backup read: their times say something about those of another backup only if host, mark and data directory
+/// are the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Source {
+    /// true: those of a standby
+    pub standby: bool,
+    /// name of the machine
+    pub host: String,
+    /// inode and time of the data directory's PG_VERSION, others when the directory was made anew
+    pub mark: String,
+}
+
 /// Sizes of a backup in bytes, and its number of files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -124,6 +137,9 @@ pub struct Description {
     pub database: Database,
     /// the data directory on the source
     pub data_directory: String,
+    /// which files were read; unknown in backups by pgcairn before it knew standbys
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
     /// user name that owned it
     pub owner: String,
     /// group name that owned it

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::assemble::{Assembler, Done, Totals};
-use super::check::{await_segments, identify, prove_archiving, read_control};
+use super::check::{await_segments, identify, prove_archiving, read_control, source};
 use super::compared::{Compared, Packs, compared};
 use super::copy::{Files, copy};
 use super::cut::{Cut, Cutting, Lanes, Worker};
@@ -20,12 +20,13 @@ use super::scan::{Scan, Scanned, ScannedKind, scan};
 use super::schedule::Schedule;
 use super::server::{Archiving, Server, Stopped};
 use super::source::Pages;
+use super::standby;
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::PackId;
 use crate::format::info::LockKind;
-use crate::format::manifest::{Database, Description, PackUse, Sizes, Tablespace};
+use crate::format::manifest::{Database, Description, PackUse, Sizes, Source, Tablespace};
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
-use crate::postgres::{BackupKind, Label, Layout, Lsn, SegmentName, SegmentSize, Timeline};
+use crate::postgres::{BackupKind, ControlFile, Label, Layout, Lsn, SegmentName, SegmentSize, Timeline};
 use crate::progress::Monitor;
 use crate::repo::wal::wal_identity;
 use crate::repo::{Repository, keys};
@@ -40,6 +41,8 @@ pub struct BackupOptions {
     pub checksum: bool,
     /// libpq conninfo of the server
     pub conninfo: String,
+    /// libpq conninfo of the primary, when the server is a standby
+    pub primary: Option<String>,
     /// threads that read, hash and compress
     pub process_max: usize,
     /// bytes of packs held in memory at once
@@ -85,6 +88,7 @@ struct Started {
     start_lsn: Lsn,
     start_time: i64,
     wal_stored: bool,
+    source: Source,
 }
 
 /// What copying gave: everything of the manifest but its description.
@@ -130,7 +134,10 @@ fn attempt(
     let prior = compared.as_ref().map(|of| of.description.label.clone());
     let started = start(repository, &mut server, database, kind, prior, options, monitor)?;
     lock.set_note(&started.label.to_string());
-    let compared = compared.map(|parent| parent.on_timeline(repository, started.timeline, options)).transpose()?;
+    let trust = |parent: Compared| {
+        parent.trusted(repository, started.timeline, &server.data_directory, &started.source, options)
+    };
+    let compared = compared.map(trust).transpose()?;
     let left = if lock.dead_backups()?.is_empty() { HashMap::new() } else { left_behind(repository)? };
     let mut copied = copy_all(repository, &mut server, &started, compared, left, options, monitor)?;
     let totals = copied.assembler.totals();
@@ -186,9 +193,12 @@ fn copy_all(
     let files = Files { found, parent: parent_files, now: started.start_time };
     let control = copy(&cutting, files, workers, &mut assembler, monitor)?;
     server.alive()?;
-    copy_control(&server.data_directory, control, started, &mut assembler)?;
+    let control = copy_control(server, control, started, &mut assembler)?;
     monitor.stage("stopping", 0);
     let stopped = server.stop_backup()?;
+    if server.in_recovery {
+        standby::prove_stop(server, &control, stopped.lsn)?;
+    }
     let stop_time = now_s();
     let segments = wal_needed(started, &stopped)?;
     let mut last = Worker::new(&cutting)?;
@@ -196,7 +206,11 @@ fn copy_all(
         true => read_wal(&mut last, started, &segments)?,
         false => {
             monitor.stage("waiting for WAL", 0);
-            await_segments(&repository.archive(&started.database), &segments, options.archive_timeout)?;
+            let (archive, timeout) = (repository.archive(&started.database), options.archive_timeout);
+            match server.in_recovery {
+                true => standby::await_wal(options.primary.as_deref(), server, &archive, &segments, timeout)?,
+                false => await_segments(&archive, &segments, timeout)?,
+            }
             Vec::new()
         }
     };
@@ -239,6 +253,7 @@ fn describe(
         wal_stored: started.wal_stored,
         database: started.database,
         data_directory: server.data_directory.display().to_string(),
+        source: Some(started.source),
         owner,
         group,
         superuser: Some(server.bootstrap_superuser()?),
@@ -293,29 +308,48 @@ fn start(
     options: &BackupOptions,
     monitor: &dyn Monitor,
 ) -> Result<Started> {
-    let wal_stored = match options.wal {
-        WalChoice::Auto => server.archiving == Archiving::Off,
-        WalChoice::Archive if server.archiving == Archiving::Off => {
-            return Err(Error::new("archive_mode is off")
-                .hint("set archive_mode = on and an archive_command, or let the backup store its WAL: --wal=stored"));
-        }
-        WalChoice::Archive => false,
-        WalChoice::Stored => true,
-    };
+    let wal_stored = is_wal_stored(server, options)?;
     let size = SegmentSize::new(database.wal_segment_size).context(|| "pg_control".into())?;
-    match wal_stored {
-        true => server.hold_wal()?,
-        false => {
-            monitor.stage("checking the archive", 0);
-            prove_archiving(server, &repository.archive(&database), size, options.archive_timeout)?;
+    let (archive, timeout) = (repository.archive(&database), options.archive_timeout);
+    if !wal_stored {
+        monitor.stage("checking the archive", 0);
+    }
+    match (wal_stored, server.in_recovery, &options.primary) {
+        (true, ..) => server.hold_wal()?,
+        (false, false, _) => prove_archiving(server, &archive, size, timeout).map(|_| ())?,
+        (false, true, Some(primary)) => {
+            standby::prove_primary_archives(primary, server, &archive, size, timeout).map(|_| ())?;
         }
+        // seen once the backup has begun
+        (false, true, None) => {}
     }
     let label = next_label(repository, kind, prior.as_deref())?;
     monitor.stage("waiting for a checkpoint", 0);
     let start_lsn = server.start_backup(&format!("pgcairn backup {label}"), options.start_fast)?;
     let timeline = proven_start(server, start_lsn)?;
+    if server.in_recovery {
+        monitor.stage("checking the archive", 0);
+        standby::prove_archived(server, &archive, &database, (timeline, start_lsn), timeout)?;
+    }
     let prior = prior.filter(|_| kind != BackupKind::Full);
-    Ok(Started { database, label, prior, timeline, start_lsn, start_time: now_s(), wal_stored })
+    let source = source(server)?;
+    Ok(Started { database, label, prior, timeline, start_lsn, start_time: now_s(), wal_stored, source })
+}
+
+fn is_wal_stored(server: &Server, options: &BackupOptions) -> Result<bool> {
+    let off = server.archiving == Archiving::Off;
+    match (options.wal, server.in_recovery) {
+        (WalChoice::Stored, true) => {
+            Err(Error::new("a standby cannot end the WAL segment that the backup would store last")
+                .hint("leave --wal=stored out: a backup from a standby takes its WAL from the archive"))
+        }
+        (_, true) => Ok(false),
+        (WalChoice::Archive, false) if off => Err(Error::new("archive_mode is off")
+            .hint("set archive_mode = on and an archive_command, or let the backup store its WAL: --wal=stored")),
+        (WalChoice::Auto, false) => Ok(off),
+        (WalChoice::Archive, false) => Ok(false),
+        (WalChoice::Stored, false) => Ok(true),
+    }
 }
 
 fn next_label(repository: &Repository, kind: BackupKind, prior: Option<&str>) -> Result<Label> {
@@ -336,7 +370,10 @@ fn proven_start(server: &mut Server, start_lsn: Lsn) -> Result<Timeline> {
         ))
         .hint("is this the data directory of the server that --pg names?"));
     }
-    Ok(control.checkpoint.timeline)
+    match server.in_recovery {
+        true => standby::timeline(&control, None),
+        false => Ok(control.checkpoint.timeline),
+    }
 }
 
 fn layout(database: &Database, major: crate::postgres::Major) -> Result<Layout> {
@@ -345,8 +382,11 @@ fn layout(database: &Database, major: crate::postgres::Major) -> Result<Layout> 
     Ok(Layout { tablespace_directory: major.tablespace_directory(), relation_segment_pages })
 }
 
-fn copy_control(root: &Path, found: Scanned, started: &Started, assembler: &mut Assembler) -> Result<()> {
-    let (bytes, parsed) = read_control(root)?;
+fn copy_control(server: &Server, found: Scanned, started: &Started, assembler: &mut Assembler) -> Result<ControlFile> {
+    let (bytes, parsed) = read_control(&server.data_directory)?;
+    if server.in_recovery {
+        standby::timeline(&parsed, Some(started.timeline))?;
+    }
     if parsed.checkpoint.timeline != started.timeline {
         return Err(Error::new(format!(
             "the server changed from timeline {} to {} during the backup",
@@ -354,7 +394,8 @@ fn copy_control(root: &Path, found: Scanned, started: &Started, assembler: &mut 
         ))
         .hint("run the backup again"));
     }
-    assembler.fill_control(&Scanned { kind: ScannedKind::File, ..found }, &bytes)
+    assembler.fill_control(&Scanned { kind: ScannedKind::File, ..found }, &bytes)?;
+    Ok(parsed)
 }
 
 /// The segments that hold the WAL from start to stop.

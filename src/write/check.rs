@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::server::{Archiving, Server};
 use crate::error::{Error, Result};
-use crate::format::manifest::Database;
-use crate::postgres::{CONTROL_FILE, ControlFile, SegmentName, SegmentSize};
+use crate::format::manifest::{Database, Source};
+use crate::postgres::{CONTROL_FILE, ClusterState, ControlFile, SegmentName, SegmentSize};
 use crate::repo::wal::Archive;
 
 /// How long pg_control is read again before its CRC counts as wrong.
@@ -43,6 +43,7 @@ pub fn identify(server: &Server) -> Result<Database> {
         ))
         .hint("pgcairn must run on the machine of the server it connects to"));
     }
+    works_there(server, &control)?;
     Ok(Database {
         id: 1,
         version: server.major.number(),
@@ -54,6 +55,42 @@ pub fn identify(server: &Server) -> Result<Database> {
         wal_page_size: control.wal_page_bytes,
         wal_segment_size: u64::from(control.wal_segment_size.bytes()),
         checksums: control.has_page_checksums(),
+    })
+}
+
+/// A primary and its standbys share their system identifier, and often the path too: so the state in pg_control must be that
+/// of this server, and postmaster.pid must name the same process.
+fn works_there(server: &Server, control: &ControlFile) -> Result<()> {
+    let other = |what: String| {
+        Err(Error::new(format!("{} is not the data directory of this server: {what}", server.data_directory.display()))
+            .hint("a standby has the system identifier of its primary; pgcairn must run on the machine of the server it connects to"))
+    };
+    let expected = if server.in_recovery { ClusterState::InArchiveRecovery } else { ClusterState::InProduction };
+    if control.state != expected {
+        return other(format!("it is {:?}, the server is {expected:?}", control.state));
+    }
+    let Some(theirs) = &server.postmaster else { return Ok(()) };
+    let path = server.data_directory.join("postmaster.pid");
+    let ours = std::fs::read_to_string(&path).map_err(|error| Error::io("read", &path, error))?;
+    // the process id and when it started
+    let process = |text: &str| [0, 2].map(|line| text.lines().nth(line).map(str::trim).map(str::to_owned));
+    match process(&ours) == process(theirs) {
+        true => Ok(()),
+        false => other("another process works in it".into()),
+    }
+}
+
+/// Which files a backup of this server reads.
+pub fn source(server: &Server) -> Result<Source> {
+    use std::os::unix::fs::MetadataExt;
+    // written once, when the directory is made
+    let path = server.data_directory.join("PG_VERSION");
+    let version = std::fs::metadata(&path).map_err(|error| Error::io("look at", &path, error))?;
+    let host = nix::unistd::gethostname().map_err(|error| Error::new("this machine has no name").source(error))?;
+    Ok(Source {
+        standby: server.in_recovery,
+        host: host.to_string_lossy().into_owned(),
+        mark: format!("{}-{}", version.ino(), version.mtime()),
     })
 }
 

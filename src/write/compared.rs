@@ -1,6 +1,7 @@
 //! What a backup builds on: the kind that can be taken, the backup it is compared with, what another left that died.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use super::backup::{BackupOptions, Wanted, now_s};
 use super::parent::{Parent, ParentFiles, Reuse};
@@ -8,7 +9,7 @@ use super::weights::Weights;
 use crate::error::{Error, Result};
 use crate::format::chunk::PackId;
 use crate::format::info::BackupSummary;
-use crate::format::manifest::{Database, Description, PackUse};
+use crate::format::manifest::{Database, Description, PackUse, Source};
 use crate::postgres::{BackupKind, Timeline};
 use crate::progress::Monitor;
 use crate::repo::Repository;
@@ -64,14 +65,22 @@ pub(super) fn compared(
 }
 
 impl Compared {
-    /// After a change of the timeline no time of a file is trusted.
-    pub(super) fn on_timeline(
+    /// The time of a file is trusted only in the directory that the parent read, and on the parent's timeline: machines that
+    /// replay the same WAL write the same file at different times, and different contents at the same time.
+    pub(super) fn trusted(
         self,
         repository: &Repository,
         timeline: Timeline,
+        data_directory: &Path,
+        source: &Source,
         options: &BackupOptions,
     ) -> Result<Self> {
-        if self.description.timeline == timeline.0 || options.checksum || !self.parent.reuse().unread {
+        let parent = &self.description;
+        let is_same = |of: &Source| (&of.host, &of.mark) == (&source.host, &source.mark);
+        let trusted = parent.timeline == timeline.0
+            && parent.data_directory == data_directory.display().to_string()
+            && parent.source.as_ref().is_some_and(is_same);
+        if trusted || options.checksum || !self.parent.reuse().unread {
             return Ok(self);
         }
         let reuse = Reuse { unread: false, ..self.parent.reuse() };

@@ -93,6 +93,8 @@ impl Lanes {
 pub struct Worker<'a> {
     cutting: &'a Cutting<'a>,
     encoder: Encoder,
+    /// for the few pages that changed in a leaf
+    dense: Encoder,
     data: Lane,
     buffer: Vec<u8>,
     stored: Vec<u8>,
@@ -115,10 +117,11 @@ struct Group {
 impl<'a> Worker<'a> {
     /// A worker of `cutting`.
     pub fn new(cutting: &'a Cutting<'a>) -> Result<Self> {
-        let encoder = Encoder::new(cutting.level).map_err(|error| Error::new("cannot set up zstd").source(error))?;
+        let encoder = |level| Encoder::new(level).map_err(|error| Error::new("cannot set up zstd").source(error));
+        let (encoder, dense) = (encoder(cutting.level)?, encoder(dense_level(cutting.level))?);
         let data = Lane::new(PackKind::Data, cutting.keys.seal_kind());
         let (buffer, pending) = (vec![0; SLOT], Pending::default());
-        Ok(Self { cutting, encoder, data, buffer, stored: Vec::with_capacity(CHUNK), pending })
+        Ok(Self { cutting, encoder, dense, data, buffer, stored: Vec::with_capacity(CHUNK), pending })
     }
 
     /// The data directory.
@@ -243,10 +246,8 @@ impl<'a> Worker<'a> {
         let seen = match self.cutting.dedup.get(&id) {
             Some(seen) => seen,
             None => {
-                let pending = std::mem::take(&mut self.pending);
-                let encoded = self.encode(&id, &pending.plain);
-                self.pending = pending;
-                encoded?;
+                let encoder = if placing.is_mostly_known() { &mut self.dense } else { &mut self.encoder };
+                encode(encoder, self.cutting.keys, &id, &self.pending.plain, &mut self.stored)?;
                 let chunk = self.data.add(self.cutting.uploads, id, self.pending.plain.len(), &self.stored)?;
                 let seen = Seen { chunk, offset: 0 };
                 self.cutting.dedup.insert(id, seen);
@@ -418,10 +419,20 @@ impl<'a> Worker<'a> {
     }
 
     fn encode(&mut self, id: &ChunkId, plain: &[u8]) -> Result<()> {
-        self.stored.clear();
-        let encoded = self.encoder.encode(self.cutting.keys, id, plain, &mut self.stored);
-        encoded.map_err(|error| Error::new("cannot compress").source(error))
+        encode(&mut self.encoder, self.cutting.keys, id, plain, &mut self.stored)
     }
+}
+
+/// Replaces `stored` by the stored form of a chunk.
+fn encode(encoder: &mut Encoder, keys: &Keys, id: &ChunkId, plain: &[u8], stored: &mut Vec<u8>) -> Result<()> {
+    stored.clear();
+    encoder.encode(keys, id, plain, stored).map_err(|error| Error::new("cannot compress").source(error))
+}
+
+/// The level for the few pages that changed: they compress worse alone than in their table, and are worth the time.
+fn dense_level(level: i32) -> i32 {
+    const MORE: i32 = 5;
+    if level > 1 { level + MORE } else { level }
 }
 
 /// The changes of small files one behind the other, and where each begins.

@@ -24,4 +24,5 @@ pub mod scan;
 pub mod schedule;
 pub mod server;
 pub mod source;
+pub mod standby;
 pub mod weights;

@@ -23,24 +23,34 @@ pub(super) struct Placing {
 struct Waiting {
     slot: usize,
     len: u32,
+    /// it is not taken over
+    fresh: bool,
     place: Option<(ChunkRef, u32)>,
 }
 
 impl Placing {
     /// Adds an extent that is stored already.
     pub(super) fn known(&mut self, slot: usize, extent: Extent) {
-        self.extents.push(Waiting { slot, len: extent.len, place: Some((extent.chunk, extent.offset)) });
+        let place = Some((extent.chunk, extent.offset));
+        self.extents.push(Waiting { slot, len: extent.len, fresh: false, place });
     }
 
     /// Adds an extent that waits for its chunk; returns its number.
     pub(super) fn waiting(&mut self, slot: usize, len: usize) -> usize {
-        self.extents.push(Waiting { slot, len: len as u32, place: None });
+        self.extents.push(Waiting { slot, len: len as u32, fresh: true, place: None });
         self.extents.len() - 1
     }
 
     /// Gives extent `number` its place.
     pub(super) fn place(&mut self, number: usize, chunk: ChunkRef, offset: u32) {
         self.extents[number].place = Some((chunk, offset));
+    }
+
+    /// True when little of what was read so far is to be stored.
+    pub(super) fn is_mostly_known(&self) -> bool {
+        let len = |of: &Waiting| u64::from(of.len);
+        let waiting: u64 = self.extents.iter().filter(|of| of.fresh).map(len).sum();
+        waiting * 8 <= self.extents.iter().map(len).sum()
     }
 
     /// The extents in file order; all must have their place.

@@ -11,6 +11,8 @@ use crate::postgres::{Lsn, Major, Timeline};
 const SLOT_NAME: &str = "pgcairn_backup";
 /// What a session that takes a backup calls itself.
 const BACKUP_NAME: &str = "pgcairn backup";
+/// Whether the server is a standby.
+const IN_RECOVERY: &str = "SELECT pg_is_in_recovery()";
 /// Key of the advisory lock that keeps two backups of one server apart.
 const LOCK_KEY: i64 = 0x7067_6361_6972_6e01;
 
@@ -25,6 +27,10 @@ pub struct Server {
     pub system_id: u64,
     /// how it archives WAL
     pub archiving: Archiving,
+    /// true: it is a standby
+    pub in_recovery: bool,
+    /// its postmaster.pid, where the user may see that
+    pub postmaster: Option<String>,
 }
 
 /// How a server archives WAL.
@@ -81,17 +87,27 @@ impl Server {
         let version: String = value(&mut client, "SHOW server_version_num")?;
         let version = version.parse().unwrap_or(0);
         let major = Major::from_server_version_num(version).context(|| "cannot back up this server".into())?;
-        let in_recovery = value(&mut client, "SELECT pg_is_in_recovery()")? == "t";
-        if in_recovery {
-            return Err(Error::new(format!("the server at {} is a standby", describe(&config)))
-                .hint("connect to the primary; backups from a standby are not supported yet"));
-        }
+        let in_recovery = value(&mut client, IN_RECOVERY)? == "t";
         let data_directory = PathBuf::from(value(&mut client, "SHOW data_directory")?);
         let system_id = value(&mut client, "SELECT system_identifier FROM pg_control_system()")?;
         let system_id =
             system_id.parse::<i64>().map(|id| id as u64).context(|| format!("system identifier {system_id}"))?;
         let archiving = archiving(&mut client, major)?;
-        Ok(Self { client, major, data_directory, system_id, archiving })
+        let may_read = value(&mut client, "SELECT has_function_privilege('pg_read_file(text)', 'EXECUTE')")? == "t";
+        let read = may_read.then(|| value(&mut client, "SELECT pg_read_file('postmaster.pid')"));
+        let postmaster = read.transpose()?;
+        Ok(Self { client, major, data_directory, system_id, archiving, in_recovery, postmaster })
+    }
+
+    /// As [`Self::connect`], for what a standby cannot do; `option` is what named the server.
+    pub fn connect_primary(conninfo: &str, option: &str) -> Result<Self> {
+        let server = Self::connect(conninfo)?;
+        match server.in_recovery {
+            true => {
+                Err(Error::new(format!("the server that {option} names is a standby")).hint("connect to the primary"))
+            }
+            false => Ok(server),
+        }
     }
 
     /// What the server wants archived and is not yet; `None` where nothing waits.
@@ -159,7 +175,17 @@ impl Server {
         } else {
             format!("SELECT pg_backup_start('{label}', {fast})")
         };
-        let lsn = self.value(&call).map_err(|error| error.hint("wal_level must be replica or logical"))?;
+        let hint = match self.in_recovery {
+            true => "the primary needs full_page_writes = on and a checkpoint since; the server's log may say more",
+            false => "wal_level must be replica or logical",
+        };
+        let lsn = self.value(&call).map_err(|error| error.hint(hint))?;
+        parse_lsn(&lsn)
+    }
+
+    /// How far a standby has replayed.
+    pub fn replayed(&mut self) -> Result<Lsn> {
+        let lsn = self.value("SELECT pg_last_wal_replay_lsn()")?;
         parse_lsn(&lsn)
     }
 
@@ -169,16 +195,24 @@ impl Server {
             true => "SELECT lsn, labelfile, spcmapfile FROM pg_stop_backup(false, false)",
             false => "SELECT lsn, labelfile, spcmapfile FROM pg_backup_stop(false)",
         };
-        let row = row(&mut self.client, call)?;
+        let row = row(&mut self.client, call).map_err(|error| match self.in_recovery {
+            true => error.hint(
+                "the standby was promoted, or replayed what the primary wrote with full_page_writes = off; run the backup again",
+            ),
+            false => error,
+        })?;
         let column = |number: usize| row.get(number).cloned().flatten().unwrap_or_default();
         Ok(Stopped { lsn: parse_lsn(&column(0))?, backup_label: column(1), tablespace_map: column(2) })
     }
 
-    /// Fails when the session is gone: a backup whose session died is void.
+    /// Fails when the session is gone, or the standby was promoted: the backup is void then.
     pub fn alive(&mut self) -> Result<()> {
-        self.value("SELECT 1")
-            .map(drop)
-            .map_err(|error| error.hint("the server was stopped or the connection was cut; run the backup again"))
+        let gone = |error: Error| error.hint("the server was stopped or the connection was cut; run the backup again");
+        let in_recovery = self.value(IN_RECOVERY).map_err(gone)? == "t";
+        match self.in_recovery == in_recovery {
+            true => Ok(()),
+            false => Err(Error::new("the standby was promoted during the backup").hint("run the backup again")),
+        }
     }
 
     fn value(&mut self, sql: &str) -> Result<String> {

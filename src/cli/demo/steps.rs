@@ -76,7 +76,7 @@ fn take_backup(shell: &mut Shell, source: &Server, costs: &mut Costs) -> Result<
     let before = fingerprint_of(shell, &source.conninfo(), |name| !name.starts_with("pgbench_"))?;
     shell.chapter("A full backup", &["The server goes on working: pgbench changes accounts all the while."])?;
     shell.run_in_background(As::Caller, &format!("pgbench -n -R 100 -T 3600 \"{}\"", source.conninfo()))?;
-    costs.backup = shell.run(As::Server, "pgcairn backup")?.took;
+    costs.backup = shell.run(As::Server, "pgcairn backup --type full")?.took;
     shell.stop_background();
     shell.run(As::Server, "pgcairn info")?;
     costs.sizes(&shell.read(As::Server, Path::new("pgcairn"), &["info", "--output", "json"])?)?;

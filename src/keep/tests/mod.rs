@@ -427,6 +427,7 @@ fn description(
         wal_stored: false,
         database: database(),
         data_directory: "/data".into(),
+        source: None,
         owner: "postgres".into(),
         group: "postgres".into(),
         superuser: None,
