@@ -94,7 +94,7 @@ def whole_pack(data, kind):  # 3
     need(len(data) >= 120 and data[:8] == b"PGCNPACK" and data[-8:] == b"PGCNPEND", "magic")
     need(struct.unpack("<H", data[8:10]) == (1,) and data[10] == kind, "version or kind")
     if data[11] == 2:
-        raise SystemExit("this repository is encrypted (seal 2): this reader does not decrypt")
+        raise SystemExit("this stanza is encrypted (seal 2; section 12): this reader does not decrypt, \"pgcairn\" with its passphrase does")
     need(data[11] == 1, "the seal byte")
     start, length, reserved = struct.unpack("<QII", data[-88:-72])
     need(start + length == len(data) - 88 and length % 48 == 0, "the footer's place")

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use pgcairn::format::chunk::{ChunkRef, Encoder, Keys, PackId};
+use pgcairn::format::key::Passphrase;
 use pgcairn::format::manifest::{
     BlockWriter, Database, Description, Entry, File, Node, PackUse, Place, Sizes, Tablespace, encode_description,
     encode_own, encode_packs, path_cmp,
@@ -382,5 +383,10 @@ fn main() -> Result<()> {
     let mut sizes = HashMap::new();
     let old = full(&plain, &mut sizes)?;
     incremental(&plain, &old, &mut sizes)?;
-    encrypted(&repository(&format!("{root}-encrypted"), files::SECRET)?)
+    let encrypted_root = format!("{root}-encrypted");
+    encrypted(&repository(&encrypted_root, files::SECRET)?)?;
+    let store: Arc<dyn Store> = Arc::new(DirectoryStore::open(Path::new(&encrypted_root), true)?);
+    let passphrase = Passphrase::new(files::PASSPHRASE.into()).ok_or("no passphrase")?;
+    Repository::new(store, files::LOCKED)?.create_secret(&passphrase)?.create_stanza(database())?;
+    Ok(())
 }

@@ -16,12 +16,12 @@
 //!   into a backup.
 //! - [`write`](mod@write): PGDATA to packs. Session with the server (a primary, or a standby: [`write::standby`]), scan, cut into slots, pack, commit; the push of WAL files.
 //! - [`format`](mod@format): every stored byte layout. `docs/format.md` says the same in prose, `docs/reader.py` proves the prose.
-//! - [`repo`]: keys, the catalog, the WAL archive, locks: what writing, reading and keeping share.
+//! - [`repo`]: keys, the catalog, the WAL archive, locks, the secret of an encrypted stanza ([`repo::unlock`]): what writing, reading and keeping share.
 //! - [`spool`]: the local directory in which the archive's background workers leave answers for the calls that come later.
 //! - [`store`]: where objects live: a directory, S3, memory; decorated by retry, recording and faults.
 //! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore. A point in time
 //!   becomes a backup and a recovery: [`read::point`] is the grammar, [`read::horizon`] what can be reached, [`read::course`] the way.
-//! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep, verify, repair.
+//! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep, verify, repair, another passphrase.
 //! - `pgcairn_mount`, a crate of its own: a FUSE filesystem over any `Tree`, with a copy-on-write scratch.
 //! - [`error`], [`progress`]: how failures and long work are told; nothing but `cli` prints.
 //!
@@ -51,6 +51,12 @@
 //! 8. **A clone can never push WAL into its source's archive.** Every view that is mounted, and every restored copy unless asked
 //!    otherwise, has `archive_mode = off` in `postgresql.auto.conf` ([`read::view::ViewOptions::copy`]); `start` says it on the command
 //!    line too; `archive-push` refuses the WAL of another cluster, and other content under a known name. Test: `tests/golden.rs`.
+//!
+//! 9. **In an encrypted stanza nothing is stored, and nothing is believed, that is not sealed with its secret**, but for the object
+//!    that holds the secret, wrapped by a passphrase. A program without the passphrase stops before it writes. Held by
+//!    `repo::Repository::open`, by [`format::info::decode`] and by the seal in every pack's header. Tests: theirs, and
+//!    `integration/tests/encrypted.rs`, which searches every object for what must not be there. There is always a passphrase that
+//!    opens, wherever a change of it dies: `keep::passwd`'s tests.
 //!
 //! Further: there is one place where sync code waits for async code (`store::s3::bridge`), and the library prints nowhere. Both
 //! are lints, and `tests/architecture.rs` holds them too.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pgcairn::format::chunk::{ChunkRef, Encoder, Keys, PackId};
+use pgcairn::format::key::Passphrase;
 use pgcairn::format::manifest::{File, Node, PackUse, Place};
 use pgcairn::format::map::{Leaf, LeafRef, SlotChange, apply_changes, changes_base, decode_changes, decode_index};
 use pgcairn::format::seal::SealKind;
@@ -48,7 +49,7 @@ fn repository() -> (tempfile::TempDir, Repository) {
     (place, Repository::new(store, files::STANZA).unwrap())
 }
 
-/// A copy of the encrypted one, to be read with `secret`. It has no info objects.
+/// A copy of the encrypted one, to be read with `secret`. Its stanza has no info objects.
 fn encrypted(secret: &[u8]) -> (tempfile::TempDir, Repository) {
     let place = tempfile::tempdir().unwrap();
     copy(&golden("v1-encrypted"), place.path());
@@ -393,4 +394,15 @@ fn archived_files_are_delivered() {
         assert_eq!(fs::read(&target).unwrap(), content, "{name}");
     }
     assert!(matches!(wal::get(&repository, "000000020000000000000013", &target), Err(wal::GetError::NotThere)));
+}
+
+#[test]
+fn a_passphrase_opens_what_was_encrypted_under_it() {
+    let (_place, other) = encrypted(files::SECRET);
+    let passphrase = |text: &str| Passphrase::new(text.into()).unwrap();
+    let open = |text| Repository::open(other.store.clone(), files::LOCKED, Some(&passphrase(text)));
+    let repository = open(files::PASSPHRASE).unwrap();
+    assert_eq!(repository.archive_info().unwrap().current().unwrap().system_id, files::SYSTEM_ID);
+    assert!(repository.backup_info().unwrap().backups.is_empty());
+    assert!(open("another").is_err());
 }

@@ -1,7 +1,9 @@
 //! A stanza of a throwaway repository: the arguments every run needs, its mounts, and the clones started from it.
 
 use std::ffi::OsStr;
+use std::fs::{self, Permissions};
 use std::ops::Deref;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -14,6 +16,9 @@ use crate::place::Place;
 
 /// The stanza's name.
 pub const NAME: &str = "main";
+
+/// Tells where the passphrase is.
+pub const PASS_FILE: &str = "PGCAIRN_REPO_CIPHER_PASS_FILE";
 
 /// A stanza called [`NAME`] and where its runs keep their things.
 #[derive(Debug)]
@@ -50,6 +55,19 @@ impl Stanza {
             self.environment.push((name.to_owned(), self.place.directory(directory).display().to_string()));
         }
         self.environment.push(("PGCAIRN_ARCHIVE_ASYNC".to_owned(), "y".to_owned()));
+        self
+    }
+
+    /// From now on its runs have a passphrase, in a file that the server's user may read.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn with_passphrase(mut self, passphrase: &str) -> Self {
+        let file = self.place.directory("passphrase").join("first");
+        fs::write(&file, format!("{passphrase}\n")).expect("the passphrase can be written");
+        fs::set_permissions(&file, Permissions::from_mode(0o600)).expect("its mode can be set");
+        install::give_to_server_user(&file);
+        self.environment.push((PASS_FILE.to_owned(), file.display().to_string()));
         self
     }
 
@@ -150,8 +168,7 @@ impl Stanza {
     #[track_caller]
     pub fn assert_nothing_left(&self) {
         let clones = self.place.join("clones");
-        let left: Vec<_> =
-            std::fs::read_dir(&clones).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        let left: Vec<_> = fs::read_dir(&clones).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         assert!(left.is_empty(), "clones are left: {left:?}");
         let left = self.place.leftovers();
         assert!(left.is_empty(), "{left:?}");
@@ -183,7 +200,7 @@ impl StartedClone<'_> {
     /// # Panics
     /// When it does not run.
     pub fn pid(&self) -> i32 {
-        let text = std::fs::read_to_string(self.data_directory().join("postmaster.pid")).expect("the server runs");
+        let text = fs::read_to_string(self.data_directory().join("postmaster.pid")).expect("the server runs");
         text.lines().next().and_then(|line| line.parse().ok()).expect("a process id")
     }
 
@@ -192,7 +209,7 @@ impl StartedClone<'_> {
     /// # Panics
     /// When it is gone.
     pub fn daemon(&self) -> i32 {
-        let status = std::fs::read_to_string(self.data_directory().join(".pgcairn/status")).expect("the mount answers");
+        let status = fs::read_to_string(self.data_directory().join(".pgcairn/status")).expect("the mount answers");
         number(&status, "pid") as i32
     }
 
@@ -228,5 +245,5 @@ pub fn number(status: &str, name: &str) -> u64 {
 /// # Panics
 /// When it cannot be read.
 pub fn status(path: &Path) -> String {
-    std::fs::read_to_string(path.join(".pgcairn/status")).expect("a mount has a status")
+    fs::read_to_string(path.join(".pgcairn/status")).expect("a mount has a status")
 }

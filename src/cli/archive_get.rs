@@ -75,7 +75,7 @@ impl ArchiveGet {
                 Err(error) => tracing::warn!(%error, "the spool is of no use, so the archive is asked"),
             }
         }
-        let repository = common.repository(false).map_err(GetError::Failed)?;
+        let repository = common.repository_of_archive().map_err(GetError::Failed)?;
         let found = || {
             let Some(ahead) = &ahead else { return };
             match follow(&ahead.spool, ahead.segment) {

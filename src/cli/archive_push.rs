@@ -43,7 +43,7 @@ impl ArchivePush {
                 Ok(Ok(Asked::Alone(error))) | Err(error) => warn(&self.path, &error),
             }
         }
-        let repository = common.repository(false)?;
+        let repository = common.repository_of_archive()?;
         match push(&repository, &self.path, self.compress_level)? {
             Pushed::New => tracing::info!(file = %self.path.display(), "archived"),
             Pushed::AlreadyThere => tracing::warn!(file = %self.path.display(), "the archive already has this file"),

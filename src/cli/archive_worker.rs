@@ -157,7 +157,7 @@ impl Get {
             idle: Duration::from_secs(self.idle),
             wal: self.wal,
         };
-        read::ahead::fetch_ahead(&spool, &options, &|| common.repository(false))
+        read::ahead::fetch_ahead(&spool, &options, &|| common.repository())
     }
 }
 
@@ -178,7 +178,7 @@ pub(super) fn start(common: &Common, work: &[String]) -> Result<Watch> {
     arguments.push("archive-worker".into());
     arguments.extend_from_slice(work);
     let stanza = common.stanza.as_deref().unwrap_or_default();
-    let mut child = daemon::launch(&arguments, common.secret(), &daemon::log_path(&format!("archive-{stanza}")))?;
+    let mut child = daemon::launch(&arguments, &common.secrets(), &daemon::log_path(&format!("archive-{stanza}")))?;
     Ok(Box::new(move || match child.try_wait() {
         Ok(None) => Fate::Alive,
         Ok(Some(status)) if status.success() => Fate::Ended,

@@ -90,7 +90,7 @@ enum PageErrors {
 
 impl Backup {
     pub(super) fn run(self, common: &Common) -> Result<()> {
-        let repository = common.repository(false)?;
+        let repository = common.repository()?;
         let progress = Progress::new(self.output == Output::Json);
         let options = BackupOptions {
             kind: match self.kind {

@@ -26,7 +26,7 @@ pub(super) struct Check {
 
 impl Check {
     pub(super) fn run(self, common: &Common) -> Result<()> {
-        let found = common.repository(false).and_then(|repository| Ok((repository.archive_info()?, repository)));
+        let found = common.repository().and_then(|repository| Ok((repository.archive_info()?, repository)));
         let (info, repository) = match found {
             Ok(found) => found,
             Err(error) => {

@@ -22,7 +22,7 @@ pub(super) fn is_child() -> bool {
 ///
 /// # Errors
 /// What the child failed of, in its own words.
-pub(super) fn spawn(arguments: &[String], secret: Option<(&str, &str)>, log: &Path) -> Result<u32> {
+pub(super) fn spawn(arguments: &[String], secrets: &[(&str, &str)], log: &Path) -> Result<u32> {
     if let Some(parent) = log.parent() {
         fs::create_dir_all(parent).map_err(|error| Error::io("create", parent, error))?;
     }
@@ -30,7 +30,7 @@ pub(super) fn spawn(arguments: &[String], secret: Option<(&str, &str)>, log: &Pa
     let log_file = log_file.map_err(|error| Error::io("open the log", log, error))?;
     let program = std::env::current_exe().map_err(|error| Error::io("find", Path::new("pgcairn"), error))?;
     let mut command = Command::new(&program);
-    command.args(arguments).env(VARIABLE, "1").envs(secret).current_dir("/");
+    command.args(arguments).env(VARIABLE, "1").envs(secrets.iter().copied()).current_dir("/");
     // glibc keeps an arena of its own for each of many threads, full of freed buffers: measured, this halves the daemon
     command.env("MALLOC_ARENA_MAX", "2").env("MALLOC_MMAP_THRESHOLD_", "1000000");
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log_file).spawn();
@@ -50,7 +50,7 @@ pub(super) fn spawn(arguments: &[String], secret: Option<(&str, &str)>, log: &Pa
 }
 
 /// Starts this program with `arguments` in the background, and does not wait for anything.
-pub(super) fn launch(arguments: &[String], secret: Option<(&str, &str)>, log: &Path) -> Result<Child> {
+pub(super) fn launch(arguments: &[String], secrets: &[(&str, &str)], log: &Path) -> Result<Child> {
     // a log that cannot be written is no reason not to work
     let log_file = log.parent().and_then(|parent| {
         fs::create_dir_all(parent).ok()?;
@@ -59,7 +59,7 @@ pub(super) fn launch(arguments: &[String], secret: Option<(&str, &str)>, log: &P
     let log_file = log_file.map_or_else(Stdio::null, Stdio::from);
     let program = std::env::current_exe().map_err(|error| Error::io("find", Path::new("pgcairn"), error))?;
     let mut command = Command::new(&program);
-    command.args(arguments).envs(secret).current_dir("/");
+    command.args(arguments).envs(secrets.iter().copied()).current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file);
     command.spawn().map_err(|error| Error::io("start", &program, error))
 }

@@ -27,7 +27,7 @@ pub(super) struct Expire {
 
 impl Expire {
     pub(super) fn run(self, common: &Common) -> Result<()> {
-        let repository = common.repository(false)?;
+        let repository = common.repository()?;
         let progress = Progress::new(self.output == Output::Json);
         let options = self.retention.expire(self.set, false, self.dry_run);
         let report = expire(&repository, &options, &progress)?;

@@ -30,6 +30,9 @@ pub(super) struct Info {
 /// Everything known of one stanza.
 struct Stanza {
     name: String,
+    is_encrypted: bool,
+    /// it is encrypted, and no passphrase is given: nothing else is known
+    is_locked: bool,
     archive: ArchiveInfo,
     backups: BackupInfo,
     /// oldest and newest segment, for each cluster of the stanza
@@ -51,13 +54,22 @@ struct Reach {
 impl Info {
     pub(super) fn run(self, common: &Common) -> Result<()> {
         let store = common.store(false)?;
-        let names = match &common.stanza {
-            Some(name) => vec![name.clone()],
-            None => stanzas(&store)?,
-        };
+        let passphrase = common.cipher.passphrase()?;
         let mut found = Vec::new();
-        for name in names {
-            found.push(self.stanza(&Repository::new(store.clone(), &name)?)?);
+        match &common.stanza {
+            Some(name) => found.push(self.stanza(&Repository::open(store.clone(), name, passphrase.as_ref())?)?),
+            None => {
+                for name in stanzas(&store)? {
+                    let open = Repository::new(store.clone(), &name)?;
+                    found.push(match (open.has_secret()?, &passphrase) {
+                        (true, None) => Stanza::locked(name),
+                        (true, Some(passphrase)) => {
+                            self.stanza(&Repository::open(open.store, &name, Some(passphrase))?)?
+                        }
+                        (false, _) => self.stanza(&open)?,
+                    });
+                }
+            }
         }
         match self.output {
             Output::Json => {
@@ -82,7 +94,8 @@ impl Info {
         let mut locks = repository.locks()?;
         locks.retain(|lock| !lock.dead);
         let reach = self.reach(repository)?;
-        Ok(Stanza { name: repository.stanza.clone(), archive, backups, wal, locks, reach })
+        let (name, is_encrypted) = (repository.stanza.clone(), repository.keys.is_secret());
+        Ok(Stanza { name, is_encrypted, is_locked: false, archive, backups, wal, locks, reach })
     }
 
     fn reach(&self, repository: &Repository) -> Result<Vec<Reach>> {
@@ -97,13 +110,22 @@ impl Info {
 }
 
 impl Stanza {
+    fn locked(name: String) -> Self {
+        let (archive, backups) = (ArchiveInfo::default(), BackupInfo::default());
+        let (wal, locks, reach) = (Vec::new(), Vec::new(), Vec::new());
+        Self { name, is_encrypted: true, is_locked: true, archive, backups, wal, locks, reach }
+    }
+
     fn backup_runs(&self) -> bool {
         self.locks.iter().any(|lock| lock.kind() == Some(LockKind::Backup))
     }
 }
 
 fn to_text(stanza: &Stanza) {
-    output::line(&format!("stanza: {}", stanza.name));
+    output::line(&format!("stanza: {}{}", stanza.name, if stanza.is_encrypted { " (encrypted)" } else { "" }));
+    if stanza.is_locked {
+        return output::line("    nothing can be read without its passphrase");
+    }
     for (database, wal) in stanza.archive.history.iter().zip(&stanza.wal) {
         output::line(&format!("    PostgreSQL {}, system identifier {}", database.version, database.system_id));
         output::line(&match wal {
@@ -176,14 +198,19 @@ fn to_json(stanza: &Stanza) -> Value {
         })
         .collect();
     let backup: Vec<Value> = stanza.backups.backups.iter().map(|(label, of)| backup_json(stanza, label, of)).collect();
-    let (code, message) = if backup.is_empty() { (2, "no valid backups") } else { (0, "ok") };
+    let (code, message) = match (stanza.is_locked, backup.is_empty()) {
+        (true, _) => (99, "encrypted, and no passphrase is given"),
+        (false, true) => (2, "no valid backups"),
+        (false, false) => (0, "ok"),
+    };
+    let cipher = if stanza.is_encrypted { "xchacha20-poly1305" } else { "none" };
     json!({
         "archive": archive,
         "backup": backup,
-        "cipher": "none",
+        "cipher": cipher,
         "db": db,
         "name": stanza.name,
-        "repo": [{"cipher": "none", "key": 1, "status": {"code": code, "message": message}}],
+        "repo": [{"cipher": cipher, "key": 1, "status": {"code": code, "message": message}}],
         "status": {"code": code, "lock": {"backup": {"held": stanza.backup_runs()}}, "message": message},
     })
 }

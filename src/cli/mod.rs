@@ -5,6 +5,7 @@ mod archive_push;
 mod archive_worker;
 mod backup;
 mod check;
+mod cipher;
 pub mod clones;
 mod config;
 mod daemon;
@@ -78,7 +79,8 @@ pub fn main() -> ExitCode {
     // to PostgreSQL, whatever goes wrong in a restore_command must look different from the end of WAL
     let is_archive_get = arguments.iter().any(|argument| argument == "archive-get");
     let code = |code| if is_archive_get { archive_get::FAILED } else { code };
-    let command = match config::with_defaults(Cli::command(), &arguments) {
+    let command = cipher::refuse_secrets(&arguments).and_then(|()| config::with_defaults(Cli::command(), &arguments));
+    let command = match command {
         Ok(command) => command,
         Err(error) => return fail(&error, code(2)),
     };

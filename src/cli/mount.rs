@@ -164,7 +164,7 @@ impl Mount {
             return Ok(());
         }
         let point = self.point.point(self.backup.as_deref())?;
-        let repository = common.repository(false)?;
+        let repository = common.repository()?;
         let course = point::find(&repository, &point, Bound::Open, &self.cache)?;
         let restore_command = point::restore_command(common, true)?;
         let prepared = point::presented(&course, point.action.unwrap_or(Action::Promote), &restore_command);
@@ -175,7 +175,7 @@ impl Mount {
 
     fn prepare(&self, common: &Common) -> Result<pgcairn_mount::Mount> {
         pgcairn_mount::mountpoint::check(&self.mountpoint).map_err(mount_error)?;
-        let repository = common.repository(false)?;
+        let repository = common.repository()?;
         let (tree, scratch) = match &self.backup {
             Some(backup) => self.one(repository, backup)?,
             None => (self.all(common, repository)?, None),
@@ -259,7 +259,7 @@ fn discard(directory: &Path) {
 
 /// Mounts in the background; returns the daemon's process id when the mount is ready.
 pub(super) fn spawn(mount: &Mount, common: &Common, log: &Path) -> Result<u32> {
-    daemon::spawn(&mount.arguments(common)?, common.secret(), log)
+    daemon::spawn(&mount.arguments(common)?, &common.secrets(), log)
 }
 
 /// Serves until unmounted, or until asked to end.

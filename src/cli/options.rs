@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
+use super::cipher::Cipher;
 use crate::error::{Error, Result};
 use crate::read::cache::DiskCache;
 use crate::read::fetch::{FetchOptions, Fetcher};
@@ -29,6 +30,8 @@ pub(super) struct Common {
     pub(super) log_level: String,
     #[command(flatten)]
     pub(super) s3: S3,
+    #[command(flatten)]
+    pub(super) cipher: Cipher,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -98,9 +101,8 @@ pub(super) enum YesNo {
 impl Common {
     /// The stanza, whose store gives up on what fails after `patience`.
     pub(super) fn repository_within(&self, patience: Duration) -> Result<Repository> {
-        let stanza = self.stanza.as_deref().ok_or_else(|| missing("stanza", "--stanza main"))?;
         let retry = RetryPolicy { deadline: patience.min(RetryPolicy::default().deadline), ..RetryPolicy::default() };
-        Repository::new(self.store_with(false, retry)?, stanza)
+        Repository::open(self.store_with(false, retry)?, self.stanza()?, self.cipher.passphrase()?.as_ref())
     }
 
     /// What tells one repository from another without opening it.
@@ -110,10 +112,23 @@ impl Common {
         [repo, text(&self.s3.repo_s3_endpoint), text(&self.s3.repo_s3_region), text(&self.stanza)]
     }
 
-    /// The stanza, by its name.
-    pub(super) fn repository(&self, create: bool) -> Result<Repository> {
-        let stanza = self.stanza.as_deref().ok_or_else(|| missing("stanza", "--stanza main"))?;
-        Repository::new(self.store(create)?, stanza)
+    /// The name of the stanza.
+    pub(super) fn stanza(&self) -> Result<&str> {
+        self.stanza.as_deref().ok_or_else(|| missing("stanza", "--stanza main"))
+    }
+
+    /// The stanza, by its name; opened with the passphrase if it is encrypted.
+    pub(super) fn repository(&self) -> Result<Repository> {
+        Repository::open(self.store(false)?, self.stanza()?, self.cipher.passphrase()?.as_ref())
+    }
+
+    /// The same for verbs that read `archive.info` before all else, which tells them too that a stanza is encrypted. They
+    /// run once for every segment of WAL: without a passphrase this saves them a request.
+    pub(super) fn repository_of_archive(&self) -> Result<Repository> {
+        match self.cipher.passphrase()? {
+            Some(passphrase) => Repository::open(self.store(false)?, self.stanza()?, Some(&passphrase)),
+            None => Repository::new(self.store(false)?, self.stanza()?),
+        }
     }
 
     /// The store alone.
@@ -171,11 +186,21 @@ impl Common {
             ),
             ("--repo-storage-ca-file", self.s3.repo_storage_ca_file.as_deref().map(absolute_path)),
         ];
-        pairs.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?])).flatten().collect()
+        pairs
+            .into_iter()
+            .chain(self.cipher.arguments())
+            .filter_map(|(name, value)| Some([name.to_owned(), value?]))
+            .flatten()
+            .collect()
     }
 
-    /// The secret, for a child's environment.
-    pub(super) fn secret(&self) -> Option<(&'static str, &str)> {
+    /// Secrets, for a child's environment.
+    pub(super) fn secrets(&self) -> Vec<(&'static str, &str)> {
+        self.s3_secret().into_iter().chain(self.cipher.secret()).collect()
+    }
+
+    /// The secret of the access key, for a child's environment.
+    pub(super) fn s3_secret(&self) -> Option<(&'static str, &str)> {
         self.s3.repo_s3_key_secret.as_deref().map(|secret| ("PGCAIRN_REPO_S3_KEY_SECRET", secret))
     }
 }
@@ -217,7 +242,7 @@ fn absolute(url: &str) -> String {
     if url.contains("://") { url.to_owned() } else { absolute_path(Path::new(url)) }
 }
 
-fn absolute_path(path: &Path) -> String {
+pub(super) fn absolute_path(path: &Path) -> String {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
 }
 

@@ -54,7 +54,7 @@ enum ArchiveMode {
 impl Restore {
     pub(super) fn run(self, common: &Common) -> Result<()> {
         let point = self.point.point(self.set.as_deref())?;
-        let repository = common.repository(false)?;
+        let repository = common.repository()?;
         let course = point::find(&repository, &point, Bound::Open, &no_cache())?;
         let prepared = match &course.recovery {
             Some(recovery) => Some(Prepared {

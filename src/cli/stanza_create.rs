@@ -1,17 +1,23 @@
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
+use std::sync::Arc;
 
 use clap::Args;
 
 use super::options::Common;
 use super::output;
 use crate::error::{Error, Result};
+use crate::repo::Repository;
+use crate::store::Store;
 use crate::write::check::identify;
 use crate::write::server::Server;
 
 /// Create a stanza for a running cluster: enters its system identifier and version into the repository
 #[derive(Debug, Args)]
 pub(super) struct StanzaCreate {
+    /// Encrypt all that is stored in it, from the beginning on; needs a passphrase
+    #[arg(long)]
+    encrypt: bool,
     #[command(flatten)]
     server: super::pg::ServerOptions,
 }
@@ -21,23 +27,43 @@ impl StanzaCreate {
         let server = Server::connect_primary(&self.server.pg, "--pg")?;
         let database = identify(&server)?;
         let is_new = common.repository_directory().is_some_and(|directory| !directory.exists());
-        let repository = common.repository(true)?;
+        let mut store = common.store(true)?;
         if let (true, Some(directory)) = (is_new, common.repository_directory()) {
             give_to_owner_of(&server.data_directory, &directory)?;
+            store = common.store(false)?;
         }
-        let repository = if is_new { common.repository(false)? } else { repository };
+        let repository = self.open(common, store)?;
         let text = format!(
-            "stanza {} (PostgreSQL {}, system identifier {}) in {}",
+            "{}stanza {} (PostgreSQL {}, system identifier {}) in {}",
+            if repository.keys.is_secret() { "encrypted " } else { "" },
             repository.stanza,
             database.version,
             database.system_id,
             repository.store.url()
         );
-        match repository.create_stanza(database)? {
+        let is_created = repository.create_stanza(database)?;
+        // who created the same stanza at this moment must have come to the same
+        common.repository()?.archive_info()?;
+        match is_created {
             true => output::line(&format!("created {text}")),
             false => output::line(&format!("{text} exists already")),
         }
         Ok(())
+    }
+
+    fn open(&self, common: &Common, store: Arc<dyn Store>) -> Result<Repository> {
+        let open = Repository::new(store, common.stanza()?)?;
+        match (self.encrypt, common.cipher.passphrase()?) {
+            (true, Some(passphrase)) => open.create_secret(&passphrase),
+            (true, None) => Err(Error::new("--encrypt needs a passphrase").hint(
+                "give --repo-cipher-pass-file or --repo-cipher-pass-command, or set PGCAIRN_REPO_CIPHER_PASS in the environment",
+            )),
+            (false, Some(_)) if !open.has_secret()? => {
+                Err(Error::new(format!("a passphrase is given, but stanza {} is not encrypted", open.stanza))
+                    .hint("give --encrypt too, or leave the passphrase out"))
+            }
+            (false, passphrase) => Repository::open(open.store, &open.stanza, passphrase.as_ref()),
+        }
     }
 }
 

@@ -114,7 +114,7 @@ impl Start {
 
     /// Brings the clone up, or leaves nothing of it.
     pub(super) fn launch(&self, common: &Common) -> Result<Running> {
-        let repository = common.repository(false)?;
+        let repository = common.repository()?;
         let known =
             self.name.as_deref().map(|name| Place::new(self.clone_path.as_deref(), name)?.load()).transpose()?;
         let (label, recovery, continued) = match known.flatten() {

@@ -24,7 +24,7 @@ pub(super) struct Verify {
 
 impl Verify {
     pub(super) fn run(self, common: &Common) -> Result<()> {
-        let repository = common.repository(false)?;
+        let repository = common.repository()?;
         let progress = Progress::new(self.output == Output::Json);
         let process_max = self.process_max.unwrap_or_else(super::backup::default_process_max).max(1);
         let report = verify(&repository, &VerifyOptions { quick: self.quick, process_max }, &progress)?;

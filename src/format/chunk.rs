@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 
-use super::seal::{Seal, SealKind};
+use super::seal::{InfoSeal, Seal, SealKind};
 use super::wire::{Reader, put_varint};
 use super::{CHUNK, FormatError, GRAIN, Result};
 
@@ -49,6 +49,7 @@ pub struct Keys {
     chunk: [u8; 32],
     file: [u8; 32],
     seal: Seal,
+    info: InfoSeal,
 }
 
 /// The digests of one run of plaintext: its name and the short hash of each grain.
@@ -68,12 +69,28 @@ impl Keys {
             chunk: blake3::derive_key("pgcairn 2026 chunk", secret),
             file: blake3::derive_key("pgcairn 2026 file", secret),
             seal: Seal::new(secret),
+            info: InfoSeal::new(secret),
         }
     }
 
     /// How packs are sealed under these keys.
     pub fn seal_kind(&self) -> SealKind {
         self.seal.kind()
+    }
+
+    /// Whether they derive from a secret, so that the repository is encrypted.
+    pub fn is_secret(&self) -> bool {
+        self.seal_kind() == SealKind::Encrypted
+    }
+
+    /// The content of an info object, encrypted and bound to the object's key; `None` where there is no encryption.
+    pub(super) fn hide(&self, object: &str, plain: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        self.info.close(object, plain)
+    }
+
+    /// What [`Self::hide`] encrypted.
+    pub(super) fn reveal(&self, object: &str, hidden: &[u8]) -> std::result::Result<Vec<u8>, String> {
+        self.info.open(object, hidden)
     }
 
     /// Hashes the plaintext of one chunk, each byte once.

@@ -5,12 +5,18 @@
 //! { ... }
 //! blake3 <64 hex digits over all bytes before this line>
 //! ```
+//!
+//! In an encrypted stanza one line `sealed <base64>` stands for the JSON, but for the object that holds the key.
 
 use std::collections::BTreeMap;
+use std::io;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::chunk::Keys;
 use super::manifest::{Database, Sizes};
 use super::{FormatError, Result, VERSION};
 use crate::postgres::BackupKind;
@@ -166,15 +172,59 @@ impl Info for Mark {
     const NAME: &'static str = "mark";
 }
 
-/// The stored form.
-pub fn encode<T: Info>(info: &T) -> serde_json::Result<Vec<u8>> {
-    let body = format!("pgcairn {} {VERSION}\n{}\n", T::NAME, serde_json::to_string_pretty(info)?);
-    let checksum = blake3::hash(body.as_bytes());
-    Ok(format!("{body}blake3 {checksum}\n").into_bytes())
+/// Begins the line that stands for the JSON where it is encrypted.
+const SEALED: &str = "sealed ";
+
+/// The stored form of the object with the key `object`, encrypted where the stanza is.
+pub fn encode<T: Info>(keys: &Keys, object: &str, info: &T) -> io::Result<Vec<u8>> {
+    let json = serde_json::to_string_pretty(info)?;
+    Ok(match keys.hide(object, json.as_bytes())? {
+        Some(hidden) => envelope::<T>(&format!("{SEALED}{}", BASE64_STANDARD.encode(hidden))),
+        None => envelope::<T>(&json),
+    })
 }
 
-/// Reads and verifies the stored form.
-pub fn decode<T: Info>(object: &str, bytes: &[u8]) -> Result<T> {
+/// The stored form that everybody can read: of the object that holds the key.
+pub fn encode_open<T: Info>(info: &T) -> io::Result<Vec<u8>> {
+    Ok(envelope::<T>(&serde_json::to_string_pretty(info)?))
+}
+
+fn envelope<T: Info>(content: &str) -> Vec<u8> {
+    let body = format!("pgcairn {} {VERSION}\n{content}\n", T::NAME);
+    let checksum = blake3::hash(body.as_bytes());
+    format!("{body}blake3 {checksum}\n").into_bytes()
+}
+
+/// Whether these bytes, if they are an info object, belong to an encrypted stanza.
+pub fn is_sealed(bytes: &[u8]) -> bool {
+    let second = bytes.iter().position(|byte| *byte == b'\n').map_or(&[][..], |at| &bytes[at + 1..]);
+    second.starts_with(SEALED.as_bytes())
+}
+
+/// Reads and verifies the stored form. In an encrypted stanza nothing else than the encrypted one is taken, or whoever can
+/// write there could put in what he likes.
+pub fn decode<T: Info>(keys: &Keys, object: &str, bytes: &[u8]) -> Result<T> {
+    let (at, content) = content::<T>(object, bytes)?;
+    let fail = |what: String| FormatError::new(object, at as u64, what);
+    match (keys.is_secret(), content.strip_prefix(SEALED)) {
+        (false, None) => parse(object, at, content.as_bytes()),
+        (false, Some(_)) => Err(fail("it is encrypted, and the stanza is not".into())),
+        (true, None) => Err(fail("it is not encrypted, and the stanza is".into())),
+        (true, Some(sealed)) => {
+            let hidden = BASE64_STANDARD.decode(sealed.trim_end()).map_err(|error| fail(error.to_string()))?;
+            parse(object, at, &keys.reveal(object, &hidden).map_err(fail)?)
+        }
+    }
+}
+
+/// Reads what [`encode_open`] wrote.
+pub fn decode_open<T: Info>(object: &str, bytes: &[u8]) -> Result<T> {
+    let (at, content) = content::<T>(object, bytes)?;
+    parse(object, at, content.as_bytes())
+}
+
+/// What stands between the magic line and that of the checksum, and where it begins.
+fn content<'a, T: Info>(object: &str, bytes: &'a [u8]) -> Result<(usize, &'a str)> {
     let fail = |offset: usize, what: &str| FormatError::new(object, offset as u64, what);
     let text = std::str::from_utf8(bytes).map_err(|error| fail(error.valid_up_to(), "not UTF-8"))?;
     let first = text.lines().next().unwrap_or_default();
@@ -188,8 +238,12 @@ pub fn decode<T: Info>(object: &str, bytes: &[u8]) -> Result<T> {
     if last != format!("blake3 {}\n", blake3::hash(body.as_bytes())) {
         return Err(fail(at, "the checksum is wrong"));
     }
-    let json = &body[first.len()..];
-    serde_json::from_str(json).map_err(|error| fail(first.len(), &error.to_string()))
+    // the magic line ends in a line feed, or the checksum's line would be the first
+    Ok((first.len() + 1, &body[first.len() + 1..]))
+}
+
+fn parse<T: Info>(object: &str, at: usize, json: &[u8]) -> Result<T> {
+    serde_json::from_slice(json).map_err(|error| FormatError::new(object, at as u64, error.to_string()))
 }
 
 #[cfg(test)]
@@ -197,22 +251,45 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
+    fn latest() -> Latest {
+        Latest { label: "20240107-120000F".into() }
+    }
+
     #[test]
     fn an_info_comes_back_and_every_changed_byte_is_found() {
-        let latest = Latest { label: "20240107-120000F".into() };
-        let bytes = encode(&latest).unwrap();
-        assert_eq!(decode::<Latest>("latest", &bytes).unwrap(), latest);
-        for at in 0..bytes.len() {
-            let mut changed = bytes.clone();
-            changed[at] ^= 1;
-            assert!(decode::<Latest>("latest", &changed).is_err(), "byte {at}");
-            assert!(decode::<Latest>("latest", &bytes[..at]).is_err(), "cut at {at}");
+        for keys in [Keys::new(b""), Keys::new(b"secret")] {
+            let bytes = encode(&keys, "latest", &latest()).unwrap();
+            assert_eq!(decode::<Latest>(&keys, "latest", &bytes).unwrap(), latest());
+            assert_eq!(is_sealed(&bytes), keys.is_secret());
+            for at in 0..bytes.len() {
+                let mut changed = bytes.clone();
+                changed[at] ^= 1;
+                assert!(decode::<Latest>(&keys, "latest", &changed).is_err(), "byte {at}");
+                assert!(decode::<Latest>(&keys, "latest", &bytes[..at]).is_err(), "cut at {at}");
+            }
         }
     }
 
     #[test]
     fn one_kind_is_not_read_as_another() {
-        let bytes = encode(&BackupInfo::default()).unwrap();
-        assert!(decode::<ArchiveInfo>("archive.info", &bytes).unwrap_err().what.contains("no archive.info"));
+        let keys = Keys::new(b"");
+        let bytes = encode(&keys, "backup.info", &BackupInfo::default()).unwrap();
+        let error = decode::<ArchiveInfo>(&keys, "archive.info", &bytes).unwrap_err();
+        assert!(error.what.contains("no archive.info"));
+    }
+
+    #[test]
+    fn an_encrypted_info_is_legible_nowhere_and_valid_in_its_place_only() {
+        let (keys, open) = (Keys::new(b"secret"), Keys::new(b""));
+        let bytes = encode(&keys, "latest/main/latest", &latest()).unwrap();
+        assert!(!String::from_utf8_lossy(&bytes).contains("label"));
+        assert_ne!(bytes, encode(&keys, "latest/main/latest", &latest()).unwrap(), "the same bytes twice");
+        assert!(decode::<Latest>(&keys, "latest/main/latest-full", &bytes).is_err(), "in another's place");
+        assert!(decode::<Latest>(&Keys::new(b"other"), "latest/main/latest", &bytes).is_err());
+        assert!(decode::<Latest>(&open, "latest/main/latest", &bytes).unwrap_err().what.contains("is encrypted"));
+        let plain = encode(&open, "latest/main/latest", &latest()).unwrap();
+        assert!(decode::<Latest>(&keys, "latest/main/latest", &plain).unwrap_err().what.contains("not encrypted"));
+        assert_eq!(plain, encode_open(&latest()).unwrap());
+        assert_eq!(decode_open::<Latest>("latest", &plain).unwrap(), latest());
     }
 }

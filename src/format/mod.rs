@@ -5,6 +5,7 @@
 
 pub mod chunk;
 pub mod info;
+pub mod key;
 pub mod manifest;
 pub mod map;
 pub mod pack;

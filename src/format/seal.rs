@@ -13,7 +13,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::io;
 
-use chacha20poly1305::aead::{AeadInOut, KeyInit};
+use chacha20poly1305::aead::{Aead, AeadInOut, KeyInit, Payload};
 use chacha20poly1305::{Tag, XChaCha20Poly1305, XNonce};
 
 use super::chunk::ChunkId;
@@ -115,6 +115,37 @@ impl Seal {
     }
 }
 
+/// Hides info objects; does nothing where there is no encryption.
+#[derive(Clone)]
+pub(super) struct InfoSeal(Option<Box<XChaCha20Poly1305>>);
+
+impl InfoSeal {
+    /// The seal of a repository; `secret` is empty where there is no encryption.
+    pub(super) fn new(secret: &[u8]) -> Self {
+        let key = blake3::derive_key("pgcairn 2026 info", secret);
+        Self((!secret.is_empty()).then(|| Box::new(XChaCha20Poly1305::new(&key.into()))))
+    }
+
+    /// The encrypted bytes, the tag and the nonce, bound to the object's key.
+    pub(super) fn close(&self, object: &str, plain: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        let Some(cipher) = &self.0 else { return Ok(None) };
+        let mut nonce = [0; NONCE];
+        getrandom::fill(&mut nonce).map_err(io::Error::other)?;
+        let hidden = cipher.encrypt(&XNonce::from(nonce), Payload { msg: plain, aad: object.as_bytes() });
+        let mut hidden = hidden.map_err(|_cipher_says_nothing| io::Error::other("cannot encrypt"))?;
+        hidden.extend_from_slice(&nonce);
+        Ok(Some(hidden))
+    }
+
+    /// What `close` hid.
+    pub(super) fn open(&self, object: &str, hidden: &[u8]) -> Result<Vec<u8>, String> {
+        let cipher = self.0.as_ref().ok_or("it is encrypted")?;
+        let (hidden, nonce) = hidden.split_last_chunk::<NONCE>().ok_or("it is too short")?;
+        let opened = cipher.decrypt(&XNonce::from(*nonce), Payload { msg: hidden, aad: object.as_bytes() });
+        opened.map_err(|_cipher_says_nothing| "its seal is broken, or it was encrypted with another key".into())
+    }
+}
+
 fn hash(key: &[u8; 32], id: &ChunkId, frame: &[u8]) -> [u8; TAG] {
     let mut hasher = blake3::Hasher::new_keyed(key);
     hasher.update(&id.0).update(frame);
@@ -126,6 +157,12 @@ fn hash(key: &[u8; 32], id: &ChunkId, frame: &[u8]) -> [u8; TAG] {
 impl fmt::Debug for Seal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Seal({:?})", self.kind())
+    }
+}
+
+impl fmt::Debug for InfoSeal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("InfoSeal")
     }
 }
 

@@ -6,12 +6,11 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bytes::Bytes;
 use parking_lot::Mutex;
 
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::PackId;
-use crate::format::info::{Mark, decode, encode};
+use crate::format::info::Mark;
 use crate::progress::Monitor;
 use crate::repo::{Repository, keys};
 use crate::store::{Body, Listed};
@@ -88,7 +87,7 @@ pub(super) fn marks(repository: &Repository) -> Result<Vec<Marked>> {
     let mut marks = Vec::new();
     each_object(repository, &keys::marks(&repository.stanza), |object| {
         let bytes = repository.store.get(&object.key)?;
-        let packs = match decode::<Mark>(&object.key, &bytes) {
+        let packs = match repository.decode_info::<Mark>(&object.key, &bytes) {
             Ok(mark) => mark.packs.iter().filter_map(|id| PackId::from_hex(id)).collect(),
             Err(error) => {
                 tracing::warn!(%error, "a mark cannot be read; what it named is marked again");
@@ -134,7 +133,7 @@ pub(super) fn mark(repository: &Repository, unneeded: &HashMap<PackId, u64>, mar
         let mut name = [0; 16];
         getrandom::fill(&mut name).context(|| "cannot get random bytes".into())?;
         let key = format!("{}{}", keys::marks(&repository.stanza), PackId(name));
-        repository.store.put(&key, Body::Bytes(Bytes::from(encode(&mark)?)))?;
+        repository.store.put(&key, Body::Bytes(repository.encode_info(&key, &mark)?))?;
     }
     Ok(fresh.len() as u64)
 }

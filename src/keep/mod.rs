@@ -5,6 +5,7 @@
 
 pub mod expire;
 mod mark;
+pub mod passwd;
 pub mod policy;
 pub mod repair;
 mod sweep;

@@ -2,6 +2,7 @@
 //! archived segment never changes.
 
 use std::collections::HashMap;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -229,7 +230,8 @@ fn load(file: &Path) -> Option<SegmentTimes> {
 fn keep(file: &Path, times: &SegmentTimes) {
     let write = || -> std::io::Result<()> {
         let directory = file.parent().unwrap_or(Path::new("/"));
-        std::fs::create_dir_all(directory)?;
+        // names of restore points are nobody's business
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         let body = serde_json::to_vec(times)?;
         let mut temporary = tempfile::NamedTempFile::new_in(directory)?;
         std::io::Write::write_all(&mut temporary, &[&blake3::hash(&body).as_bytes()[..], &body].concat())?;

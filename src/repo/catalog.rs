@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{Repository, keys};
 use crate::error::{Error, Result};
-use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, Info, Latest, decode, encode};
+use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, Info, Latest, is_sealed};
 use crate::format::manifest::{Database, Description};
 use crate::postgres::{BackupKind, Label};
 use crate::store::{Body, ErrorKind, Store};
@@ -175,7 +175,7 @@ impl Repository {
         for (name, kind) in std::iter::once(("latest", None)).chain(kinds) {
             let key = keys::latest(&self.stanza, name);
             let named = match self.store.get(&key) {
-                Ok(bytes) => decode::<Latest>(&key, &bytes).ok().map(|latest| latest.label),
+                Ok(bytes) => self.decode_info::<Latest>(&key, &bytes).ok().map(|latest| latest.label),
                 Err(error) if error.kind == ErrorKind::NotFound => None,
                 Err(error) => return Err(error.into()),
             };
@@ -191,8 +191,9 @@ impl Repository {
     }
 
     fn point(&self, name: &str, label: &str) -> Result<()> {
-        let latest = encode(&Latest { label: label.to_owned() })?;
-        Ok(self.store.put(&keys::latest(&self.stanza, name), Body::Bytes(latest.into()))?)
+        let key = keys::latest(&self.stanza, name);
+        let latest = self.encode_info(&key, &Latest { label: label.to_owned() })?;
+        Ok(self.store.put(&key, Body::Bytes(latest))?)
     }
 
     /// Every info file, its copy, and every pointer that should be there, each with what is wrong with it.
@@ -224,7 +225,7 @@ impl Repository {
     /// What an info file says, or what is wrong with it.
     fn info_state<T: Info>(&self, key: &str) -> Result<std::result::Result<T, String>> {
         match self.store.get(key) {
-            Ok(bytes) => Ok(decode(key, &bytes).map_err(|error| format!("is damaged: {}", error.what))),
+            Ok(bytes) => Ok(self.decode_info(key, &bytes).map_err(|error| format!("is damaged: {}", error.what))),
             Err(error) if error.kind == ErrorKind::NotFound => Ok(Err("is missing".into())),
             Err(error) => Err(error.into()),
         }
@@ -234,7 +235,9 @@ impl Repository {
         let mut damage = None;
         for key in with_copy(key) {
             match self.store.get(&key) {
-                Ok(bytes) => match decode(&key, &bytes) {
+                // who opens a stanza for one call does not look for its key first
+                Ok(bytes) if !self.keys.is_secret() && is_sealed(&bytes) => return Err(self.is_encrypted()),
+                Ok(bytes) => match self.decode_info(&key, &bytes) {
                     Ok(info) => return Ok(Some(info)),
                     Err(error) => {
                         tracing::warn!(%error, "an info file is damaged; its copy is tried");
@@ -249,8 +252,9 @@ impl Repository {
     }
 
     fn write_info<T: Info>(&self, key: &str, info: &T) -> Result<()> {
-        let bytes: bytes::Bytes = encode(info)?.into();
-        with_copy(key).iter().try_for_each(|key| self.store.put(key, Body::Bytes(bytes.clone())))?;
+        for key in with_copy(key) {
+            self.store.put(&key, Body::Bytes(self.encode_info(&key, info)?))?;
+        }
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::{Repository, keys};
 use crate::error::Result;
 use crate::format::chunk::PackId;
-use crate::format::info::{Harm, decode};
+use crate::format::info::Harm;
 use crate::store::ErrorKind;
 
 impl Repository {
@@ -21,7 +21,9 @@ impl Repository {
             let page = self.store.list(&keys::harms(&self.stanza), after.as_deref())?;
             for object in page.objects {
                 let harm = match self.store.get(&object.key) {
-                    Ok(bytes) => decode::<Harm>(&object.key, &bytes).map(|harm| harm.packs).unwrap_or_default(),
+                    Ok(bytes) => {
+                        self.decode_info::<Harm>(&object.key, &bytes).map(|harm| harm.packs).unwrap_or_default()
+                    }
                     Err(error) if error.kind == ErrorKind::NotFound => continue,
                     Err(error) => return Err(error.into()),
                 };

@@ -49,6 +49,16 @@ pub fn latest(stanza: &str, name: &str) -> String {
     format!("latest/{stanza}/{name}")
 }
 
+/// The wrapped secrets of an encrypted stanza.
+pub fn secrets(stanza: &str) -> String {
+    format!("key/{stanza}/")
+}
+
+/// Where a wrapped secret can be: one place, and a second one for a change of the passphrase.
+pub fn secret_places(stanza: &str) -> [String; 2] {
+    ["a", "b"].map(|place| format!("key/{stanza}/{place}"))
+}
+
 /// The locks of a stanza.
 pub fn locks(stanza: &str) -> String {
     format!("lock/{stanza}/")

@@ -13,8 +13,8 @@ use parking_lot::Mutex;
 
 use super::{Repository, keys};
 use crate::error::{Context, Error, Result};
-use crate::format::info::{LockInfo, LockKind, decode, encode};
-use crate::store::{Body, ErrorKind, Listed, Store};
+use crate::format::info::{LockInfo, LockKind};
+use crate::store::{Body, ErrorKind, Listed};
 
 mod process;
 
@@ -78,8 +78,7 @@ pub enum Attempt {
 
 #[derive(Debug)]
 struct Held {
-    store: Arc<dyn Store>,
-    stanza: String,
+    repository: Repository,
     key: String,
     timing: Timing,
     state: Mutex<State>,
@@ -172,7 +171,7 @@ impl Repository {
 
     /// Everybody's locks, with ages by this host's clock: for people.
     pub fn locks(&self) -> Result<Vec<Other>> {
-        list(&self.store, &self.stanza, &Timing::default(), None).map(|(_, others)| others)
+        list(self, &Timing::default(), None).map(|(_, others)| others)
     }
 }
 
@@ -209,7 +208,7 @@ impl Lock {
     /// Takes away what dead holders left.
     pub fn remove(&self, dead: &[Other]) -> Result<()> {
         let keys: Vec<String> = dead.iter().filter(|other| other.dead).map(|other| other.key.clone()).collect();
-        if keys.is_empty() { Ok(()) } else { Ok(self.held.store.delete(&keys)?) }
+        if keys.is_empty() { Ok(()) } else { Ok(self.held.repository.store.delete(&keys)?) }
     }
 }
 
@@ -220,7 +219,7 @@ impl Drop for Lock {
         if let Some(thread) = self.thread.take() {
             _ = thread.join();
         }
-        if let Err(error) = self.held.store.delete(std::slice::from_ref(&self.held.key)) {
+        if let Err(error) = self.held.repository.store.delete(std::slice::from_ref(&self.held.key)) {
             tracing::warn!(%error, key = self.held.key, "a lock could not be removed; it counts as dead before long");
         }
         process::holds_no_more(&self.held.key);
@@ -245,8 +244,7 @@ impl Held {
             pgcairn: env!("CARGO_PKG_VERSION").into(),
         };
         Ok(Self {
-            store: repository.store.clone(),
-            stanza: repository.stanza.clone(),
+            repository: repository.clone(),
             key: format!("{}{id}", keys::locks(&repository.stanza)),
             timing,
             state: Mutex::new(State { info, renewed: process::uptime(), lost: false }),
@@ -276,7 +274,7 @@ impl Held {
 
     /// When our object was last written, and the locks of all others.
     fn others(&self) -> Result<(i64, Vec<Other>)> {
-        let (own, others) = list(&self.store, &self.stanza, &self.timing, Some(&self.key))?;
+        let (own, others) = list(&self.repository, &self.timing, Some(&self.key))?;
         let own = own.ok_or_else(|| {
             Error::new(format!("lock {} was written, but is not listed", self.key))
                 .hint("something removed it; or the store does not list what it confirmed, and cannot be a repository")
@@ -289,8 +287,8 @@ impl Held {
         let mut state = self.state.lock();
         let began = process::uptime();
         state.info.heartbeat = process::now_s();
-        let bytes = encode(&state.info)?;
-        self.store.put(&self.key, Body::Bytes(bytes.into()))?;
+        let bytes = self.repository.encode_info(&self.key, &state.info)?;
+        self.repository.store.put(&self.key, Body::Bytes(bytes))?;
         // until this moment others saw the write before it
         state.lost |= process::uptime().saturating_sub(state.renewed) > self.timing.lost;
         state.renewed = began;
@@ -307,7 +305,7 @@ impl Held {
             true => Err(Error::new(format!(
                 "the {} lock of stanza {} could not be renewed for more than {} s",
                 state.info.kind,
-                self.stanza,
+                self.repository.stanza,
                 self.timing.lost.as_secs_f32()
             ))
             .hint("the store was away, or this machine slept: others may have gone to work; run the command again")),
@@ -360,11 +358,12 @@ impl Other {
 }
 
 /// When `own` was last written, and all other locks.
-fn list(store: &Arc<dyn Store>, stanza: &str, timing: &Timing, own: Option<&str>) -> Result<(Option<i64>, Vec<Other>)> {
+fn list(repository: &Repository, timing: &Timing, own: Option<&str>) -> Result<(Option<i64>, Vec<Other>)> {
+    let store = &repository.store;
     let mut objects: Vec<Listed> = Vec::new();
     let mut after = None;
     loop {
-        let page = store.list(&keys::locks(stanza), after.as_deref())?;
+        let page = store.list(&keys::locks(&repository.stanza), after.as_deref())?;
         objects.extend(page.objects);
         after = page.next;
         if after.is_none() {
@@ -376,7 +375,7 @@ fn list(store: &Arc<dyn Store>, stanza: &str, timing: &Timing, own: Option<&str>
     let mut others = Vec::new();
     for object in objects.into_iter().filter(|object| Some(object.key.as_str()) != own) {
         let info = match store.get(&object.key) {
-            Ok(bytes) => decode::<LockInfo>(&object.key, &bytes).ok(),
+            Ok(bytes) => repository.decode_info::<LockInfo>(&object.key, &bytes).ok(),
             // given back since it was listed
             Err(error) if error.kind == ErrorKind::NotFound => continue,
             Err(error) => return Err(error.into()),

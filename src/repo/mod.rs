@@ -7,12 +7,16 @@ pub mod keys;
 pub mod lock;
 pub mod manifest;
 pub mod packs;
+pub mod unlock;
 pub mod wal;
 
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use bytes::Bytes;
+
+use crate::error::{Context, Error, Result};
 use crate::format::chunk::{Decoder, Keys};
+use crate::format::info::{self, Info};
 use crate::format::pack::{Pack, PackKind};
 use crate::store::Store;
 
@@ -28,7 +32,7 @@ pub struct Repository {
 }
 
 impl Repository {
-    /// Names a stanza without looking whether it exists.
+    /// Names a stanza that is not encrypted, without looking whether it exists; [`Self::open`] looks.
     pub fn new(store: Arc<dyn Store>, stanza: &str) -> Result<Self> {
         keys::check_stanza(stanza)?;
         Ok(Self { store, stanza: stanza.to_owned(), keys: Keys::new(b"") })
@@ -45,5 +49,16 @@ impl Repository {
             each(&decoder.decode(&self.keys, key, chunk, stored)?.plain)?;
         }
         Ok(())
+    }
+
+    /// The stored form of an info object.
+    pub fn encode_info<T: Info>(&self, key: &str, info: &T) -> Result<Bytes> {
+        let bytes = info::encode(&self.keys, key, info).context(|| format!("cannot make {key}"))?;
+        Ok(bytes.into())
+    }
+
+    /// Reads and verifies an info object.
+    pub fn decode_info<T: Info>(&self, key: &str, bytes: &[u8]) -> crate::format::Result<T> {
+        info::decode(&self.keys, key, bytes)
     }
 }

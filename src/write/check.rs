@@ -67,7 +67,8 @@ fn works_there(server: &Server, control: &ControlFile) -> Result<()> {
     };
     let expected = if server.in_recovery { ClusterState::InArchiveRecovery } else { ClusterState::InProduction };
     if control.state != expected {
-        return other(format!("it is {:?}, the server is {expected:?}", control.state));
+        let kind = if server.in_recovery { "a standby" } else { "a running primary" };
+        return other(format!("its pg_control is not that of {kind}, which the server is"));
     }
     let Some(theirs) = &server.postmaster else { return Ok(()) };
     let path = server.data_directory.join("postmaster.pid");

@@ -9,6 +9,9 @@ pub(crate) const FULL: &str = "20240107-120000F";
 /// The incremental backup on top of it, which holds everything else below.
 pub(crate) const LABEL: &str = "20240107-120000F_20240108-180000I";
 /// What the golden repository with encryption is encrypted with.
+/// A stanza of which there is no more than its key and its info objects, encrypted.
+pub(crate) const LOCKED: &str = "locked";
+pub(crate) const PASSPHRASE: &str = "the passphrase of the golden stanza";
 pub(crate) const SECRET: &[u8] = b"the secret of the golden repository";
 /// The tablespace's oid.
 pub(crate) const TABLESPACE: u32 = 16400;

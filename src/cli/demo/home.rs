@@ -95,7 +95,10 @@ impl Home {
                 let arguments = common.arguments();
                 let pairs =
                     arguments.chunks_exact(2).map(|pair| (pair[0].trim_start_matches('-').to_owned(), pair[1].clone()));
-                entries.splice(0..0, pairs.filter(|(name, _)| name.starts_with("repo")));
+                entries.splice(
+                    0..0,
+                    pairs.filter(|(name, _)| name.starts_with("repo") && !name.starts_with("repo-cipher")),
+                );
             }
         }
         let text: String =

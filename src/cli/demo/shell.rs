@@ -92,7 +92,7 @@ impl Shell {
             pair("PSQLRC", "/dev/null"),
             pair("PGCONNECT_TIMEOUT", "30"),
         ];
-        environment.extend(repository.and_then(Common::secret).map(|(name, value)| pair(name, value)));
+        environment.extend(repository.and_then(Common::s3_secret).map(|(name, value)| pair(name, value)));
         let colors = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
         let directory = home.root().to_owned();
         Self { directory, user, environment, interrupted, background: None, colors, chapters: 0 }

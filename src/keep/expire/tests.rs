@@ -132,8 +132,8 @@ fn lock_of(made: &Made, dead: bool) -> LockInfo {
 }
 
 fn write_lock(made: &Made, info: &LockInfo) {
-    let bytes = crate::format::info::encode(info).unwrap();
-    made.repository.store.put("lock/main/backup", Body::Bytes(bytes.into())).unwrap();
+    let bytes = made.repository.encode_info("lock/main/backup", info).unwrap();
+    made.repository.store.put("lock/main/backup", Body::Bytes(bytes)).unwrap();
 }
 
 #[test]
@@ -186,8 +186,8 @@ fn a_pack_that_was_taken_up_again_is_not_deleted() {
     made.backup(Incr);
     let needs: Vec<_> = made.labels().iter().flat_map(|label| made.repository.manifest_packs(label).unwrap()).collect();
     let all = crate::format::info::Mark { packs: needs.iter().map(|of| of.pack.to_string()).collect() };
-    let bytes = crate::format::info::encode(&all).unwrap();
-    made.repository.store.put(&marked[0], Body::Bytes(bytes.into())).unwrap();
+    let bytes = made.repository.encode_info(&marked[0], &all).unwrap();
+    made.repository.store.put(&marked[0], Body::Bytes(bytes)).unwrap();
     made.pass(2 * DAY);
     run(&made, &keep_full(1));
     made.assert_sound();

@@ -2,12 +2,10 @@
 
 use std::collections::HashSet;
 
-use bytes::Bytes;
-
 use super::packs::Found;
 use crate::error::{Context, Result};
 use crate::format::chunk::PackId;
-use crate::format::info::{Harm, encode};
+use crate::format::info::Harm;
 use crate::repo::{Repository, keys};
 use crate::store::Body;
 
@@ -22,7 +20,7 @@ pub(super) fn remember(repository: &Repository, found: &Found, quick: bool) -> R
         let mut name = [0; 16];
         getrandom::fill(&mut name).context(|| "cannot get random bytes".into())?;
         let key = format!("{}{}", keys::harms(&repository.stanza), PackId(name));
-        repository.store.put(&key, Body::Bytes(Bytes::from(encode(&harm)?)))?;
+        repository.store.put(&key, Body::Bytes(repository.encode_info(&key, &harm)?))?;
     }
     let harmed: HashSet<&PackId> = found.harmed().collect();
     let over = |packs: &Vec<PackId>| !packs.iter().any(|pack| harmed.contains(pack));

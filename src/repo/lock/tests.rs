@@ -5,7 +5,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use super::*;
-use crate::store::{Effect, Fault, MemoryStore, Page, Result as StoreResult};
+use crate::store::{Effect, Fault, MemoryStore, Page, Result as StoreResult, Store};
 
 /// A store that says of every object but one that it is older than it is.
 #[derive(Debug)]
@@ -64,12 +64,13 @@ fn quick() -> Timing {
 
 fn write(repository: &Repository, name: &str, info: &LockInfo) {
     let key = format!("lock/main/{name}");
-    repository.store.put(&key, Body::Bytes(encode(info).unwrap().into())).unwrap();
+    repository.store.put(&key, Body::Bytes(repository.encode_info(&key, info).unwrap())).unwrap();
 }
 
 /// What the lock's object says.
 fn read(lock: &Lock) -> LockInfo {
-    decode(&lock.held.key, &lock.held.store.get(&lock.held.key).unwrap()).unwrap()
+    let Held { repository, key, .. } = &*lock.held;
+    repository.decode_info(key, &repository.store.get(key).unwrap()).unwrap()
 }
 
 /// A lock of another host.
