@@ -19,7 +19,7 @@ const MAP_WINDOW: u32 = 512 * 1024;
 pub struct Builder {
     entries: Vec<(Box<[u8]>, Node)>,
     pub(super) chunks: Vec<ChunkRef>,
-    numbers: HashMap<(PackId, u32), u32>,
+    numbers: HashMap<ChunkRef, u32>,
     small: Vec<u32>,
     maps: Vec<u32>,
 }
@@ -93,7 +93,7 @@ impl Builder {
 
     fn number(&mut self, chunk: ChunkRef) -> u32 {
         let next = self.chunks.len() as u32;
-        let number = *self.numbers.entry((chunk.pack, chunk.offset)).or_insert(next);
+        let number = *self.numbers.entry(chunk).or_insert(next);
         if number == next {
             self.chunks.push(chunk);
         }

@@ -126,7 +126,7 @@ impl Fetcher {
 
     /// Copies `buf.len()` bytes from `offset` of a chunk's plaintext, if memory or the disk cache has it.
     pub fn read_cached(&self, chunk: &ChunkRef, offset: usize, buf: &mut [u8]) -> bool {
-        if let Some(plain) = self.in_memory(&chunk.id) {
+        if let Some(plain) = self.in_memory(chunk) {
             buf.copy_from_slice(&plain[offset..offset + buf.len()]);
             return true;
         }
@@ -203,8 +203,10 @@ impl Fetcher {
         plain
     }
 
-    fn in_memory(&self, id: &ChunkId) -> Option<Plain> {
-        let plain = self.memory.lock().chunks.get(id).cloned();
+    fn in_memory(&self, chunk: &ChunkRef) -> Option<Plain> {
+        let plain = self.memory.lock().chunks.get(&chunk.id).cloned();
+        // a hostile reference may claim another length under a right name
+        let plain = plain.filter(|plain| plain.len() == chunk.plain_len as usize);
         if plain.is_some() {
             self.counters.memory_hits.fetch_add(1, Ordering::Relaxed);
         }
@@ -212,7 +214,7 @@ impl Fetcher {
     }
 
     fn in_caches(&self, chunk: &ChunkRef) -> Option<Plain> {
-        if let Some(plain) = self.in_memory(&chunk.id) {
+        if let Some(plain) = self.in_memory(chunk) {
             return Some(plain);
         }
         let mut plain = vec![0; chunk.plain_len as usize];

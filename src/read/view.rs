@@ -155,7 +155,8 @@ pub type Visit<'a, E> = dyn FnMut(&[u8], NodeIndex) -> std::result::Result<(), E
 
 #[derive(Debug)]
 struct LeafCache {
-    leaves: LruCache<ChunkId, Arc<Leaf>>,
+    /// by the map's name and the bytes of file it covers
+    leaves: LruCache<(ChunkId, u64), Arc<Leaf>>,
     bytes: usize,
 }
 
@@ -404,17 +405,17 @@ impl View {
                 leaves.get(inside).ok_or_else(|| Error::new("the file map index is too short"))?.map
             }
         };
-        if let Some(leaf) = self.leaves.lock().leaves.get(&map.id) {
+        let len = (size - number * LEAF_BYTES).min(LEAF_BYTES);
+        if let Some(leaf) = self.leaves.lock().leaves.get(&(map.id, len)) {
             return Ok(leaf.clone());
         }
-        let len = (size - number * LEAF_BYTES).min(LEAF_BYTES);
         let mut plain = vec![0; map.plain_len as usize];
         if !self.fetcher.read_cached(&map, 0, &mut plain) {
             let span = Span { at: 0, len: plain.len(), chunk: map, offset: 0 };
             self.fetch(&[span], &mut |_, bytes| plain.copy_from_slice(bytes))?;
         }
         let leaf = Arc::new(Leaf::decode("file map", &plain, len)?);
-        self.leaves.lock().insert(map.id, leaf.clone());
+        self.leaves.lock().insert((map.id, len), leaf.clone());
         Ok(leaf)
     }
 
@@ -486,9 +487,9 @@ impl Content {
 }
 
 impl LeafCache {
-    fn insert(&mut self, id: ChunkId, leaf: Arc<Leaf>) {
+    fn insert(&mut self, of: (ChunkId, u64), leaf: Arc<Leaf>) {
         self.bytes += leaf.memory();
-        if let Some((_, old)) = self.leaves.push(id, leaf) {
+        if let Some((_, old)) = self.leaves.push(of, leaf) {
             self.bytes -= old.memory();
         }
         while self.bytes > LEAF_MEMORY {

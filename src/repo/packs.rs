@@ -11,12 +11,18 @@ use crate::format::manifest::PackUse;
 impl Repository {
     /// Every pack below `chunk/` and its length: a page of a listing for a thousand of them.
     pub fn packs(&self) -> Result<HashMap<PackId, u64>> {
+        self.packs_since(i64::MIN)
+    }
+
+    /// The same, of those written at this second (of the store's clock) or later.
+    pub fn packs_since(&self, second: i64) -> Result<HashMap<PackId, u64>> {
         let prefix = keys::packs(&self.stanza);
         let (mut packs, mut after) = (HashMap::new(), None);
         loop {
             let page = self.store.list(&prefix, after.as_deref())?;
             let id = |key: &str| key.rsplit('/').next().and_then(PackId::from_hex);
-            packs.extend(page.objects.iter().filter_map(|object| Some((id(&object.key)?, object.size))));
+            let young = page.objects.iter().filter(|object| object.modified >= second);
+            packs.extend(young.filter_map(|object| Some((id(&object.key)?, object.size))));
             match page.next {
                 Some(next) => after = Some(next),
                 None => return Ok(packs),

@@ -89,6 +89,7 @@ enum Block {
 struct Partial {
     leaves: Vec<LeafRef>,
     crc: u32,
+    mtime: i64,
     bad_blocks: Vec<u64>,
     weights: Weights,
     vanished: bool,
@@ -134,11 +135,12 @@ impl Assembler {
         Ok(self.next)
     }
 
-    fn small(&mut self, found: Scanned, cut: Option<Cut<SmallFile>>) -> Result<()> {
+    fn small(&mut self, mut found: Scanned, cut: Option<Cut<SmallFile>>) -> Result<()> {
         let node = match (&found.kind, cut) {
             (ScannedKind::Directory, _) => Node::Directory,
             (ScannedKind::Link(target), _) => Node::Symlink(target.to_vec()),
             (_, Some(Cut::Read(file))) => {
+                found.mtime = found.mtime.max(file.mtime);
                 self.totals.bad_pages(&found, file.bad_blocks);
                 self.totals.read += found.size;
                 let (extents, changes) = file.place;
@@ -160,6 +162,7 @@ impl Assembler {
         let partial = self.partial.get_or_insert_with(|| Partial {
             leaves: Vec::new(),
             crc: 0,
+            mtime: found.mtime,
             bad_blocks: Vec::new(),
             weights: Weights::default(),
             vanished: false,
@@ -171,6 +174,7 @@ impl Assembler {
             Cut::Read(part) => {
                 let len = (end - number * LEAF_BYTES) as usize;
                 partial.crc = crc32c::crc32c_combine(partial.crc, part.crc, len);
+                partial.mtime = partial.mtime.max(part.mtime);
                 partial.bad_blocks.extend(part.bad_blocks);
                 let (place, weights) = part.place;
                 partial.leaves.push(place);
@@ -204,7 +208,7 @@ impl Assembler {
             chunks.iter().for_each(|chunk| self.totals.weights.add_chunk(chunk));
         }
         let node = Node::File(File { size: found.size, crc: partial.crc, place });
-        self.entry(found, node)
+        self.entry(&Scanned { mtime: partial.mtime, ..found.clone() }, node)
     }
 
     /// A file as the parent has it.

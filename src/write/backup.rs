@@ -28,6 +28,7 @@ use crate::format::manifest::{Database, Description, PackUse, Sizes, Source, Tab
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
 use crate::postgres::{BackupKind, ControlFile, Label, Layout, Lsn, SegmentName, SegmentSize, Timeline};
 use crate::progress::Monitor;
+use crate::repo::lock::Lock;
 use crate::repo::wal::wal_identity;
 use crate::repo::{Repository, keys};
 use crate::store::Body;
@@ -135,10 +136,11 @@ fn attempt(
     let started = start(repository, &mut server, database, kind, prior, options, monitor)?;
     lock.set_note(&started.label.to_string());
     let trust = |parent: Compared| {
-        parent.trusted(repository, started.timeline, &server.data_directory, &started.source, options)
+        let start = (started.timeline, started.start_lsn, started.start_time);
+        parent.trusted(repository, start, &server.data_directory, &started.source, options)
     };
     let compared = compared.map(trust).transpose()?;
-    let left = if lock.dead_backups()?.is_empty() { HashMap::new() } else { left_behind(repository)? };
+    let left = left_behind(repository, &lock.dead_backups()?)?;
     let mut copied = copy_all(repository, &mut server, &started, compared, left, options, monitor)?;
     let totals = copied.assembler.totals();
     if options.page_errors_fail && !totals.page_errors.is_empty() {
@@ -149,9 +151,7 @@ fn attempt(
     let packs = copied.packs.table(&totals.weights)?;
     prove_old(repository, &copied.packs, &packs)?;
     let description = describe(&mut server, started, &copied, totals, &packs)?;
-    // without it, packs that this backup refers to may be gone
-    lock.check()?;
-    commit(repository, copied.assembler, &description, &packs)?;
+    commit(repository, copied.assembler, &description, &packs, &lock)?;
     if let Err(error) = lock.dead_backups().and_then(|dead| lock.remove(&dead)) {
         tracing::warn!(%error, "locks of backups that died could not be removed");
     }
@@ -271,15 +271,33 @@ fn describe(
     })
 }
 
-/// Packs are durable; the manifest makes the backup, the catalog makes it known.
-fn commit(repository: &Repository, assembler: Assembler, description: &Description, packs: &[PackUse]) -> Result<()> {
+/// Packs are durable; the manifest makes the backup, the catalog makes it known. Without the lock packs that it refers to may be
+/// gone: it must be held before, and where it was lost meanwhile the packs are looked for once more.
+fn commit(
+    repository: &Repository,
+    assembler: Assembler,
+    description: &Description,
+    packs: &[PackUse],
+    lock: &Lock,
+) -> Result<()> {
     let manifest = Bytes::from(assembler.finish(description, packs)?);
     let key = keys::manifest(&repository.stanza, &description.label);
     if repository.store.size(&key)?.is_some() {
         return Err(Error::new(format!("backup {} exists already; another backup took its label", description.label))
             .hint("run the backup again"));
     }
+    lock.check()?;
     repository.store.put(&key, Body::Bytes(manifest))?;
+    if lock.check().is_err() {
+        repository.prove_packs(packs).map_err(|error| {
+            Error::new(format!(
+                "backup {} must not be relied on: packs vanished while it was committed",
+                description.label
+            ))
+            .hint("remove it with \"pgcairn expire --set\", and run the backup again")
+            .source(error)
+        })?;
+    }
     repository.enter(description)
 }
 

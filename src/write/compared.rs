@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::format::chunk::PackId;
 use crate::format::info::BackupSummary;
 use crate::format::manifest::{Database, Description, PackUse, Source};
-use crate::postgres::{BackupKind, Timeline};
+use crate::postgres::{BackupKind, Lsn, Timeline};
 use crate::progress::Monitor;
 use crate::repo::Repository;
 
@@ -70,14 +70,18 @@ impl Compared {
     pub(super) fn trusted(
         self,
         repository: &Repository,
-        timeline: Timeline,
+        (timeline, start_lsn, start_time): (Timeline, Lsn, i64),
         data_directory: &Path,
         source: &Source,
         options: &BackupOptions,
     ) -> Result<Self> {
         let parent = &self.description;
+        // a cluster or a clock that went back: what the parent read may never have happened
+        let is_later =
+            parent.stop_lsn.parse::<Lsn>().is_ok_and(|stop| stop <= start_lsn) && parent.stop_time <= start_time;
         let is_same = |of: &Source| (&of.host, &of.mark) == (&source.host, &source.mark);
-        let trusted = parent.timeline == timeline.0
+        let trusted = is_later
+            && parent.timeline == timeline.0
             && parent.data_directory == data_directory.display().to_string()
             && parent.source.as_ref().is_some_and(is_same);
         if trusted || options.checksum || !self.parent.reuse().unread {

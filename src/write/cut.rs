@@ -67,6 +67,9 @@ pub struct Slots<P> {
     pub place: P,
     /// CRC32C of the bytes
     pub crc: u32,
+    /// when it was last changed, seconds since 1970, seen after it was read: a later backup must not take what was read for the
+    /// state of the time at which it was found
+    pub mtime: i64,
     /// blocks of the file whose checksum is wrong
     pub bad_blocks: Vec<u64>,
 }
@@ -161,8 +164,8 @@ impl<'a> Worker<'a> {
             at += len as u64;
         }
         self.store_pending(&mut placing)?;
-        let place = self.store_leaf(&placing, old)?;
-        Ok(Cut::Read(Slots { place, crc: placing.crc, bad_blocks: placing.bad_blocks }))
+        let (place, mtime) = (self.store_leaf(&placing, old)?, source.modified()?);
+        Ok(Cut::Read(Slots { place, crc: placing.crc, mtime, bad_blocks: placing.bad_blocks }))
     }
 
     /// What a large file needs that is taken over from the parent.
@@ -306,6 +309,7 @@ impl<'a> Worker<'a> {
             at += len as u64;
         }
         placing.stored_changes = old.and_then(|old| old.changes_of_small(&placing.changes));
+        placing.mtime = source.modified()?;
         Ok(placing)
     }
 
@@ -402,7 +406,7 @@ impl<'a> Worker<'a> {
             let Some(file) = placing else { return Cut::Vanished };
             let changes = if fresh(&&file) { chunk.zip(offsets.next()) } else { file.stored_changes };
             let place = (file.extents(), changes);
-            Cut::Read(Slots { place, crc: file.crc, bad_blocks: file.bad_blocks })
+            Cut::Read(Slots { place, crc: file.crc, mtime: file.mtime, bad_blocks: file.bad_blocks })
         };
         Ok(placing.into_iter().map(complete).collect())
     }

@@ -12,7 +12,7 @@ use crate::format::manifest::{Description, Entry, File, Node, PackUse, Place, pa
 use crate::format::map::{
     Extent, INDEX_LEAVES, Leaf, LeafRef, SlotChange, apply_changes, changes_base, decode_changes, decode_index,
 };
-use crate::format::{GRAIN, LEAF_BYTES, SLOT};
+use crate::format::{GRAIN, INLINE_BYTES, LEAF_BYTES, SLOT};
 use crate::repo::Repository;
 use crate::repo::chunks::ChunkReader;
 use crate::repo::manifest::ManifestCursor;
@@ -265,7 +265,9 @@ impl ParentFiles {
         }
         let Some(Entry { mtime, node: Node::File(file), .. }) = self.ahead.take() else { return Ok(Known::New) };
         let settled = mtime < self.settled_before && found.mtime < now;
-        let same = self.unread && settled && (file.size, mtime) == (found.size, found.mtime);
+        // what a small file needs is counted from its extents
+        let counted = file.size > INLINE_BYTES || matches!(file.place, Place::Inline { .. });
+        let same = self.unread && settled && counted && (file.size, mtime) == (found.size, found.mtime);
         let file = Arc::new(file);
         Ok(if same { Known::Same(file) } else { Known::Changed(file) })
     }

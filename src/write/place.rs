@@ -14,6 +14,8 @@ pub(super) struct Placing {
     pub(super) stored_changes: Option<(ChunkRef, u32)>,
     /// CRC32C of what was read so far
     pub(super) crc: u32,
+    /// when the file was last changed, seen after it was read
+    pub(super) mtime: i64,
     /// pages whose checksum is wrong
     pub(super) bad_blocks: Vec<u64>,
 }

@@ -9,6 +9,7 @@ use super::dedup::{Dedup, Seen};
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkRef, PackId};
 use crate::format::pack::{TRAILER_LEN, Trailer};
+use crate::repo::lock::Other;
 use crate::repo::{Repository, keys};
 
 /// Requests under way at once.
@@ -16,15 +17,21 @@ const THREADS: usize = 8;
 /// The end of a pack that is fetched first: mostly the whole footer.
 const TAIL_BYTES: u64 = 16 * 1024;
 
-/// Packs that no manifest names, and their lengths.
-pub(super) fn left_behind(repository: &Repository) -> Result<HashMap<PackId, u64>> {
-    let mut packs = repository.packs()?;
+/// Packs, and their lengths, that were written since the backups that left these locks began, and that no manifest names. None
+/// where a manifest cannot be read: then nobody knows.
+pub(super) fn left_behind(repository: &Repository, dead: &[Other]) -> Result<HashMap<PackId, u64>> {
+    let Some(since) = dead.iter().filter_map(Other::since).min() else { return Ok(HashMap::new()) };
+    let mut packs = repository.packs_since(since)?;
     repository.harmed_packs()?.iter().for_each(|pack| _ = packs.remove(pack));
     for label in repository.labels()? {
         match repository.manifest_packs(&label) {
             Ok(needed) => needed.iter().for_each(|of| _ = packs.remove(&of.pack)),
             // its manifest was never written, or it was expired just now
             Err(error) if error.is_not_found() => {}
+            Err(error) if error.is_damage() => {
+                tracing::warn!(label, %error, "a manifest is damaged: nothing is taken over from a backup that died");
+                return Ok(HashMap::new());
+            }
             Err(error) => return Err(error),
         }
     }

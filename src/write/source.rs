@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::ErrorKind;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::scan::Scanned;
@@ -48,6 +48,12 @@ impl Source {
         }
         buf[done..].fill(0);
         Ok(())
+    }
+
+    /// The time of its last change, now that it was read: later than when it was found, it may have been changed while it was read.
+    pub(super) fn modified(&self) -> Result<i64> {
+        let metadata = self.file.metadata().map_err(|error| Error::io("look at", &self.path, error))?;
+        Ok(metadata.mtime())
     }
 
     /// Checks every page of a slot that was read from `at`; a page that fails is read once more, since the server may have
