@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::cut::{Cut, LeafPart, SmallFile};
 use super::packer::{Stored, random_pack_id};
 use super::scan::{Scanned, ScannedKind};
+use super::source::BadPage;
 use super::weights::Weights;
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkRef, Encoder, Keys, PackId};
@@ -16,6 +17,7 @@ use crate::format::manifest::{
 use crate::format::map::{Extent, INDEX_LEAVES, LeafRef, SlotChange, encode_index};
 use crate::format::pack::{HEADER_LEN, PackKind, PackWriter};
 use crate::format::{LEAF_BYTES, SLOT};
+use crate::postgres::Lsn;
 
 /// What one job of a worker gave. Jobs are numbered in path order.
 #[derive(Debug)]
@@ -77,8 +79,8 @@ pub struct Totals {
     pub read: u64,
     /// what the backup needs of each pack
     pub weights: Weights,
-    /// pages whose checksum is wrong
-    pub page_errors: Vec<PageErrors>,
+    /// pages whose checksum is wrong, by file
+    bad_pages: Vec<(String, Vec<BadPage>)>,
 }
 
 enum Block {
@@ -90,7 +92,7 @@ struct Partial {
     leaves: Vec<LeafRef>,
     crc: u32,
     mtime: i64,
-    bad_blocks: Vec<u64>,
+    bad_pages: Vec<BadPage>,
     weights: Weights,
     vanished: bool,
 }
@@ -141,7 +143,7 @@ impl Assembler {
             (ScannedKind::Link(target), _) => Node::Symlink(target.to_vec()),
             (_, Some(Cut::Read(file))) => {
                 found.mtime = found.mtime.max(file.mtime);
-                self.totals.bad_pages(&found, file.bad_blocks);
+                self.totals.bad_pages(&found, file.bad_pages);
                 self.totals.read += found.size;
                 let (extents, changes) = file.place;
                 self.totals.weigh_small(found.size, &extents, changes.as_ref());
@@ -163,7 +165,7 @@ impl Assembler {
             leaves: Vec::new(),
             crc: 0,
             mtime: found.mtime,
-            bad_blocks: Vec::new(),
+            bad_pages: Vec::new(),
             weights: Weights::default(),
             vanished: false,
         });
@@ -175,7 +177,7 @@ impl Assembler {
                 let len = (end - number * LEAF_BYTES) as usize;
                 partial.crc = crc32c::crc32c_combine(partial.crc, part.crc, len);
                 partial.mtime = partial.mtime.max(part.mtime);
-                partial.bad_blocks.extend(part.bad_blocks);
+                partial.bad_pages.extend(part.bad_pages);
                 let (place, weights) = part.place;
                 partial.leaves.push(place);
                 partial.weights.merge(&weights);
@@ -191,7 +193,7 @@ impl Assembler {
     }
 
     fn large(&mut self, found: &Scanned, partial: Partial, index: StoreIndex<'_>) -> Result<()> {
-        self.totals.bad_pages(found, partial.bad_blocks);
+        self.totals.bad_pages(found, partial.bad_pages);
         self.totals.read += found.size;
         self.totals.weights.merge(&partial.weights);
         let place = match partial.leaves.len() <= ENTRY_LEAVES {
@@ -214,7 +216,9 @@ impl Assembler {
     /// A file as the parent has it.
     fn same(&mut self, found: &Scanned, file: &File) -> Result<()> {
         if let Some(blocks) = self.old_errors.get(&*String::from_utf8_lossy(&found.path)) {
-            self.totals.bad_pages(found, blocks.clone());
+            let known = |block: &u64| BadPage { block: *block, torn: None };
+            let pages = blocks.iter().map(known).collect();
+            self.totals.bad_pages(found, pages);
         }
         self.entry(found, Node::File(file.clone()))
     }
@@ -329,15 +333,44 @@ impl Totals {
         changes.into_iter().for_each(|(chunk, _)| self.weights.add_changes(chunk, size));
     }
 
-    fn bad_pages(&mut self, found: &Scanned, blocks: Vec<u64>) {
-        if !blocks.is_empty() {
-            self.page_errors.push(PageErrors { file: String::from_utf8_lossy(&found.path).into_owned(), blocks });
+    fn bad_pages(&mut self, found: &Scanned, pages: Vec<BadPage>) {
+        if !pages.is_empty() {
+            self.bad_pages.push((String::from_utf8_lossy(&found.path).into_owned(), pages));
         }
+    }
+
+    /// Pages whose checksum is wrong and that no WAL up to `stop` heals.
+    pub fn page_errors(&self, stop: Lsn) -> Vec<PageErrors> {
+        let is_error = |page: &&BadPage| page.torn.is_none_or(|lsn| lsn > stop);
+        let errors = self.bad_pages.iter().map(|(file, pages)| PageErrors {
+            file: file.clone(),
+            blocks: pages.iter().filter(is_error).map(|page| page.block).collect(),
+        });
+        errors.filter(|errors| !errors.blocks.is_empty()).collect()
     }
 }
 
 impl std::fmt::Debug for Assembler {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Assembler").field("next", &self.next).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_page_is_torn_only_if_some_wal_heals_it() {
+        let lsn = |text: &str| text.parse::<Lsn>().unwrap();
+        let kind = ScannedKind::File;
+        let found = Scanned { path: (*b"base/5/1").into(), mode: 0, mtime: 0, size: 0, kind, first_block: Some(0) };
+        let page = |block, torn| BadPage { block, torn };
+        let mut totals = Totals::default();
+        totals.bad_pages(&found, vec![page(1, None), page(2, Some(lsn("1/0"))), page(3, Some(lsn("FFFF/0")))]);
+        totals.bad_pages(&found, vec![page(9, Some(lsn("2/0")))]);
+        let errors = totals.page_errors(lsn("2/0"));
+        assert_eq!(errors, [PageErrors { file: "base/5/1".into(), blocks: vec![1, 3] }]);
     }
 }

@@ -143,8 +143,8 @@ fn attempt(
     let left = left_behind(repository, &lock.dead_backups()?)?;
     let mut copied = copy_all(repository, &mut server, &started, compared, left, options, monitor)?;
     let totals = copied.assembler.totals();
-    if options.page_errors_fail && !totals.page_errors.is_empty() {
-        let file = &totals.page_errors[0];
+    let page_errors = totals.page_errors(copied.stopped.lsn);
+    if let (true, Some(file)) = (options.page_errors_fail, page_errors.first()) {
         return Err(Error::new(format!("{} pages of {} fail their checksum", file.blocks.len(), file.file))
             .hint("run pg_checksums or pg_amcheck on the server; without --page-errors=fail the backup is kept"));
     }
@@ -260,7 +260,7 @@ fn describe(
         backup_label,
         tablespace_map,
         tablespaces: copied.tablespaces.clone(),
-        page_errors: totals.page_errors,
+        page_errors: totals.page_errors(stop_lsn),
         sizes: Sizes {
             database: totals.bytes,
             read: totals.read,

@@ -11,7 +11,7 @@ use super::packer::{Lane, Stored, Uploads};
 use super::parent::{OldSlots, Parent, Part};
 use super::place::{Member, Pending, Placing, SlotRead};
 use super::scan::Scanned;
-use super::source::{Pages, Source};
+use super::source::{BadPage, Pages, Source};
 use super::weights::Weights;
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkId, ChunkRef, Encoder, Keys};
@@ -70,8 +70,8 @@ pub struct Slots<P> {
     /// when it was last changed, seconds since 1970, seen after it was read: a later backup must not take what was read for the
     /// state of the time at which it was found
     pub mtime: i64,
-    /// blocks of the file whose checksum is wrong
-    pub bad_blocks: Vec<u64>,
+    /// pages of the file whose checksum is wrong
+    pub bad_pages: Vec<BadPage>,
 }
 
 /// A small file, placed.
@@ -165,7 +165,7 @@ impl<'a> Worker<'a> {
         }
         self.store_pending(&mut placing)?;
         let (place, mtime) = (self.store_leaf(&placing, old)?, source.modified()?);
-        Ok(Cut::Read(Slots { place, crc: placing.crc, mtime, bad_blocks: placing.bad_blocks }))
+        Ok(Cut::Read(Slots { place, crc: placing.crc, mtime, bad_pages: placing.bad_pages }))
     }
 
     /// What a large file needs that is taken over from the parent.
@@ -223,7 +223,7 @@ impl<'a> Worker<'a> {
     ) -> Result<SlotRead> {
         source.read(at, &mut self.buffer[..len])?;
         if let (Some(pages), Some(first_block)) = (self.cutting.pages, file.first_block) {
-            source.check_pages(pages, first_block, at, &mut self.buffer[..len], &mut placing.bad_blocks)?;
+            source.check_pages(pages, first_block, at, &mut self.buffer[..len], &mut placing.bad_pages)?;
         }
         let plain = &self.buffer[..len];
         let grains = plain.chunks(GRAIN).map(|grain| self.cutting.keys.grain_digest(grain)).collect();
@@ -406,7 +406,7 @@ impl<'a> Worker<'a> {
             let Some(file) = placing else { return Cut::Vanished };
             let changes = if fresh(&&file) { chunk.zip(offsets.next()) } else { file.stored_changes };
             let place = (file.extents(), changes);
-            Cut::Read(Slots { place, crc: file.crc, mtime: file.mtime, bad_blocks: file.bad_blocks })
+            Cut::Read(Slots { place, crc: file.crc, mtime: file.mtime, bad_pages: file.bad_pages })
         };
         Ok(placing.into_iter().map(complete).collect())
     }

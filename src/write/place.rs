@@ -1,5 +1,6 @@
 //! Pieces of files on their way into chunks, and the extents that wait for them.
 
+use super::source::BadPage;
 use crate::format::chunk::{ChunkId, ChunkRef, GrainDigest, Keys};
 use crate::format::map::{Extent, Leaf, SlotChange};
 use crate::format::{CHUNK, GRAIN, SLOT};
@@ -17,7 +18,7 @@ pub(super) struct Placing {
     /// when the file was last changed, seen after it was read
     pub(super) mtime: i64,
     /// pages whose checksum is wrong
-    pub(super) bad_blocks: Vec<u64>,
+    pub(super) bad_pages: Vec<BadPage>,
 }
 
 /// An extent of slot `slot` that may still be without a place.

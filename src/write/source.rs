@@ -18,6 +18,16 @@ pub struct Pages {
     pub start: Lsn,
 }
 
+/// A page whose checksum is wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadPage {
+    /// number of the block in its file
+    pub block: u64,
+    /// when its header says that it was changed after the backup's start: then it may be torn, and WAL heals it, unless no WAL
+    /// reaches so far
+    pub torn: Option<Lsn>,
+}
+
 /// A file of the data directory, open.
 pub(super) struct Source {
     file: File,
@@ -64,26 +74,26 @@ impl Source {
         first_block: u64,
         at: u64,
         slot: &mut [u8],
-        bad_blocks: &mut Vec<u64>,
+        bad_pages: &mut Vec<BadPage>,
     ) -> Result<()> {
         for (number, page) in slot.chunks_mut(pages.size).enumerate() {
             let block = at / pages.size as u64 + number as u64;
-            if page.len() < pages.size || sound(page, first_block + block, pages.start) {
+            if page.len() < pages.size || wrong(page, first_block + block).is_none() {
                 continue;
             }
             self.read(block * pages.size as u64, page)?;
-            if !sound(page, first_block + block, pages.start) {
-                bad_blocks.push(block);
+            if let Some(lsn) = wrong(page, first_block + block) {
+                bad_pages.push(BadPage { block, torn: (lsn >= pages.start).then_some(lsn) });
             }
         }
         Ok(())
     }
 }
 
-/// True when the checksum is right, or cannot be: a page changed after the backup's start may be torn.
-fn sound(page: &[u8], block: u64, start: Lsn) -> bool {
+/// The position of the last change that a page names whose checksum is wrong.
+fn wrong(page: &[u8], block: u64) -> Option<Lsn> {
     match page::verify(page, block as u32) {
-        page::Verdict::Ok | page::Verdict::New => true,
-        page::Verdict::Mismatch { lsn, .. } => lsn >= start,
+        page::Verdict::Ok | page::Verdict::New => None,
+        page::Verdict::Mismatch { lsn, .. } => Some(lsn),
     }
 }
