@@ -76,9 +76,10 @@ impl Compared {
         options: &BackupOptions,
     ) -> Result<Self> {
         let parent = &self.description;
-        // a cluster or a clock that went back: what the parent read may never have happened
-        let is_later =
-            parent.stop_lsn.parse::<Lsn>().is_ok_and(|stop| stop <= start_lsn) && parent.stop_time <= start_time;
+        // a cluster or a clock that went back: what the parent read may never have happened. A standby's backup begins at the
+        // last checkpoint that was replayed, which may be the parent's
+        let reached = if source.standby { &parent.start_lsn } else { &parent.stop_lsn };
+        let is_later = reached.parse::<Lsn>().is_ok_and(|lsn| lsn <= start_lsn) && parent.stop_time <= start_time;
         let is_same = |of: &Source| (&of.host, &of.mark) == (&source.host, &source.mark);
         let trusted = is_later
             && parent.timeline == timeline.0
