@@ -178,7 +178,7 @@ fn restore(
 ) -> Result<()> {
     shell.chapter(
         "A copy of the whole cluster",
-        &["The classic restore: a plain data directory, every byte checked against its hash."],
+        &["The classic restore: a plain data directory, every chunk and every file checked."],
     )?;
     costs.restore = shell.run(As::Caller, "pgcairn restore copy")?.took;
     let copy = Server::new(home, programs, "copy", "copy.log", 5433);
