@@ -161,7 +161,8 @@ pub struct Encoder {
     pays: bool,
     /// large chunks until the next trial
     untried: usize,
-    trial: Vec<u8>,
+    /// what a compressor writes into; grown once, since clearing it for each chunk would cost as much as hashing the chunk
+    packed: Vec<u8>,
 }
 
 /// Level for what a higher one does not pay for.
@@ -179,41 +180,47 @@ impl Encoder {
         let compressor = zstd::bulk::Compressor::new;
         let thorough = if level > FAST_LEVEL { Some(compressor(level)?) } else { None };
         let fast = compressor(level.min(FAST_LEVEL))?;
-        Ok(Self { fast, thorough, pays: true, untried: 0, trial: Vec::new() })
+        Ok(Self { fast, thorough, pays: true, untried: 0, packed: Vec::new() })
     }
 
     /// Appends the stored form of the chunk `id` to `out`; incompressible plaintext is kept raw.
     pub fn encode(&mut self, keys: &Keys, id: &ChunkId, plain: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
         let start = out.len();
-        out.push(ZSTD);
-        out.resize(start + 1 + zstd::zstd_safe::compress_bound(plain.len()), 0);
-        let written = self.choose(plain)?.compress_to_buffer(plain, &mut out[start + 1..])?;
-        if written < plain.len() {
-            out.truncate(start + 1 + written);
-        } else {
-            out.truncate(start);
-            out.push(RAW);
-            out.extend_from_slice(plain);
-        }
+        self.room_for(plain.len());
+        let thorough = self.thorough_pays(plain)?;
+        let compressor = match &mut self.thorough {
+            Some(slow) if thorough => slow,
+            _ => &mut self.fast,
+        };
+        let written = compressor.compress_to_buffer(plain, &mut self.packed[..])?;
+        let (codec, payload) = if written < plain.len() { (ZSTD, &self.packed[..written]) } else { (RAW, plain) };
+        out.push(codec);
+        out.extend_from_slice(payload);
         keys.seal.close(id, out, start)
     }
 
-    fn choose(&mut self, plain: &[u8]) -> io::Result<&mut zstd::bulk::Compressor<'static>> {
-        let Some(thorough) = &mut self.thorough else { return Ok(&mut self.fast) };
+    fn thorough_pays(&mut self, plain: &[u8]) -> io::Result<bool> {
+        let Some(thorough) = &mut self.thorough else { return Ok(false) };
         if plain.len() < 2 * TRIAL_BYTES {
-            return Ok(thorough);
+            return Ok(true);
         }
         if self.untried == 0 {
             let middle = plain.len() / 2 - TRIAL_BYTES / 2;
             let sample = &plain[middle..middle + TRIAL_BYTES];
-            self.trial.resize(zstd::zstd_safe::compress_bound(TRIAL_BYTES), 0);
-            let fast = self.fast.compress_to_buffer(sample, &mut self.trial[..])?;
-            let slow = thorough.compress_to_buffer(sample, &mut self.trial[..])?;
+            let fast = self.fast.compress_to_buffer(sample, &mut self.packed[..])?;
+            let slow = thorough.compress_to_buffer(sample, &mut self.packed[..])?;
             self.pays = slow * 1000 <= fast * (1000 - PAYS_PERMILLE);
             self.untried = TRIAL_EVERY;
         }
         self.untried -= 1;
-        Ok(if self.pays { thorough } else { &mut self.fast })
+        Ok(self.pays)
+    }
+
+    fn room_for(&mut self, plain_len: usize) {
+        let room = zstd::zstd_safe::compress_bound(plain_len);
+        if self.packed.len() < room {
+            self.packed.resize(room, 0);
+        }
     }
 }
 

@@ -7,8 +7,8 @@
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, fchown};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -213,12 +213,14 @@ impl Store for DirectoryStore {
         if offset.checked_add(len).is_none_or(|end| end > size) {
             return Err(StoreError::truncated(&self.url, key, offset, len, Some(size)));
         }
-        let mut bytes = vec![0; len as usize];
-        file.read_exact_at(&mut bytes, offset).map_err(|e| match e.kind() {
-            io::ErrorKind::UnexpectedEof => StoreError::truncated(&self.url, key, offset, len, None),
-            _ => self.error("read", key, e),
-        })?;
-        Ok(bytes.into())
+        let mut bytes = Vec::new();
+        let room = bytes.try_reserve_exact(len as usize).map_err(io::Error::other);
+        let sought = room.and_then(|()| (&file).seek(SeekFrom::Start(offset)));
+        sought.and_then(|_| (&file).take(len).read_to_end(&mut bytes)).map_err(|e| self.error("read", key, e))?;
+        match bytes.len() as u64 == len {
+            true => Ok(bytes.into()),
+            false => Err(StoreError::truncated(&self.url, key, offset, len, None)),
+        }
     }
 
     fn put(&self, key: &str, body: Body) -> Result<()> {
