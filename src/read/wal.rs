@@ -8,10 +8,10 @@ use std::thread;
 
 use super::fetch::Fetcher;
 use crate::error::{Context, Error, Result};
-use crate::format::FormatError;
 use crate::format::chunk::{ChunkRef, Decoder};
 use crate::format::manifest::Database;
 use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer};
+use crate::format::{CHUNK, FormatError};
 use crate::postgres::WalName;
 use crate::repo::Repository;
 use crate::repo::wal::check_first_bytes;
@@ -19,7 +19,7 @@ use crate::repo::wal::check_first_bytes;
 /// An archived object up to this size is fetched whole: its footer alone would cost as many requests.
 const WHOLE_BYTES: u64 = 4 * 1024 * 1024;
 
-/// The chunks of an archived file in file order, one for each [`CHUNK`](crate::format::CHUNK). A small object is fetched whole and its chunks are kept.
+/// The chunks of an archived file in file order, one for each [`CHUNK`]. A small object is fetched whole and its chunks are kept.
 pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
     let store = &fetcher.repository().store;
     if size <= WHOLE_BYTES {
@@ -121,9 +121,15 @@ fn write(
     let file = File::create(path).map_err(|error| Error::io("create", path, error))?;
     let part = |chunks: &[ChunkRef], mut offset: u64| -> Result<()> {
         let mut decoder = Decoder::new().map_err(|error| Error::new("cannot set up zstd").source(error))?;
+        // one buffer for all chunks: fresh ones would cost as much as decompressing
+        let mut plain = Vec::with_capacity(CHUNK);
         for chunk in chunks {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
-            let plain = decoder.decode(&repository.keys, key, chunk, stored)?.plain;
+            match is_segment {
+                // what is stored is proved by its seal, what comes out by the checksum of every WAL record when it is replayed
+                true => decoder.decode_sealed(&repository.keys, key, chunk, stored, &mut plain)?,
+                false => plain = decoder.decode(&repository.keys, key, chunk, stored)?.plain,
+            }
             if offset == 0 {
                 check_first_bytes(database, name, &plain)?;
             }
@@ -148,7 +154,7 @@ fn write(
 
 /// Fails unless the chunks are the runs of a file of `size` bytes.
 pub fn check_cover(key: &str, chunks: &[ChunkRef], size: u64) -> Result<()> {
-    let slot = crate::format::CHUNK as u64;
+    let slot = CHUNK as u64;
     let whole = |(number, chunk): (usize, &ChunkRef)| {
         u64::from(chunk.plain_len) == size.saturating_sub(number as u64 * slot).min(slot)
     };

@@ -1,6 +1,7 @@
 //! From options to a client of the SDK.
 
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use aws_config::environment::region::EnvironmentVariableRegionProvider;
@@ -16,6 +17,7 @@ use aws_sdk_s3::config::{
 };
 use aws_smithy_http_client::Builder;
 use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode};
+use aws_smithy_runtime_api::client::http::{HttpClient, http_client_fn};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
@@ -115,11 +117,18 @@ fn endpoint_of_environment() -> Option<String> {
 
 fn https_client(options: &S3Options) -> std::result::Result<SharedHttpClient, Failure> {
     let builder = Builder::new().pool_idle_timeout(IDLE_MAX).tls_provider(Provider::Rustls(CryptoMode::Ring));
-    let Some(path) = &options.ca_file else { return Ok(builder.build_https()) };
+    let Some(path) = &options.ca_file else { return Ok(when_used(move || builder.clone().build_https())) };
     let pem = read_certificates(path).map_err(Failure::other)?;
     let trust = TrustStore::default().with_pem_certificate(pem);
     let context = TlsContext::builder().with_trust_store(trust).build().map_err(|e| Failure::other(e.to_string()))?;
     Ok(builder.tls_context(context).build_https())
+}
+
+/// A client that is made when it is first used. Reading the system's certificates takes longer than compressing a WAL segment,
+/// and a store at http:// with keys in the options or the environment never needs them.
+fn when_used(make: impl Fn() -> SharedHttpClient + Send + Sync + 'static) -> SharedHttpClient {
+    let client = OnceLock::new();
+    http_client_fn(move |settings, components| client.get_or_init(&make).http_connector(settings, components))
 }
 
 async fn check_credentials(config: &aws_config::SdkConfig) -> std::result::Result<(), Failure> {
