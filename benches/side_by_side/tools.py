@@ -77,8 +77,8 @@ class Pgcairn:
         if not list((self.repo / "backup" / STANZA).glob("*F")):
             self.backup()
 
-    def restore(self, path):
-        return self("restore", path, "--process-max", 2)
+    def restore(self, path, *words):
+        return self("restore", path, "--process-max", 2, *words)
 
 
 class PgBackRest:
@@ -120,14 +120,14 @@ class PgBackRest:
 class Clone:
     """A backup started with `pgcairn start`."""
 
-    def __init__(self, ours, name, arguments=None, env=None, options=()):
+    def __init__(self, ours, name, arguments=None, env=None, options=(), point=("latest",)):
         self.ours, self.bench, self.name = ours, ours.bench, name
         self.base = self.bench.work / "clones"
         self.cache = self.bench.work / f"cache-{name}"
         self.bench.undo.callback(self.stop)
         settings = [word for option in options for word in ("--option", option)]
         started = time.monotonic()
-        ran = ours("start", "latest", "--name", name, "--clone-path", self.base, "--cache-path", self.cache,
+        ran = ours("start", *point, "--name", name, "--clone-path", self.base, "--cache-path", self.cache,
                    "--output", "json", *settings, user="root", env=env, arguments=arguments)
         self.seconds = time.monotonic() - started
         said = json.loads(ran.output[ran.output.index("{"):])

@@ -103,11 +103,11 @@ impl Extract {
                     _ = std::fs::remove_file(&temporary);
                 }
                 written?;
-                output::line(&format!("{} is in {}", self.table, file.display()));
+                output::line(&format!("{} is in {}{}", self.table, file.display(), fetched(running)));
             }
             (None, Some(into)) => {
                 self.load(dump, &pg_dump, table, &client_program("psql", &running.clone.programs, major)?, into)?;
-                output::line(&format!("{} is back", self.table));
+                output::line(&format!("{} is back{}", self.table, fetched(running)));
             }
             (None, None) => finish(&mut dump, &pg_dump, table)?,
         }
@@ -131,6 +131,14 @@ impl Extract {
                 .hint("nothing was changed there; a table of that name must not exist: rename it, or use --output")),
         }
     }
+}
+
+/// What the clone has read of the repository, for people; nothing where it does not say.
+fn fetched(running: &Running) -> String {
+    let status = std::fs::read(running.place.mount().join(".pgcairn/status")).ok();
+    let status = status.and_then(|status| serde_json::from_slice::<serde_json::Value>(&status).ok());
+    let bytes = status.and_then(|status| status.get("fetched-bytes")?.as_u64());
+    bytes.map(|bytes| format!("; {} were fetched for it", output::bytes(bytes))).unwrap_or_default()
 }
 
 /// Runs pg_dump to its end.
