@@ -6,7 +6,7 @@ import sys
 from .bench import Bench, Failed
 
 TOPICS = ["backup", "restore", "first_query", "pgbench", "reads", "small_files", "incremental", "schedule", "verify", "archive",
-          "moment"]
+          "moment", "encryption"]
 
 
 def main(asked):

@@ -32,15 +32,17 @@ pg1-user=postgres
 class Pgcairn:
     name = "pgcairn"
 
-    def __init__(self, bench, cluster, name="pgcairn-repo"):
+    def __init__(self, bench, cluster, name="pgcairn-repo", options=(), creation=()):
+        """`options` go with every call, `creation` makes the stanza what it is."""
         self.bench, self.cluster = bench, cluster
         self.repo = bench.work / name
-        self.arguments = ["--repo", self.repo, "--stanza", STANZA]
+        self.creation = creation
+        self.arguments = ["--repo", self.repo, "--stanza", STANZA, *options]
         server = f"host={cluster.socket} port={cluster.port} user=postgres dbname=postgres"
         self.server = ["--pg", server]
-        self.archive_command = f"{bench.pgcairn} --repo {self.repo} --stanza {STANZA} archive-push %p"
+        self.archive_command = " ".join(map(str, [bench.pgcairn, *self.arguments, "archive-push", "%p"]))
         if not self.repo.exists():
-            self("stanza-create", *self.server)
+            self("stanza-create", *self.server, *self.creation)
 
     def __call__(self, *words, user="postgres", env=None, arguments=None):
         return self.bench.run(self.bench.pgcairn, *(arguments or self.arguments), *words, user=user, env=env)
@@ -48,7 +50,7 @@ class Pgcairn:
     def fresh(self):
         """An empty repository: a full backup into one that has backups would store next to nothing."""
         shutil.rmtree(self.repo, ignore_errors=True)
-        self("stanza-create", *self.server)
+        self("stanza-create", *self.server, *self.creation)
 
     def backup(self, kind="full"):
         """Takes a backup; gives the run, and the bytes it stored beside WAL."""
