@@ -82,6 +82,9 @@ class Pgcairn:
     def restore(self, path, *words):
         return self("restore", path, "--process-max", 2, *words)
 
+    def restore_delta(self, path):
+        return self.restore(path, "--delta")
+
 
 class PgBackRest:
     name = "pgBackRest"
@@ -115,8 +118,12 @@ class PgBackRest:
         if not list((self.repo / "backup" / STANZA).glob("*F")):
             self.backup()
 
-    def restore(self, path):
-        return self(f"--pg1-path={path}", "--type=immediate", "--target-action=promote", "--archive-mode=off", "restore")
+    def restore(self, path, *words):
+        recovery = ["--type=immediate", "--target-action=promote", "--archive-mode=off"]
+        return self(f"--pg1-path={path}", *recovery, *words, "restore")
+
+    def restore_delta(self, path):
+        return self.restore(path, "--delta")
 
 
 class Clone:

@@ -24,9 +24,9 @@ use super::standby;
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::PackId;
 use crate::format::info::LockKind;
-use crate::format::manifest::{Database, Description, PackUse, Sizes, Source, Tablespace};
+use crate::format::manifest::{Database, Description, NamedDatabase, PackUse, Sizes, Source, Tablespace};
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
-use crate::postgres::{BackupKind, ControlFile, Label, Layout, Lsn, SegmentName, SegmentSize, Timeline};
+use crate::postgres::{BackupKind, ControlFile, Label, Lsn, SegmentName, SegmentSize, Timeline};
 use crate::progress::Monitor;
 use crate::repo::lock::Lock;
 use crate::repo::wal::wal_identity;
@@ -168,7 +168,8 @@ fn copy_all(
     options: &BackupOptions,
     monitor: &dyn Monitor,
 ) -> Result<Copied> {
-    let Scan { found, tablespaces, bytes } = scan(&server.data_directory, layout(&started.database, server.major)?)?;
+    let Scan { found, tablespaces, bytes } =
+        scan(&server.data_directory, started.database.layout().context(|| "pg_control".into())?)?;
     let (workers, uploaders) = plan(options);
     let uploads = Uploads::start(repository, uploaders);
     let page_size = started.database.page_size as usize;
@@ -237,6 +238,11 @@ fn describe(
     packs: &[PackUse],
 ) -> Result<Description> {
     let (owner, group) = owner(&server.data_directory)?;
+    let (databases, spaces) = (server.databases()?, server.tablespaces()?);
+    let named = |of: &Tablespace| {
+        let name = spaces.iter().find(|(oid, _)| *oid == of.oid).map(|(_, name)| name.clone());
+        Tablespace { name, ..of.clone() }
+    };
     let Stopped { lsn: stop_lsn, backup_label, tablespace_map } = copied.stopped.clone();
     Ok(Description {
         label: started.label.to_string(),
@@ -259,7 +265,8 @@ fn describe(
         superuser: Some(server.bootstrap_superuser()?),
         backup_label,
         tablespace_map,
-        tablespaces: copied.tablespaces.clone(),
+        tablespaces: copied.tablespaces.iter().map(named).collect(),
+        databases: databases.into_iter().map(|(oid, name)| NamedDatabase { oid, name }).collect(),
         page_errors: totals.page_errors(stop_lsn),
         sizes: Sizes {
             database: totals.bytes,
@@ -392,12 +399,6 @@ fn proven_start(server: &mut Server, start_lsn: Lsn) -> Result<Timeline> {
         true => standby::timeline(&control, None),
         false => Ok(control.checkpoint.timeline),
     }
-}
-
-fn layout(database: &Database, major: crate::postgres::Major) -> Result<Layout> {
-    let pages = database.segment_size / u64::from(database.page_size);
-    let relation_segment_pages = u32::try_from(pages).context(|| format!("a segment of {pages} pages"))?;
-    Ok(Layout { tablespace_directory: major.tablespace_directory(), relation_segment_pages })
 }
 
 fn copy_control(server: &Server, found: Scanned, started: &Started, assembler: &mut Assembler) -> Result<ControlFile> {

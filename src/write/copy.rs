@@ -201,4 +201,4 @@ fn one(worker: &mut Worker<'_>, job: Job) -> Result<(Done, u64)> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
