@@ -18,7 +18,7 @@ use pgcairn::postgres::BackupKind;
 use pgcairn::progress::Silent;
 use pgcairn::repo::Repository;
 use pgcairn::store::{Effect, ErrorKind, Fault, MemoryStore};
-use pgcairn::write::backup::{BackupOptions, Way, WalChoice, Wanted, backup};
+use pgcairn::write::backup::{BackupOptions, WalChoice, Wanted, Way, backup};
 use pgcairn_integration::process::{is_running, run_ok};
 use pgcairn_integration::{Cluster, Data, Stanza, install, wait_until};
 

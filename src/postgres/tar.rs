@@ -76,7 +76,8 @@ impl TarEntry {
         let field = |from: usize, len: usize| &block[from..from + len];
         let path = clean(&[text(field(345, 155)), text(field(0, 100))]);
         let shown = path.escape_ascii().to_string();
-        let get = |name, from, len| number(field(from, len)).ok_or(TarError::Number { field: name, path: shown.clone() });
+        let get =
+            |name, from, len| number(field(from, len)).ok_or(TarError::Number { field: name, path: shown.clone() });
         let (found, expected) = (get("checksum", 148, 8)?, sum(block));
         if found != expected {
             return Err(TarError::Checksum { found, expected });

@@ -138,13 +138,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Reads the leaf `number` of a large file and stores what the parent's state of it, `old`, does not have.
-    pub fn leaf(
-        &mut self,
-        file: &Scanned,
-        number: u64,
-        old: Option<&File>,
-        origin: &Origin,
-    ) -> Result<Cut<LeafPart>> {
+    pub fn leaf(&mut self, file: &Scanned, number: u64, old: Option<&File>, origin: &Origin) -> Result<Cut<LeafPart>> {
         let Some(source) = Source::open(&self.cutting.root, file, origin)? else { return Ok(Cut::Vanished) };
         let old = self.old_slots(old, number)?;
         let mut placing = Placing::default();

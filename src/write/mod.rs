@@ -4,6 +4,8 @@
 //! session ── pg_backup_start ──> scan ──> cut (slots, hashes, checksums) ──> packer ──> store
 //!    └────── pg_backup_stop  ──> WAL proved ──> manifest ──> catalog                 (commit)
 //! ```
+//!
+//! Instead of the scan, the server can send its files (`stream`): they are cut in the order in which they arrive.
 
 pub mod ahead;
 pub mod answer;

@@ -42,7 +42,9 @@ impl Sorter {
     pub(super) fn finish(mut self, mut each: impl FnMut(&Entry) -> Result<()>) -> Result<()> {
         self.close_run()?;
         let runs = std::mem::take(&mut self.runs).into_iter().enumerate();
-        let mut heap = runs.filter_map(|(number, blocks)| Run::open(number, blocks).transpose()).collect::<Result<BinaryHeap<_>>>()?;
+        let mut heap = runs
+            .filter_map(|(number, blocks)| Run::open(number, blocks).transpose())
+            .collect::<Result<BinaryHeap<_>>>()?;
         let mut last: Option<Entry> = None;
         while let Some(run) = heap.pop() {
             let (entry, rest) = run.next()?;
@@ -135,10 +137,16 @@ mod tests {
             sorter.push(directory(number, 1)).unwrap();
         }
         [3, 3, 4].into_iter().for_each(|mtime| sorter.push(directory(77, mtime)).unwrap());
-        let mut expected: Vec<_> = (0..count).map(|number| directory(number, if number == 77 { 4 } else { 1 })).collect();
+        let mut expected: Vec<_> =
+            (0..count).map(|number| directory(number, if number == 77 { 4 } else { 1 })).collect();
         expected.sort_by(|a, b| path_cmp(&a.path, &b.path));
         let mut found = Vec::new();
-        sorter.finish(|entry| { found.push(entry.clone()); Ok(()) }).unwrap();
+        sorter
+            .finish(|entry| {
+                found.push(entry.clone());
+                Ok(())
+            })
+            .unwrap();
         assert!(found == expected);
     }
 

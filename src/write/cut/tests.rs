@@ -34,7 +34,10 @@ fn a_piece_that_another_worker_stores_meanwhile_is_found_where_it_lies() {
     let source = Source::open(root.path(), &second_file, &Origin::Disk).unwrap().unwrap();
     let placing = slow.place_small(&source, &second_file, 0, None, &mut group).unwrap();
     // another stores it behind the first
-    Worker::new(&cutting).unwrap().small(&[(&first_file, None, &Origin::Disk), (&second_file, None, &Origin::Disk)]).unwrap();
+    Worker::new(&cutting)
+        .unwrap()
+        .small(&[(&first_file, None, &Origin::Disk), (&second_file, None, &Origin::Disk)])
+        .unwrap();
     slow.close_group(&mut group).unwrap();
     let mut placing = [Some(placing)];
     slow.store_small(group, &mut placing).unwrap();

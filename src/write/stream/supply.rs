@@ -61,7 +61,9 @@ impl Supply for Incoming<'_> {
 
     fn hand_out(mut self, jobs: &mut Jobs) -> Result<Option<Arrived>> {
         let mut gathered = Gathered::default();
-        if !self.links(jobs) || !self.archives(jobs, &mut gathered).context(|| "the server's files did not arrive".into())? {
+        if !self.links(jobs)
+            || !self.archives(jobs, &mut gathered).context(|| "the server's files did not arrive".into())?
+        {
             return Ok(None);
         }
         if !jobs.flush() {
@@ -215,12 +217,7 @@ impl Incoming<'_> {
 }
 
 /// Puts the next `size` bytes where a worker takes them; `check` sees the first slot.
-fn fill(
-    backup: &mut BaseBackup,
-    filler: &Filler<'_>,
-    size: u64,
-    check: impl Fn(&[u8]) -> Result<()>,
-) -> Result<bool> {
+fn fill(backup: &mut BaseBackup, filler: &Filler<'_>, size: u64, check: impl Fn(&[u8]) -> Result<()>) -> Result<bool> {
     let mut at = 0;
     while at < size {
         let len = (size - at).min(SLOT as u64);

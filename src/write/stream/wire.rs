@@ -97,8 +97,7 @@ impl Wire {
         self.send(|out| frontend::startup_message(parameters.into_iter().chain(options), out))?;
         let password = || {
             config.get_password().ok_or_else(|| {
-                Error::new("the server asks for a password")
-                    .hint("give it in --pg (password=...) or in PGPASSWORD")
+                Error::new("the server asks for a password").hint("give it in --pg (password=...) or in PGPASSWORD")
             })
         };
         let mut scram: Option<sasl::ScramSha256> = None;
