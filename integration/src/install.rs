@@ -15,10 +15,23 @@ pub const CLIENT_MAJOR: u32 = 15;
 /// Where `scripts/setup.sh` unpacks the majors that Debian does not have, unless `PGCAIRN_TEST_CACHE` says otherwise.
 pub const CACHE: &str = "/var/cache/pgcairn-test";
 
+fn cache() -> PathBuf {
+    env::var_os("PGCAIRN_TEST_CACHE").map_or_else(|| PathBuf::from(CACHE), PathBuf::from)
+}
+
+/// What `scripts/setup.sh` put into the cache.
+///
+/// # Panics
+/// When it is not there.
+pub fn in_cache(path: &str) -> PathBuf {
+    let path = cache().join(path);
+    assert!(path.exists(), "{} is missing; run \"scripts/setup.sh\"", path.display());
+    path
+}
+
 /// The directory with `initdb`, `pg_ctl` and `postgres` of a major, if it is installed.
 pub fn find_server(major: u32) -> Option<PathBuf> {
-    let cache = env::var_os("PGCAIRN_TEST_CACHE").map_or_else(|| PathBuf::from(CACHE), PathBuf::from);
-    [debian(major), cache.join(format!("pg{major}/native/bin"))].into_iter().find(|bin| bin.join("initdb").exists())
+    [debian(major), cache().join(format!("pg{major}/native/bin"))].into_iter().find(|bin| bin.join("initdb").exists())
 }
 
 /// As [`find_server`].

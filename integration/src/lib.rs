@@ -7,6 +7,7 @@
 //! | [`data`] | realistic contents for a database |
 //! | [`bin`] | the `pgcairn` under test, and what its runs must say |
 //! | [`stanza`] | a stanza of a throwaway repository, its mounts and clones |
+//! | [`patroni`] | etcd, and Patroni nodes with their servers |
 //! | [`place`] | the directory all of a test's things are in, and their end |
 //! | [`files`] | comparing trees of files |
 //! | [`mounts`] | the end of a mount and of its daemon |
@@ -24,6 +25,7 @@ pub mod data;
 pub mod files;
 pub mod install;
 pub mod mounts;
+pub mod patroni;
 pub mod place;
 pub mod process;
 pub mod stanza;

@@ -3,6 +3,7 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use tempfile::TempDir;
 
@@ -87,6 +88,27 @@ impl Place {
         let path = self.path.join(name);
         install::make_server_directory(&path, 0o700);
         path
+    }
+
+    /// A new file system in it that holds `mib` MiB, so that it can be full; `None` for those who may not mount one.
+    ///
+    /// # Panics
+    /// When its directory cannot be made.
+    pub fn file_system(&self, name: &str, mib: u32) -> Option<PathBuf> {
+        let path = self.directory(name);
+        let options = format!("size={mib}m,mode=0777");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&path).output();
+        mounted.is_ok_and(|output| output.status.success()).then_some(path)
+    }
+
+    /// Gives such a file system another size.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn resize(&self, file_system: &Path, mib: u32) {
+        let options = format!("remount,size={mib}m");
+        let mounted = Command::new("mount").args(["-o", &options]).arg(file_system).status();
+        assert!(mounted.is_ok_and(|status| status.success()), "cannot resize {}", file_system.display());
     }
 
     /// Processes that work in it, and mounts below it: what should be gone when everything was stopped.

@@ -76,6 +76,12 @@ impl Stanza {
         &self.repo
     }
 
+    /// What another program's environment must hold so that the `pgcairn` it runs finds this repository and its places.
+    pub fn environment(&self) -> Vec<(&str, &str)> {
+        let own = self.environment.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        own.chain([("PGCAIRN_REPO", self.repo.as_str())]).collect()
+    }
+
     /// The directory for everything else.
     pub fn place(&self) -> &Place {
         &self.place

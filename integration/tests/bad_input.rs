@@ -6,7 +6,6 @@ mod library;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use library::objects;
@@ -155,14 +154,6 @@ fn servers_that_cannot_be_backed_up() {
     assert!(objects(Path::new(stanza.repo())) == before);
 }
 
-/// A file system of its own, so that it can be full; `None` for those who may not mount one.
-fn small_file_system(stanza: &Stanza, name: &str, mib: u32) -> Option<PathBuf> {
-    let path = stanza.place().directory(name);
-    let options = format!("size={mib}m,mode=0777");
-    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&path).output();
-    mounted.is_ok_and(|output| output.status.success()).then_some(path)
-}
-
 #[test]
 fn repositories_that_cannot_be_written() {
     let cluster = Cluster::builder().wal_segsize_mb(1).start();
@@ -181,14 +172,14 @@ fn repositories_that_cannot_be_written() {
     refused(output, &["cannot write", stanza.repo()]);
     assert!(stanza.run(["info"]).ok().contains("no backup yet"));
 
-    let Some(small) = small_file_system(&stanza, "small", 6) else { return };
+    let Some(small) = stanza.place().file_system("small", 6) else { return };
     let full = |arguments: &[&str]| stanza.run([arguments, &["--repo", text(&small)]].concat());
     full(&["stanza-create", "--pg", cluster.conninfo()]).ok();
     refused(full(&backup), &["cannot write", text(&small)]);
     assert!(full(&["info"]).ok().contains("no backup yet"));
     refused(full(&["start"]), &["has no backup yet"]);
     // with the space that was missing, the next one works, whatever the first left
-    assert!(Command::new("mount").args(["-o", "remount,size=200m"]).arg(&small).status().unwrap().success());
+    stanza.place().resize(&small, 200);
     full(&backup).ok();
     let copy = stanza.place().join("copy");
     full(&["restore", text(&copy)]).ok();
@@ -288,7 +279,7 @@ fn directories_that_cannot_be_restored_into() {
     assert!(!copy.exists());
     assert!(!place.join("tablespaces").exists());
 
-    let Some(small) = small_file_system(stanza, "small", 10) else { return };
+    let Some(small) = stanza.place().file_system("small", 10) else { return };
     let copy = small.join("copy");
     refused(restore(&copy), &[text(&copy), "free"]);
     assert!(

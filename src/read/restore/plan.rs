@@ -1,0 +1,142 @@
+//! What a restore writes, and where: decided, and refused, before anything is changed.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::RestoreOptions;
+use crate::error::{Error, Result};
+use crate::postgres::CONTROL_FILE;
+use crate::read::view::{Content, NodeIndex, View};
+
+/// What goes where.
+pub(super) struct Plan {
+    pub(super) directories: Vec<(PathBuf, u32)>,
+    pub(super) links: Vec<(PathBuf, PathBuf)>,
+    pub(super) files: Vec<Target>,
+    pub(super) control: Target,
+    pub(super) bytes: BTreeMap<PathBuf, u64>,
+}
+
+#[derive(Clone)]
+pub(super) struct Target {
+    pub(super) node: NodeIndex,
+    pub(super) path: PathBuf,
+    pub(super) mode: u32,
+    pub(super) mtime: i64,
+    pub(super) size: u64,
+}
+
+/// Refuses a directory in which something is, above all a server's.
+pub(super) fn refuse_unsafe(root: &Path) -> Result<()> {
+    if root.join("postmaster.pid").exists() {
+        return Err(Error::new(format!("a server runs, or ran, in {}", root.display()))
+            .hint("stop it, and restore into an empty directory"));
+    }
+    match fs::read_dir(root) {
+        Ok(mut entries) => match entries.next() {
+            None => Ok(()),
+            Some(_) => Err(Error::new(format!("{} is not empty", root.display()))
+                .hint("restore into an empty directory, or one that does not exist yet")),
+        },
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::io("list", root, error)),
+    }
+}
+
+/// Refuses places that lie in one another: their files would mix.
+pub(super) fn refuse_nested(root: &Path, options: &RestoreOptions, view: &View) -> Result<()> {
+    let places: Vec<PathBuf> = places(view, options)?.into_values().chain([root.to_owned()]).collect();
+    for (number, place) in places.iter().enumerate() {
+        let others = places.iter().enumerate().filter(|(other, _)| *other != number);
+        if let Some((_, outer)) = others.into_iter().find(|(_, other)| place.starts_with(other)) {
+            return Err(Error::new(format!("{} lies in {}", place.display(), outer.display()))
+                .hint("each tablespace and the data directory need a directory of their own; see --tablespace-map"));
+        }
+    }
+    Ok(())
+}
+
+/// The whole of a view, for `root`.
+pub(super) fn plan(view: &View, root: &Path, options: &RestoreOptions) -> Result<Plan> {
+    let places = places(view, options)?;
+    let mut plan = Plan {
+        directories: vec![(root.to_owned(), view.node(0)?.mode)],
+        links: Vec::new(),
+        files: Vec::new(),
+        control: Target { node: 0, path: root.join(CONTROL_FILE), mode: 0, mtime: 0, size: 0 },
+        bytes: BTreeMap::from([(root.to_owned(), 0)]),
+    };
+    for place in places.values() {
+        plan.bytes.insert(place.clone(), 0);
+    }
+    view.walk(&mut |path, number| {
+        let node = view.node(number)?;
+        let Some((place, path)) = destination(root, &places, path) else { return Ok(()) };
+        match &node.content {
+            Content::Directory => plan.directories.push((path, node.mode)),
+            Content::Status => {}
+            Content::Link(_) => {
+                let oid = path.file_name().and_then(OsStr::to_str).and_then(|name| name.parse().ok());
+                let target = oid.and_then(|oid: u32| places.get(&oid));
+                let target = target.ok_or_else(|| Error::new(format!("no tablespace for {}", path.display())))?;
+                plan.links.push((path, target.clone()));
+            }
+            _ => {
+                let size = view.size(number)?;
+                *plan.bytes.entry(place).or_default() += size;
+                let target = Target { node: number, path, mode: node.mode, mtime: node.mtime, size };
+                match target.path == plan.control.path {
+                    true => plan.control = target,
+                    false => plan.files.push(target),
+                }
+            }
+        }
+        Ok::<(), Error>(())
+    })?;
+    match plan.control.size > 0 {
+        true => Ok(plan),
+        false => Err(Error::new(format!("backup {} has no pg_control", view.description.label))),
+    }
+}
+
+/// Where each tablespace goes.
+fn places(view: &View, options: &RestoreOptions) -> Result<BTreeMap<u32, PathBuf>> {
+    let known: Vec<u32> = view.description.tablespaces.iter().map(|tablespace| tablespace.oid).collect();
+    if let Some(unknown) = options.tablespaces.keys().find(|oid| !known.contains(oid)) {
+        return Err(Error::new(format!("backup {} has no tablespace {unknown}", view.description.label))
+            .hint(format!("its tablespaces are {known:?}")));
+    }
+    let place = |tablespace: &crate::format::manifest::Tablespace| {
+        let mapped = options.tablespaces.get(&tablespace.oid).cloned();
+        (tablespace.oid, mapped.unwrap_or_else(|| PathBuf::from(&tablespace.path)))
+    };
+    Ok(view.description.tablespaces.iter().map(place).collect())
+}
+
+/// Where a path of the view goes, and whose space it takes; none for what only a mount shows.
+fn destination(root: &Path, places: &BTreeMap<u32, PathBuf>, path: &[u8]) -> Option<(PathBuf, PathBuf)> {
+    let Some(rest) = path.strip_prefix(b".pgcairn/tablespaces/") else {
+        return (!path.starts_with(b".pgcairn")).then(|| (root.to_owned(), root.join(OsStr::from_bytes(path))));
+    };
+    let rest = std::path::Path::new(OsStr::from_bytes(rest));
+    let mut parts = rest.components();
+    let oid: u32 = parts.next()?.as_os_str().to_str()?.parse().ok()?;
+    let place = places.get(&oid)?;
+    Some((place.clone(), place.join(parts.as_path())))
+}
+
+/// Fails where the file system of `place` has less than `bytes` free.
+pub(super) fn enough_space(place: &Path, bytes: u64) -> Result<()> {
+    let existing = place.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let space = nix::sys::statvfs::statvfs(existing)
+        .map_err(|error| Error::io("look at the file system of", existing, error.into()))?;
+    let free = space.blocks_available() * space.fragment_size();
+    match free >= bytes {
+        true => Ok(()),
+        false => Err(Error::new(format!("{} needs {bytes} bytes, its file system has {free} free", place.display()))
+            .hint("restore to a larger file system, or \"pgcairn start\" the backup without copying it")),
+    }
+}

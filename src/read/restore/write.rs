@@ -1,0 +1,157 @@
+//! Files of a view written out in parallel, each proved by the checksum that the backup computed.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::time::{Duration, SystemTime};
+
+use crossbeam_channel::{Receiver, bounded};
+use parking_lot::Mutex;
+
+use super::plan::Target;
+use super::{RestoreOptions, give};
+use crate::error::{Error, Result};
+use crate::format::LEAF_BYTES;
+use crate::progress::Monitor;
+use crate::read::tree::Owner;
+use crate::read::view::{NodeIndex, View};
+
+/// One piece of a file, or several whole small files.
+enum Piece {
+    Part(Target, u64),
+    Whole(Vec<Target>),
+}
+
+/// Writes `files`, which may be there in part.
+pub(super) fn write_files(
+    view: &View,
+    files: &[Target],
+    options: &RestoreOptions,
+    monitor: &dyn Monitor,
+) -> Result<()> {
+    let workers = options.process_max.max(1);
+    let (queue, pieces) = bounded::<Piece>(workers * 2);
+    let failure = Mutex::new(None);
+    let writing = Writing { view, owner: options.owner, monitor, parts: Mutex::default() };
+    std::thread::scope(|scope| {
+        let pieces = pieces;
+        for _ in 0..workers {
+            let (pieces, failure, writing) = (pieces.clone(), &failure, &writing);
+            scope.spawn(move || {
+                if let Err(error) = writing.pieces(&pieces) {
+                    failure.lock().get_or_insert(error);
+                }
+            });
+        }
+        drop(pieces);
+        cut(files, |piece| queue.send(piece).is_ok());
+        drop(queue);
+    });
+    match failure.into_inner() {
+        Some(error) => Err(error),
+        None => files.iter().filter(|file| file.size > LEAF_BYTES).try_for_each(|file| writing.finish_large(file)),
+    }
+}
+
+fn cut(files: &[Target], send: impl Fn(Piece) -> bool) {
+    let (mut small, mut bytes) = (Vec::new(), 0);
+    for file in files {
+        if file.size > LEAF_BYTES {
+            let parts = file.size.div_ceil(LEAF_BYTES);
+            if !(0..parts).all(|part| send(Piece::Part(file.clone(), part))) {
+                return;
+            }
+            continue;
+        }
+        bytes += file.size;
+        small.push(file.clone());
+        if bytes >= LEAF_BYTES / 4 || small.len() >= 256 {
+            bytes = 0;
+            if !send(Piece::Whole(std::mem::take(&mut small))) {
+                return;
+            }
+        }
+    }
+    send(Piece::Whole(small));
+}
+
+/// What the threads that write share.
+struct Writing<'a> {
+    view: &'a View,
+    owner: Option<Owner>,
+    monitor: &'a dyn Monitor,
+    /// what was written of large files, whose parts end in any order
+    parts: Mutex<HashMap<NodeIndex, Vec<Part>>>,
+}
+
+/// A run of bytes that was written: where in the file it begins, its length and its CRC32C.
+type Part = (u64, usize, u32);
+
+impl Writing<'_> {
+    fn pieces(&self, pieces: &Receiver<Piece>) -> Result<()> {
+        while let Ok(piece) = pieces.recv() {
+            match piece {
+                Piece::Part(target, part) => {
+                    let from = part * LEAF_BYTES;
+                    let (_, crc, len) = self.range(&target, from, target.size.min(from + LEAF_BYTES))?;
+                    self.parts.lock().entry(target.node).or_default().push((from, len, crc));
+                }
+                Piece::Whole(targets) => targets.iter().try_for_each(|target| {
+                    let (file, crc, _) = self.range(target, 0, target.size)?;
+                    self.prove(target, crc)?;
+                    finish_file(&file, target, self.owner)
+                })?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a range of a file; gives the file, and CRC32C and length of what was written.
+    fn range(&self, target: &Target, from: u64, to: u64) -> Result<(File, u32, usize)> {
+        let fail = |error| Error::io("write", &target.path, error);
+        let file =
+            OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&target.path).map_err(fail)?;
+        let mut parts = Vec::new();
+        self.view.each_range(target.node, from, to, &mut |at, bytes| {
+            parts.push((at, bytes.len(), crc32c::crc32c(bytes)));
+            file.write_all_at(bytes, at).map_err(fail)
+        })?;
+        self.monitor.advance(to - from);
+        Ok((file, whole_crc(parts), (to - from) as usize))
+    }
+
+    /// A large file of which every part was written.
+    fn finish_large(&self, target: &Target) -> Result<()> {
+        self.prove(target, whole_crc(self.parts.lock().remove(&target.node).unwrap_or_default()))?;
+        let file = OpenOptions::new().write(true).open(&target.path);
+        finish_file(&file.map_err(|error| Error::io("open", &target.path, error))?, target, self.owner)
+    }
+
+    /// Fails unless what was written has the checksum that the backup computed when it read the file.
+    fn prove(&self, target: &Target, crc: u32) -> Result<()> {
+        match self.view.crc(target.node)? {
+            Some(expected) if expected != crc => Err(Error::new(format!(
+                "{} came out with checksum {crc:08x}, the backup read it with {expected:08x}",
+                target.path.display()
+            ))
+            .hint(
+                "the memory of this machine or of the one that made the backup may be faulty; choose another backup",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The checksum of a run from those of its parts, which may come in any order.
+fn whole_crc(mut parts: Vec<Part>) -> u32 {
+    parts.sort_unstable();
+    parts.into_iter().fold(0, |crc, (_, len, part)| crc32c::crc32c_combine(crc, part, len))
+}
+
+fn finish_file(file: &File, target: &Target, owner: Option<Owner>) -> Result<()> {
+    let fail = |error| Error::io("set mode and owner of", &target.path, error);
+    file.set_permissions(fs::Permissions::from_mode(target.mode)).map_err(fail)?;
+    give(&target.path, owner)?;
+    let modified = SystemTime::UNIX_EPOCH + Duration::from_secs(target.mtime.max(0) as u64);
+    file.set_modified(modified).map_err(fail)
+}
