@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -92,7 +91,7 @@ fn the_whole_way(major: u32, archiving: bool) {
     // the files are the same as those that a backup finds that reads them
     let files = backup(&stanza, pg, &["--type=incr"]);
     assert!(stored(&files) * 20 < stored(&full), "{} of {}", stored(&files), stored(&full));
-    assert_eq!(paths(&stanza, &full), paths(&stanza, &files));
+    assert_eq!(paths(&stanza, &full, "full"), paths(&stanza, &files, "files"));
     assert_eq!(full["tablespaces"], files["tablespaces"]);
     assert_eq!((&full["database"], &full["timeline"]), (&files["database"], &files["timeline"]));
 
@@ -114,8 +113,8 @@ fn the_whole_way(major: u32, archiving: bool) {
 }
 
 /// Every path of a backup but those of WAL, with what it is.
-fn paths(stanza: &Stanza, backup: &Value) -> Vec<String> {
-    let mount = stanza.mount("paths", &["--backup", backup["label"].as_str().unwrap()]);
+fn paths(stanza: &Stanza, backup: &Value, name: &str) -> Vec<String> {
+    let mount = stanza.mount(&format!("paths-{name}"), &["--backup", backup["label"].as_str().unwrap()]);
     let mut find = std::process::Command::new("find");
     find.arg("-L").arg(mount.path()).args(["-not", "-path", "*/pg_wal/*", "-printf", "%P %y %m %u\n"]);
     let told = String::from_utf8(find.output().unwrap().stdout).unwrap();
@@ -214,18 +213,20 @@ fn what_cannot_be_streamed_is_said_and_leaves_nothing() {
     let mut command = stanza.command();
     command.args(["backup", "--source=stream", "--pg", cluster.conninfo()]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let sender =
-        "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcairn stream' AND backend_type = 'walsender';";
-    let chunks = Path::new(stanza.repo()).join("chunk");
-    wait_until(LONG, "the first pack", || {
-        fs::read_dir(&chunks).is_ok_and(|mut packs| packs.next().is_some()) || child.try_wait().unwrap().is_some()
+    let sending = "SELECT pid FROM pg_stat_progress_basebackup WHERE backup_streamed > 1000000;";
+    let mut told = String::new();
+    wait_until(LONG, "the server to send", || {
+        told = cluster.psql(sending);
+        assert!(child.try_wait().unwrap().is_none(), "the backup was too quick");
+        !told.is_empty()
     });
-    assert!(child.try_wait().unwrap().is_none(), "the backup was too quick: {:?}", child.wait_with_output());
-    let pid: i32 = cluster.psql(sender).parse().unwrap();
+    let sender = Pid::from_raw(told.parse().unwrap());
+    // what it does not send any more cannot make the backup complete meanwhile
+    kill(sender, Signal::SIGSTOP).unwrap();
     // no second sender is free
     let refused = take(cluster.conninfo());
     assert!(refused.stderr.contains("max_wal_senders") || refused.stderr.contains("is running"), "{}", refused.stderr);
-    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    kill(sender, Signal::SIGKILL).unwrap();
     let ended = child.wait_with_output().unwrap();
     let told = String::from_utf8_lossy(&ended.stderr);
     assert!(!ended.status.success() && told.contains("did not arrive"), "{told}");
