@@ -317,6 +317,7 @@ fn description(label: &str, kind: BackupKind, prior: Option<&str>, start_time: i
         backup_label: "START WAL LOCATION: 0/2400028 (file 000000020000000000000012)\n".into(),
         tablespace_map: String::new(),
         tablespaces: Vec::new(),
+        databases: Vec::new(),
         page_errors: Vec::new(),
         sizes: Sizes::default(),
     }
@@ -348,7 +349,7 @@ fn incremental(repository: &Repository, old: &Old, sizes: &mut HashMap<PackId, u
     backup.huge()?;
     let described = Description {
         tablespace_map: format!("{} {}\n", files::TABLESPACE, files::TABLESPACE_PATH),
-        tablespaces: vec![Tablespace { oid: files::TABLESPACE, path: files::TABLESPACE_PATH.into() }],
+        tablespaces: vec![Tablespace { oid: files::TABLESPACE, name: None, path: files::TABLESPACE_PATH.into() }],
         ..description(files::LABEL, BackupKind::Incr, Some(files::FULL), MTIME + 108_000)
     };
     repository.enter(&backup.commit(repository, described, sizes)?)?;

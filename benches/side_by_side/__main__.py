@@ -5,7 +5,7 @@ import sys
 
 from .bench import Bench, Failed
 
-TOPICS = ["backup", "restore", "first_query", "pgbench", "reads", "small_files", "incremental", "schedule", "verify", "archive"]
+TOPICS = ["backup", "restore", "delta", "first_query", "pgbench", "reads", "small_files", "incremental", "schedule", "verify", "archive"]
 
 
 def main(asked):

@@ -77,8 +77,11 @@ class Pgcairn:
         if not list((self.repo / "backup" / STANZA).glob("*F")):
             self.backup()
 
-    def restore(self, path):
-        return self("restore", path, "--process-max", 2)
+    def restore(self, path, *words):
+        return self("restore", path, "--process-max", 2, *words)
+
+    def restore_delta(self, path):
+        return self.restore(path, "--delta")
 
 
 class PgBackRest:
@@ -113,8 +116,12 @@ class PgBackRest:
         if not list((self.repo / "backup" / STANZA).glob("*F")):
             self.backup()
 
-    def restore(self, path):
-        return self(f"--pg1-path={path}", "--type=immediate", "--target-action=promote", "--archive-mode=off", "restore")
+    def restore(self, path, *words):
+        recovery = ["--type=immediate", "--target-action=promote", "--archive-mode=off"]
+        return self(f"--pg1-path={path}", *recovery, *words, "restore")
+
+    def restore_delta(self, path):
+        return self.restore(path, "--delta")
 
 
 class Clone:

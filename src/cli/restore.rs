@@ -1,39 +1,52 @@
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 
 use super::backup::default_process_max;
-use super::options::{Cache, Common};
+use super::options::{Cache, Common, Output};
 use super::output::{self, Progress, bytes};
 use super::point::{self, PointOptions};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::format::manifest::{Description, Tablespace};
 use crate::read::course::Bound;
 use crate::read::point::Action;
 use crate::read::recovery::Prepared;
-use crate::read::restore::{RestoreOptions, restore};
+use crate::read::restore::{Databases, RestoreOptions, Restored, restore};
 use crate::read::view::{View, ViewOptions};
 
-/// Copy a backup out into an empty directory
+/// Copy a backup out into an empty directory, or make a data directory equal to it
 ///
-/// Every byte is checked. Until all of it is durable the directory has no pg_control, so that nothing starts on a half of it.
+/// Every byte is checked. Until all of it is durable the directory has no pg_control, so that nothing starts on a half of it;
+/// --delta goes on where a restore was interrupted.
 /// The copy does not archive WAL unless --archive-mode=preserve: it is on its source's timeline.
 #[derive(Debug, Args)]
 pub(super) struct Restore {
-    /// Directory to write to: empty, or not there yet
+    /// Directory to write to: empty, or not there yet; with --delta also this cluster's
     directory: PathBuf,
     /// Which backup: a label, or latest [default: with a target the last one before it, else the latest]
     #[arg(long = "set", env = "PGCAIRN_SET", value_name = "LABEL")]
     set: Option<String>,
     #[command(flatten)]
     point: PointOptions,
-    /// Where a tablespace goes; without it, where the source had it (which must be empty). May be repeated
-    #[arg(long, value_name = "OID=DIR", value_parser = tablespace)]
-    tablespace_map: Vec<(u32, PathBuf)>,
-    /// Where all other tablespaces go, each in a directory named by its oid
+    /// Make the directory equal: write what differs, remove what does not belong. Nothing that is equal is fetched
+    #[arg(long)]
+    delta: bool,
+    /// Where a tablespace goes, by its name or oid; without it, where the source had it (which must be empty). May be repeated
+    #[arg(long, value_name = "NAME=DIR", value_parser = tablespace)]
+    tablespace_map: Vec<(String, PathBuf)>,
+    /// Where all other tablespaces go, each in a directory named as it is
     #[arg(long, value_name = "DIR")]
     tablespace_map_all: Option<PathBuf>,
+    /// Restore this database, by its name or oid, and of those that are not listed only template0, template1 and postgres: the
+    /// others become files of zeros, to be dropped. May be repeated
+    #[arg(long, value_name = "NAME")]
+    db_include: Vec<String>,
+    /// Restore this database, by its name or oid, as files of zeros, to be dropped; with --db-include only template0, template1
+    /// and postgres need it. May be repeated
+    #[arg(long, value_name = "NAME")]
+    db_exclude: Vec<String>,
     /// Whether the copy archives its WAL
     #[arg(long, env = "PGCAIRN_ARCHIVE_MODE", value_name = "MODE", default_value = "off")]
     archive_mode: ArchiveMode,
@@ -43,6 +56,9 @@ pub(super) struct Restore {
     /// Whose files these will be [default: as root the owner of the backed up cluster]
     #[arg(long, env = "PGCAIRN_OWNER", value_name = "USER")]
     owner: Option<String>,
+    /// Output for people or programs
+    #[arg(long, default_value = "text")]
+    output: Output,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -72,37 +88,118 @@ impl Restore {
             ArchiveMode::Preserve => ViewOptions::default(),
         };
         let to = prepared.as_ref().map(|prepared| prepared.recovery.to.clone());
-        let view = View::load(fetcher, &label, &options.prepared(prepared))?;
+        let view = View::load(fetcher, &label, &ViewOptions { changes: self.delta, ..options.prepared(prepared) })?;
         let root = nix::unistd::geteuid().is_root();
         let owner = match root || self.owner.is_some() {
             true => Some(super::mount::owner(self.owner.as_deref(), &view.description.owner)?),
             false => None,
         };
-        let mut tablespaces: BTreeMap<u32, PathBuf> = self.tablespace_map.iter().cloned().collect();
-        if let Some(all) = &self.tablespace_map_all {
-            for tablespace in &view.description.tablespaces {
-                tablespaces.entry(tablespace.oid).or_insert_with(|| all.join(tablespace.oid.to_string()));
-            }
-        }
+        let tablespaces = places(&view.description, &self.tablespace_map, self.tablespace_map_all.as_deref())?;
         let process_max = self.process_max.unwrap_or_else(default_process_max);
         let directory = absolute(&self.directory)?;
         let progress = Progress::new(false);
         let started = Instant::now();
-        let options = RestoreOptions { process_max, owner, tablespaces };
+        let databases = Databases { include: self.db_include, exclude: self.db_exclude };
+        let options = RestoreOptions { process_max, owner, tablespaces, delta: self.delta, databases };
         let restored = restore(&view, &directory, &options, &progress)?;
         progress.clear();
-        output::line(&format!(
-            "backup {label} restored to {}: {} in {} files, {:.1} s",
-            directory.display(),
-            bytes(restored.bytes),
-            restored.files,
-            started.elapsed().as_secs_f64()
-        ));
-        if let Some(to) = to {
-            output::line(&format!("its server recovers to {to} when it is started"));
+        let told = Told { label, directory, restored, seconds: started.elapsed().as_secs_f64(), to, delta: self.delta };
+        match self.output {
+            Output::Json => output::line(&serde_json::to_string_pretty(&told.json())?),
+            Output::Text => told.lines().iter().for_each(|line| output::line(line)),
         }
         Ok(())
     }
+}
+
+/// What is told of a restore.
+struct Told {
+    label: String,
+    directory: PathBuf,
+    restored: Restored,
+    seconds: f64,
+    to: Option<String>,
+    delta: bool,
+}
+
+impl Told {
+    fn lines(&self) -> Vec<String> {
+        let of = &self.restored;
+        let mut lines = vec![format!(
+            "backup {} restored to {}: {} in {} files, {:.1} s",
+            self.label,
+            self.directory.display(),
+            bytes(of.bytes),
+            of.files,
+            self.seconds
+        )];
+        if self.delta {
+            lines.push(format!(
+                "{} written, {} were equal; {} files that did not belong were removed",
+                bytes(of.bytes - of.equal),
+                bytes(of.equal),
+                of.removed
+            ));
+        }
+        if !of.zeroed.is_empty() {
+            let names: Vec<String> = of.zeroed.iter().map(ToString::to_string).collect();
+            lines.push(format!("restored as zeros: {}; drop these databases", names.join(", ")));
+        }
+        lines.extend(self.to.as_ref().map(|to| format!("its server recovers to {to} when it is started")));
+        lines
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let of = &self.restored;
+        serde_json::json!({
+            "label": self.label,
+            "directory": self.directory,
+            "files": of.files,
+            "bytes": of.bytes,
+            "bytes-written": of.bytes - of.equal,
+            "bytes-equal": of.equal,
+            "files-removed": of.removed,
+            "databases-zeroed": of.zeroed,
+            "recovers-to": self.to,
+            "seconds": self.seconds,
+        })
+    }
+}
+
+/// Where tablespaces go that do not go where the source had them, by oid.
+fn places(of: &Description, map: &[(String, PathBuf)], all: Option<&Path>) -> Result<BTreeMap<u32, PathBuf>> {
+    let mut places = BTreeMap::new();
+    for (wanted, place) in map {
+        let named = |tablespace: &&Tablespace| tablespace.name.as_ref() == Some(wanted);
+        let numbered = |tablespace: &&Tablespace| tablespace.oid.to_string() == *wanted;
+        let found = of.tablespaces.iter().find(named).or_else(|| of.tablespaces.iter().find(numbered));
+        let found = found.ok_or_else(|| {
+            let name =
+                |of: &Tablespace| of.name.as_ref().map_or(of.oid.to_string(), |name| format!("{name} ({})", of.oid));
+            let known: Vec<String> = of.tablespaces.iter().map(name).collect();
+            let hint = match known.is_empty() {
+                true => "it has none: leave --tablespace-map out".to_owned(),
+                false => format!("its tablespaces are {}", known.join(", ")),
+            };
+            Error::new(format!("backup {} has no tablespace {wanted}", of.label)).hint(hint)
+        })?;
+        if places.insert(found.oid, place.clone()).is_some() {
+            return Err(Error::new(format!("tablespace {wanted} is mapped twice")).hint("say one place for each"));
+        }
+    }
+    if let Some(all) = all {
+        let all = absolute(all)?;
+        for tablespace in &of.tablespaces {
+            places.entry(tablespace.oid).or_insert_with(|| all.join(directory_name(tablespace)));
+        }
+    }
+    Ok(places)
+}
+
+/// The tablespace's name where that can name a directory, else its oid.
+fn directory_name(of: &Tablespace) -> String {
+    let can_be = |name: &&String| !name.contains(['/', '\0']) && !name.starts_with('.');
+    of.name.as_ref().filter(can_be).cloned().unwrap_or_else(|| of.oid.to_string())
 }
 
 /// A copy reads each chunk once: the disk cache would only be in its way.
@@ -110,15 +207,12 @@ fn no_cache() -> Cache {
     Cache { cache_path: None, cache_size: 0, cache_memory: 64 << 20 }
 }
 
-fn absolute(path: &std::path::Path) -> Result<PathBuf> {
-    std::path::absolute(path).map_err(|error| crate::error::Error::io("find", path, error))
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(|error| Error::io("find", path, error))
 }
 
-fn tablespace(text: &str) -> std::result::Result<(u32, PathBuf), String> {
-    let (oid, directory) = text.split_once('=').ok_or("it reads like 16400=/new/place")?;
-    let oid = oid.parse().map_err(|_| format!("\"{oid}\" is no oid of a tablespace"))?;
-    match directory.starts_with('/') {
-        true => Ok((oid, PathBuf::from(directory))),
-        false => Err(format!("\"{directory}\" is not an absolute path")),
-    }
+fn tablespace(text: &str) -> std::result::Result<(String, PathBuf), String> {
+    // a directory begins with the first slash behind an equals sign: a name may hold one, too
+    let (name, directory) = text.split_once("=/").ok_or("it reads like 16400=/new/place or NAME=/new/place")?;
+    Ok((name.to_owned(), Path::new("/").join(directory)))
 }

@@ -9,7 +9,7 @@ use super::map::{
     encode_leaves,
 };
 use super::wire::{Reader, put_bytes, put_signed, put_varint};
-use crate::postgres::BackupKind;
+use crate::postgres::{BackupKind, Layout, Major, VersionError};
 
 use super::{CHUNK, INDEX_BYTES, INLINE_BYTES, LEAF_BYTES, Result};
 
@@ -56,13 +56,37 @@ pub struct Database {
     pub checksums: bool,
 }
 
+impl Database {
+    /// How the files of the cluster are told apart.
+    pub fn layout(&self) -> std::result::Result<Layout, VersionError> {
+        let pages = self.segment_size / u64::from(self.page_size.max(1));
+        Ok(Layout {
+            tablespace_directory: Major::new(self.version)?.tablespace_directory(),
+            // a segment with more pages than a relation can have is the only one
+            relation_segment_pages: u32::try_from(pages).unwrap_or(u32::MAX),
+        })
+    }
+}
+
 /// A tablespace: its oid and the absolute path of its directory on the source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tablespace {
     /// oid of the tablespace
     pub oid: u32,
+    /// its name; unknown in backups by pgcairn before it noted names
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
     /// where the source had it
     pub path: String,
+}
+
+/// A database of the cluster: its oid and its name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedDatabase {
+    /// oid of the database, which names its directories
+    pub oid: u32,
+    /// its name
+    pub name: String,
 }
 
 /// Pages of one file that failed their checksum while the backup read them.
@@ -154,6 +178,9 @@ pub struct Description {
     pub tablespace_map: String,
     /// tablespaces by oid
     pub tablespaces: Vec<Tablespace>,
+    /// databases by oid, as they were when the backup ended; empty in backups by pgcairn before it noted names
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub databases: Vec<NamedDatabase>,
     /// pages that failed their checksum
     pub page_errors: Vec<PageErrors>,
     /// what it weighs

@@ -5,7 +5,7 @@
 
 use super::chunk::{ChunkRef, ChunkTable, GrainHash};
 use super::wire::{Reader, put_varint};
-use super::{CHUNK, GRAIN, LEAF_SLOTS, Result, SLOT};
+use super::{CHUNK, FormatError, GRAIN, LEAF_SLOTS, Result, SLOT};
 
 const LEAF_VERSION: u8 = 1;
 /// First byte of changes that say only what differs from others.
@@ -196,6 +196,31 @@ pub fn encode_changes_since(base: ChunkRef, old: &[SlotChange], new: &[SlotChang
     }
     let whole: usize = new.iter().map(|slot| 4 + 8 * slot.grains.len()).sum();
     (out.len() < whole / 2).then_some(out)
+}
+
+/// The changes of a run of slots, and those, stored whole, that they were stored as the difference to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Changes {
+    /// one per slot
+    pub slots: Vec<SlotChange>,
+    /// where the others are stored, and they
+    pub base: Option<(ChunkRef, Vec<SlotChange>)>,
+}
+
+/// Reads the changes of `len` bytes of file in whichever form they were stored; `read` gives the plaintext of another chunk.
+pub fn resolve_changes<E: From<FormatError>>(
+    object: &str,
+    bytes: &[u8],
+    len: u64,
+    read: impl FnOnce(&ChunkRef) -> std::result::Result<Vec<u8>, E>,
+) -> std::result::Result<Changes, E> {
+    let Some(base) = changes_base(object, bytes)? else {
+        return Ok(Changes { slots: decode_changes(object, bytes, len)?, base: None });
+    };
+    let whole = decode_changes(object, &read(&base)?, len)?;
+    let mut slots = whole.clone();
+    apply_changes(object, bytes, &mut slots)?;
+    Ok(Changes { slots, base: Some((base, whole)) })
 }
 
 /// Where changes are stored that [`encode_changes_since`] wrote; `None` for those of [`encode_changes`].

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::recovery;
-use super::view::{Content, FileStat, Node, NodeIndex, Piece, Window};
+use super::view::{Content, FileStat, NO_CHANGES, Node, NodeIndex, Piece, StoredChanges, Window};
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkRef, PackId};
 use crate::format::manifest::{Entry, Node as Stored, Place, path_cmp};
@@ -14,6 +14,9 @@ use crate::format::map::Extent;
 const SMALL_WINDOW: u32 = 2 * 1024 * 1024;
 /// The same for leaves of file maps.
 const MAP_WINDOW: u32 = 512 * 1024;
+/// The same for what the backup noted of their content.
+const CHANGE_WINDOW: u32 = 1024 * 1024;
+
 /// Collects nodes by path, then makes a tree of them.
 #[derive(Debug, Default)]
 pub struct Builder {
@@ -22,6 +25,9 @@ pub struct Builder {
     numbers: HashMap<ChunkRef, u32>,
     small: Vec<u32>,
     maps: Vec<u32>,
+    noted: Vec<u32>,
+    /// where the backup noted what files held; kept only when asked for
+    pub(super) changes: Option<Vec<StoredChanges>>,
 }
 
 impl Builder {
@@ -33,16 +39,24 @@ impl Builder {
             Stored::File(file) => {
                 let stat = FileStat { size: file.size, crc: file.crc };
                 match file.place {
-                    Place::Inline { extents, .. } => {
-                        Content::Inline { stat, extents: extents.iter().map(|extent| self.piece(extent)).collect() }
-                    }
-                    Place::Leaves(leaves) => {
-                        let maps = leaves.iter().map(|leaf| self.map(leaf.map)).collect();
-                        Content::Mapped { stat, maps, index: false }
-                    }
+                    Place::Inline { extents, changes } => Content::Inline {
+                        stat,
+                        extents: extents.iter().map(|extent| self.piece(extent)).collect(),
+                        changes: changes.map_or(NO_CHANGES, |(chunk, at)| {
+                            self.note(|builder| StoredChanges::Small(builder.noted(chunk), at))
+                        }),
+                    },
+                    Place::Leaves(leaves) => Content::Mapped {
+                        stat,
+                        maps: leaves.iter().map(|leaf| self.map(leaf.map)).collect(),
+                        index: false,
+                        changes: self.note(|builder| {
+                            StoredChanges::Leaves(leaves.iter().map(|leaf| builder.noted(leaf.changes)).collect())
+                        }),
+                    },
                     Place::Index(chunks) => {
                         let maps = chunks.into_iter().map(|chunk| self.map(chunk)).collect();
-                        Content::Mapped { stat, maps, index: true }
+                        Content::Mapped { stat, maps, index: true, changes: NO_CHANGES }
                     }
                 }
             }
@@ -64,7 +78,7 @@ impl Builder {
     /// Length and extents of a small stored file.
     pub fn inline(&self, path: &[u8]) -> Option<(u64, Vec<Extent>)> {
         match &self.get(path)?.content {
-            Content::Inline { stat, extents } => {
+            Content::Inline { stat, extents, .. } => {
                 let extent = |piece: &Piece| Extent {
                     len: piece.len,
                     chunk: self.chunks[piece.chunk as usize],
@@ -85,6 +99,23 @@ impl Builder {
         Piece { chunk, offset: extent.offset, len: extent.len }
     }
 
+    /// The number of a file's changes, where they are kept.
+    fn note(&mut self, changes: impl FnOnce(&mut Self) -> StoredChanges) -> u32 {
+        if self.changes.is_none() {
+            return NO_CHANGES;
+        }
+        let noted = changes(self);
+        let Some(changes) = &mut self.changes else { return NO_CHANGES };
+        changes.push(noted);
+        changes.len() as u32 - 1
+    }
+
+    fn noted(&mut self, chunk: ChunkRef) -> u32 {
+        let number = self.number(chunk);
+        self.noted.push(number);
+        number
+    }
+
     fn map(&mut self, chunk: ChunkRef) -> u32 {
         let number = self.number(chunk);
         self.maps.push(number);
@@ -102,7 +133,7 @@ impl Builder {
 
     pub(super) fn windows(&mut self) -> HashMap<PackId, Window> {
         let mut windows = HashMap::new();
-        for (bytes, numbers) in [(SMALL_WINDOW, &self.small), (MAP_WINDOW, &self.maps)] {
+        for (bytes, numbers) in [(SMALL_WINDOW, &self.small), (MAP_WINDOW, &self.maps), (CHANGE_WINDOW, &self.noted)] {
             for number in numbers {
                 let pack = self.chunks[*number as usize].pack;
                 windows.entry(pack).or_insert_with(|| Window { bytes, chunks: Vec::new() }).chunks.push(*number);

@@ -1,18 +1,36 @@
 //! A view written out as a plain data directory: in parallel, every byte checked, unable to start until it is whole.
+//!
+//! Everything is decided, and refused, before anything is changed. Then a [`marker`] says whose the directory is, pg_control
+//! goes, what does not belong goes, files are written or made equal, and pg_control comes last. What an interruption leaves
+//! cannot be started; [`RestoreOptions::delta`] goes on with it.
 
+mod before;
+mod databases;
+mod delta;
+mod local;
+mod marker;
 mod plan;
+#[cfg(test)]
+mod tests;
 mod write;
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown, lchown, symlink};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown, lchown, symlink};
 use std::path::{Path, PathBuf};
 
-use self::plan::{Target, enough_space, plan, refuse_nested, refuse_unsafe};
-use self::write::write_files;
+pub use self::databases::{Databases, ZeroedDatabase};
+
+use self::before::{is_vacant, recognise, refuse_occupied};
+use self::delta::Delta;
+use self::local::{Local, look};
+use self::marker::{Marker, Said};
+use self::plan::{Plan, Target, enough_space, plan, refuse_nested};
+use self::write::{write_files, write_zeros};
 use super::tree::Owner;
 use super::view::View;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::progress::Monitor;
 
 /// How a view is written out.
@@ -24,44 +42,155 @@ pub struct RestoreOptions {
     pub owner: Option<Owner>,
     /// where tablespaces go, by oid; others go where the source had them
     pub tablespaces: BTreeMap<u32, PathBuf>,
+    /// make a data directory of this cluster equal: write what differs, remove what does not belong. The view must know what
+    /// the backup noted ([`ViewOptions::changes`](super::view::ViewOptions::changes)), or everything is fetched
+    pub delta: bool,
+    /// which databases are restored
+    pub databases: Databases,
 }
 
-/// What was written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What a directory holds now, and what was done for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Restored {
     /// files
     pub files: u64,
-    /// bytes
+    /// bytes of them, zeros that were not asked for left out
     pub bytes: u64,
+    /// bytes of these that were there already
+    pub equal: u64,
+    /// files and links that did not belong
+    pub removed: u64,
+    /// databases whose relations are zeros now
+    pub zeroed: Vec<ZeroedDatabase>,
 }
 
 /// The name pg_control has until everything else is durable.
 const CONTROL_LATER: &str = "global/pg_control.pgcairn";
+/// Written once, when a data directory is made.
+const VERSION_FILE: &str = "PG_VERSION";
+/// The name of the former one while its successor is written.
+const VERSION_BEFORE: &str = "PG_VERSION.pgcairn";
 
-/// Writes `view` into `root`, which must be empty or not exist.
+/// Writes `view` into `root`, which must be empty or not exist; with [`RestoreOptions::delta`] it may be this cluster's.
 pub fn restore(view: &View, root: &Path, options: &RestoreOptions, monitor: &dyn Monitor) -> Result<Restored> {
-    refuse_unsafe(root)?;
-    let plan = plan(view, root, options)?;
-    refuse_nested(root, options, view)?;
-    plan.bytes.keys().filter(|place| *place != root).try_for_each(|place| refuse_unsafe(place))?;
-    plan.bytes.iter().try_for_each(|(place, bytes)| enough_space(place, *bytes))?;
-    for (path, mode) in &plan.directories {
-        make_directory(path, *mode, options.owner)?;
+    let is_delta = options.delta && !is_vacant(root)?;
+    if !is_delta {
+        refuse_occupied(root)?;
     }
-    for (path, target) in &plan.links {
-        symlink(target, path).map_err(|error| Error::io("create the link", path, error))?;
-        give_link(path, options.owner)?;
+    let zeroed = options.databases.zeroed(view)?;
+    let plan = plan(view, root, options, &zeroed)?;
+    refuse_nested(root, &plan, view)?;
+    let local = match is_delta {
+        true => recognised(view, root, &plan)?,
+        false => {
+            plan.places.values().try_for_each(|place| refuse_occupied(place))?;
+            Local::default()
+        }
+    };
+    for (place, bytes) in &plan.bytes {
+        enough_space(place, bytes.saturating_sub(local.bytes.get(place).copied().unwrap_or_default()))?;
     }
-    let total: u64 = plan.bytes.values().sum();
-    monitor.stage("restoring", total);
-    write_files(view, &plan.files, options, monitor)?;
-    let later = Target { path: root.join(CONTROL_LATER), ..plan.control.clone() };
-    write_files(view, std::slice::from_ref(&later), options, monitor)?;
+    let marker = begin(view, root, &plan, &local, options.owner)?;
+    let equal = write(view, root, &plan, &local, options, monitor)?;
     monitor.stage("syncing", 0);
     plan.bytes.keys().try_for_each(|place| sync(place))?;
-    fs::rename(&later.path, &plan.control.path).map_err(|error| Error::io("rename to", &plan.control.path, error))?;
+    marker.remove()?;
+    let later = root.join(CONTROL_LATER);
+    fs::rename(&later, &plan.control.path).map_err(|error| Error::io("rename to", &plan.control.path, error))?;
     plan.bytes.keys().try_for_each(|place| sync(place))?;
-    Ok(Restored { files: plan.files.len() as u64 + 1, bytes: total })
+    Ok(Restored {
+        files: (plan.files.len() + plan.zeros.len()) as u64 + 1,
+        bytes: plan.bytes.values().sum(),
+        equal,
+        removed: local.removed_files,
+        zeroed: zeroed.into_values().collect(),
+    })
+}
+
+/// What of this cluster is in `root`; refuses anything else.
+fn recognised(view: &View, root: &Path, plan: &Plan) -> Result<Local> {
+    recognise(root, plan, &view.description)?;
+    let layout = view.description.database.layout().context(|| "the manifest".into())?;
+    look(plan, root, &layout.tablespace_directory.to_string())
+}
+
+/// From here on the directory changes: it is marked, cannot start, and is freed of what does not belong.
+fn begin(view: &View, root: &Path, plan: &Plan, local: &Local, owner: Option<Owner>) -> Result<Marker> {
+    let (directory, mode) = &plan.directories[0];
+    make_directory(directory, *mode, owner)?;
+    let places = plan.places.values().cloned().collect();
+    let marker = Marker::set(root, &Said::of(&view.description, places))?;
+    remove_durably(&plan.control.path)?;
+    local.remove()?;
+    // the next file of this name has another inode: its cluster is another for whoever trusts the times of files
+    let version = root.join(VERSION_FILE);
+    match fs::rename(&version, root.join(VERSION_BEFORE)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io("rename", &version, error)),
+        _ => {}
+    }
+    for (path, mode) in &plan.directories[1..] {
+        make_directory(path, *mode, owner)?;
+    }
+    plan.links.iter().try_for_each(|(path, target)| make_link(path, target, owner))?;
+    Ok(marker)
+}
+
+/// Writes all files, pg_control under its other name; gives how many bytes were there already.
+fn write(
+    view: &View,
+    root: &Path,
+    plan: &Plan,
+    local: &Local,
+    options: &RestoreOptions,
+    monitor: &dyn Monitor,
+) -> Result<u64> {
+    monitor.stage("restoring", plan.bytes.values().sum());
+    let is_there = |(number, _): &(usize, &Target)| local.files.contains_key(number);
+    let (there, absent): (Vec<_>, Vec<_>) = plan.files.iter().enumerate().partition(is_there);
+    let targets = |of: Vec<(usize, &Target)>| of.into_iter().map(|(_, target)| target.clone()).collect::<Vec<_>>();
+    for (number, target) in &there {
+        if local.files[number] > target.size {
+            cut_to(&target.path, target.size)?;
+        }
+    }
+    let delta = Delta::new(view);
+    write_files(view, &targets(there), Some(&delta), options, monitor)?;
+    write_files(view, &targets(absent), None, options, monitor)?;
+    plan.zeros.iter().try_for_each(|target| write_zeros(target, options.owner))?;
+    let later = Target { path: root.join(CONTROL_LATER), ..plan.control.clone() };
+    write_files(view, std::slice::from_ref(&later), None, options, monitor)?;
+    match fs::remove_file(root.join(VERSION_BEFORE)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(Error::io("remove", &root.join(VERSION_BEFORE), error))
+        }
+        _ => Ok(delta.equal()),
+    }
+}
+
+fn cut_to(path: &Path, size: u64) -> Result<()> {
+    let flags = nix::fcntl::OFlag::O_NOFOLLOW.bits();
+    let file = OpenOptions::new().write(true).custom_flags(flags).open(path);
+    file.and_then(|file| file.set_len(size)).map_err(|error| Error::io("truncate", path, error))
+}
+
+/// Removes a file, if it is there, before anything else happens.
+fn remove_durably(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Ok(()) => {
+            let directory = path.parent().unwrap_or(path);
+            File::open(directory).and_then(|open| open.sync_all()).map_err(|error| Error::io("sync", directory, error))
+        }
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(()),
+        Err(error) => Err(Error::io("remove", path, error)),
+    }
+}
+
+fn make_link(path: &Path, target: &Path, owner: Option<Owner>) -> Result<()> {
+    match symlink(target, path) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists && fs::read_link(path).is_ok_and(|to| to == target) => {}
+        made => made.map_err(|error| Error::io("create the link", path, error))?,
+    }
+    give_link(path, owner)
 }
 
 fn make_directory(path: &Path, mode: u32, owner: Option<Owner>) -> Result<()> {

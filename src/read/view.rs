@@ -1,5 +1,7 @@
 //! A backup as a tree of files: the manifest's entries, and what recovery needs beside them.
 
+mod changes;
+
 use std::collections::HashMap;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
@@ -9,13 +11,15 @@ use bytes::Bytes;
 use lru::LruCache;
 use parking_lot::Mutex;
 
+pub(super) use self::changes::{NO_CHANGES, StoredChanges};
+
 use super::builder::Builder;
 use super::fetch::Fetcher;
 use super::{pgmanifest, recovery, wal};
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkId, ChunkRef, PackId};
 use crate::format::manifest::Description;
-use crate::format::map::{Extent, Leaf, decode_index};
+use crate::format::map::{Extent, INDEX_LEAVES, Leaf, LeafRef, decode_index};
 use crate::format::{CHUNK, INDEX_BYTES, LEAF_BYTES, SLOT};
 use crate::repo::wal::check_first_bytes;
 
@@ -32,12 +36,14 @@ pub struct ViewOptions {
     pub settings: Vec<(&'static str, String)>,
     /// an archive recovery that the copy is prepared for
     pub recovery: Option<recovery::Prepared>,
+    /// know what the backup noted of the files' content, to compare others with them
+    pub changes: bool,
 }
 
 impl ViewOptions {
     /// What every copy of a cluster gets: it must never archive into its source's stanza.
     pub fn copy() -> Self {
-        Self { settings: vec![("archive_mode", "off".to_owned())], recovery: None }
+        Self { settings: vec![("archive_mode", "off".to_owned())], ..Self::default() }
     }
 
     /// The same, prepared for a recovery.
@@ -56,6 +62,7 @@ pub struct View {
     children: Vec<NodeIndex>,
     chunks: Vec<ChunkRef>,
     windows: HashMap<PackId, Window>,
+    changes: Vec<StoredChanges>,
     fetcher: Arc<Fetcher>,
     leaves: Mutex<LeafCache>,
     archived: Mutex<HashMap<NodeIndex, Arc<Vec<ChunkRef>>>>,
@@ -90,6 +97,8 @@ pub enum Content {
         stat: FileStat,
         /// extents in file order
         extents: Box<[Piece]>,
+        /// number of its changes in the view, or [`NO_CHANGES`]
+        changes: u32,
     },
     /// a file with a map: its leaves, or with `index` the chunks that name them
     Mapped {
@@ -99,6 +108,8 @@ pub enum Content {
         maps: Box<[u32]>,
         /// true: the chunks are indexes
         index: bool,
+        /// number of its changes in the view, or [`NO_CHANGES`]
+        changes: u32,
     },
     /// made by us
     Text(Bytes),
@@ -177,6 +188,7 @@ impl View {
     /// Reads the manifest of `label` and finds the WAL it needs.
     pub fn load(fetcher: Arc<Fetcher>, label: &str, options: &ViewOptions) -> Result<Self> {
         let mut builder = Builder::default();
+        builder.changes = options.changes.then(Vec::new);
         let repository = fetcher.repository().clone();
         let mut manifest = repository.open_manifest(label)?;
         // a chunk of the manifest's own
@@ -194,6 +206,7 @@ impl View {
             nodes,
             children,
             windows: builder.windows(),
+            changes: builder.changes.unwrap_or_default(),
             chunks: builder.chunks,
             fetcher,
             leaves: Mutex::new(leaves),
@@ -290,13 +303,29 @@ impl View {
         to: u64,
         each: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
     ) -> Result<()> {
-        let len = (to - from) as usize;
+        self.each_of_ranges(node, &[(from, to)], each)
+    }
+
+    /// The same for several ranges, from first byte to behind the last, that do not overlap: what is stored together is
+    /// fetched together.
+    pub fn each_of_ranges(
+        &self,
+        node: NodeIndex,
+        ranges: &[(u64, u64)],
+        each: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
         if !matches!(self.node(node)?.content, Content::Inline { .. } | Content::Mapped { .. }) {
-            let mut bytes = vec![0; len];
-            self.read_at(node, from, &mut bytes)?;
-            return each(from, &bytes);
+            return ranges.iter().try_for_each(|(from, to)| {
+                let mut bytes = vec![0; (to - from) as usize];
+                self.read_at(node, *from, &mut bytes)?;
+                each(*from, &bytes)
+            });
         }
-        let (spans, chunks) = by_chunk(self.spans(node, from, len)?);
+        let mut spans = Vec::new();
+        for (from, to) in ranges {
+            spans.extend(self.spans(node, *from, (to - from) as usize)?);
+        }
+        let (spans, chunks) = by_chunk(spans);
         let of_chunk: Vec<&[Span]> = spans.chunk_by(|a, b| a.chunk == b.chunk).collect();
         self.fetcher.sealed(&chunks, |number, plain| {
             of_chunk[number].iter().try_for_each(|span| each(span.at, &plain[span.offset..span.offset + span.len]))
@@ -363,7 +392,7 @@ impl View {
                 });
                 clip(0, extents, offset, end, &mut spans);
             }
-            Content::Mapped { stat, maps, index } => {
+            Content::Mapped { stat, maps, index, .. } => {
                 let mut at = offset;
                 while at < end {
                     let number = at / LEAF_BYTES;
@@ -398,25 +427,34 @@ impl View {
     fn leaf(&self, size: u64, maps: &[u32], index: bool, number: u64) -> Result<Arc<Leaf>> {
         let map = match index {
             false => self.chunks[maps[number as usize] as usize],
-            true => {
-                let chunk = self.chunks[maps[(number * LEAF_BYTES / INDEX_BYTES) as usize] as usize];
-                let leaves = decode_index("file map index", &self.fetcher.chunk(&chunk)?)?;
-                let inside = number as usize % crate::format::map::INDEX_LEAVES;
-                leaves.get(inside).ok_or_else(|| Error::new("the file map index is too short"))?.map
-            }
+            true => self.indexed(maps, number)?.map,
         };
         let len = (size - number * LEAF_BYTES).min(LEAF_BYTES);
         if let Some(leaf) = self.leaves.lock().leaves.get(&(map.id, len)) {
             return Ok(leaf.clone());
         }
-        let mut plain = vec![0; map.plain_len as usize];
-        if !self.fetcher.read_cached(&map, 0, &mut plain) {
-            let span = Span { at: 0, len: plain.len(), chunk: map, offset: 0 };
-            self.fetch(&[span], &mut |_, bytes| plain.copy_from_slice(bytes))?;
-        }
+        let plain = self.plain(&map)?;
         let leaf = Arc::new(Leaf::decode("file map", &plain, len)?);
         self.leaves.lock().insert((map.id, len), leaf.clone());
         Ok(leaf)
+    }
+
+    /// What the indexes `maps` of a file name leaf `number`.
+    fn indexed(&self, maps: &[u32], number: u64) -> Result<LeafRef> {
+        let chunk = self.chunks[maps[(number * LEAF_BYTES / INDEX_BYTES) as usize] as usize];
+        let leaves = decode_index("file map index", &self.fetcher.chunk(&chunk)?)?;
+        let inside = number as usize % INDEX_LEAVES;
+        leaves.get(inside).copied().ok_or_else(|| Error::new("the file map index is too short"))
+    }
+
+    /// The plaintext of a chunk, fetched with its neighbours where that is worth it.
+    fn plain(&self, chunk: &ChunkRef) -> Result<Vec<u8>> {
+        let mut plain = vec![0; chunk.plain_len as usize];
+        if !self.fetcher.read_cached(chunk, 0, &mut plain) {
+            let span = Span { at: 0, len: plain.len(), chunk: *chunk, offset: 0 };
+            self.fetch(&[span], &mut |_, bytes| plain.copy_from_slice(bytes))?;
+        }
+        Ok(plain)
     }
 
     fn archived(&self, node: NodeIndex, key: &str, stored: u64, size: u64) -> Result<Arc<Vec<ChunkRef>>> {

@@ -23,8 +23,8 @@ use super::stream::Stream;
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::PackId;
 use crate::format::info::LockKind;
-use crate::format::manifest::{Database, Description, PackUse, Sizes, Source, Tablespace};
-use crate::postgres::{BackupKind, Label, Layout, Lsn, Major, SegmentName, SegmentSize, Timeline};
+use crate::format::manifest::{Database, Description, NamedDatabase, PackUse, Sizes, Source, Tablespace};
+use crate::postgres::{BackupKind, Label, Lsn, SegmentName, SegmentSize, Timeline};
 use crate::progress::Monitor;
 use crate::repo::lock::Lock;
 use crate::repo::{Repository, keys};
@@ -133,15 +133,6 @@ struct Copied {
     ended: Ended,
     segments: Vec<SegmentName>,
     packs: Packs,
-}
-
-impl Started {
-    /// What tells the files of the cluster apart.
-    pub(super) fn layout(&self, major: Major) -> Result<Layout> {
-        let pages = self.database.segment_size / u64::from(self.database.page_size);
-        let relation_segment_pages = u32::try_from(pages).context(|| format!("a segment of {pages} pages"))?;
-        Ok(Layout { tablespace_directory: major.tablespace_directory(), relation_segment_pages })
-    }
 }
 
 /// Takes a backup of the server; returns what it is once it is committed.
@@ -279,6 +270,11 @@ fn describe(
     packs: &[PackUse],
 ) -> Result<Description> {
     let (owner, group) = copied.ended.owner.clone();
+    let (databases, spaces) = (server.databases()?, server.tablespaces()?);
+    let named = |of: &Tablespace| {
+        let name = spaces.iter().find(|(oid, _)| *oid == of.oid).map(|(_, name)| name.clone());
+        Tablespace { name, ..of.clone() }
+    };
     let Stopped { lsn: stop_lsn, backup_label, tablespace_map } = copied.ended.stopped.clone();
     Ok(Description {
         label: started.label.to_string(),
@@ -301,7 +297,8 @@ fn describe(
         superuser: Some(server.bootstrap_superuser()?),
         backup_label,
         tablespace_map,
-        tablespaces: copied.ended.tablespaces.clone(),
+        tablespaces: copied.ended.tablespaces.iter().map(named).collect(),
+        databases: databases.into_iter().map(|(oid, name)| NamedDatabase { oid, name }).collect(),
         page_errors: totals.page_errors(stop_lsn),
         sizes: Sizes {
             database: totals.bytes,

@@ -257,4 +257,4 @@ fn one(worker: &mut Worker<'_>, job: Job) -> Result<(Done, u64)> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -27,7 +27,8 @@ pub(super) fn begin(server: &mut Server, label: &str, fast: bool) -> Result<Begu
 /// Copies the data directory, pg_control last, ends the backup on the server, and reads the WAL where it is stored.
 pub(super) fn copy_files(copying: Copying<'_>) -> Result<Ended> {
     let Copying { server, started, cutting, workers, assembler, parent, monitor } = copying;
-    let Scan { found, tablespaces, bytes } = scan(&server.data_directory, started.layout(server.major)?)?;
+    let layout = started.database.layout().context(|| "pg_control".into())?;
+    let Scan { found, tablespaces, bytes } = scan(&server.data_directory, layout)?;
     monitor.stage("copying", bytes);
     let files = Files { found, parent, now: started.start_time };
     let control = copy(cutting, files, workers, assembler, monitor)?;

@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkRef, GrainHash, PackId};
 use crate::format::manifest::{Description, Entry, File, Node, PackUse, Place, path_cmp};
 use crate::format::map::{
-    Extent, INDEX_LEAVES, Leaf, LeafRef, SlotChange, apply_changes, changes_base, decode_changes, decode_index,
+    Changes, Extent, INDEX_LEAVES, Leaf, LeafRef, SlotChange, changes_base, decode_changes, decode_index,
+    resolve_changes,
 };
 use crate::format::{GRAIN, INLINE_BYTES, LEAF_BYTES, SLOT};
 use crate::repo::Repository;
@@ -185,18 +186,8 @@ impl Parent {
         let stored = self.leaf_ref(&file.place, number)?;
         let leaf = Leaf::decode("file map", &self.read(&stored.map)?, len)?;
         let plain = self.read(&stored.changes)?;
-        let (base, changes) = match changes_base("changes", &plain)? {
-            None => {
-                let changes = decode_changes("changes", &plain, len)?;
-                ((stored.changes, changes.clone()), changes)
-            }
-            Some(base) => {
-                let whole = decode_changes("changes", &self.read(&base)?, len)?;
-                let mut changes = whole.clone();
-                apply_changes("changes", &plain, &mut changes)?;
-                ((base, whole), changes)
-            }
-        };
+        let Changes { slots: changes, base } = resolve_changes("changes", &plain, len, |base| self.read(base))?;
+        let base = base.unwrap_or_else(|| (stored.changes, changes.clone()));
         Ok(Some(OldSlots { leaf, changes, len, stored: Some(stored), base: Some(base), small_changes: None }))
     }
 

@@ -180,7 +180,7 @@ impl Scanner<'_> {
                 .hint("in-place tablespaces are for PostgreSQL's own tests; move its tables to an ordinary one"));
         }
         let target = fs::read_link(&on_disk).map_err(|error| Error::io("read the link", &on_disk, error))?;
-        self.scan.tablespaces.push(Tablespace { oid, path: target.to_string_lossy().into_owned() });
+        self.scan.tablespaces.push(Tablespace { oid, name: None, path: target.to_string_lossy().into_owned() });
         let link = ScannedKind::Link(target.into_os_string().into_vec().into());
         self.push(path, metadata, link, None);
         self.directory(path, true)

@@ -148,6 +148,29 @@ impl Server {
         self.value("SELECT rolname FROM pg_roles WHERE oid = 10")
     }
 
+    /// Oids and names of all databases.
+    pub fn databases(&mut self) -> Result<Vec<(u32, String)>> {
+        self.names("SELECT oid, datname FROM pg_database ORDER BY oid")
+    }
+
+    /// Oids and names of all tablespaces, those of every cluster among them.
+    pub fn tablespaces(&mut self) -> Result<Vec<(u32, String)>> {
+        self.names("SELECT oid, spcname FROM pg_tablespace ORDER BY oid")
+    }
+
+    /// A name whose bytes are not UTF-8 is left out: databases have encodings of their own, these catalogs have none.
+    fn names(&mut self, sql: &str) -> Result<Vec<(u32, String)>> {
+        let messages = self.client.simple_query(sql).context(|| format!("the server refuses \"{sql}\""))?;
+        let row = |message: &SimpleQueryMessage| match message {
+            SimpleQueryMessage::Row(row) => {
+                let text = |column: usize| row.try_get(column).ok().flatten();
+                Some((text(0)?.parse().ok()?, text(1)?.to_owned()))
+            }
+            _ => None,
+        };
+        Ok(messages.iter().filter_map(row).collect())
+    }
+
     /// Creates the temporary slot that keeps WAL from now on until the session ends.
     pub fn hold_wal(&mut self) -> Result<()> {
         let name = format!("{SLOT_NAME}_{}", std::process::id());

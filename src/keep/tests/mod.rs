@@ -434,6 +434,7 @@ fn description(
         backup_label: String::new(),
         tablespace_map: String::new(),
         tablespaces: Vec::new(),
+        databases: Vec::new(),
         page_errors: Vec::new(),
         sizes: Sizes::default(),
     }

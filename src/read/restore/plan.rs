@@ -7,20 +7,34 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::RestoreOptions;
-use crate::error::{Error, Result};
+use super::databases::{Zeroed, is_zeroed};
+use super::marker::MARKER;
+use crate::error::{Context, Error, Result};
 use crate::postgres::CONTROL_FILE;
+use crate::read::recovery::stored_path;
 use crate::read::view::{Content, NodeIndex, View};
 
 /// What goes where.
+#[derive(Debug)]
 pub(super) struct Plan {
+    /// and their modes; each behind the one it lies in
     pub(super) directories: Vec<(PathBuf, u32)>,
+    /// and their targets
     pub(super) links: Vec<(PathBuf, PathBuf)>,
+    /// all that are written but pg_control
     pub(super) files: Vec<Target>,
+    /// files of databases that are left out
+    pub(super) zeros: Vec<Target>,
+    /// pg_control
     pub(super) control: Target,
+    /// where tablespaces go, by oid
+    pub(super) places: BTreeMap<u32, PathBuf>,
+    /// bytes that are written below the data directory and below each tablespace's
     pub(super) bytes: BTreeMap<PathBuf, u64>,
 }
 
-#[derive(Clone)]
+/// A file of a view and where it goes.
+#[derive(Clone, Debug)]
 pub(super) struct Target {
     pub(super) node: NodeIndex,
     pub(super) path: PathBuf,
@@ -29,52 +43,62 @@ pub(super) struct Target {
     pub(super) size: u64,
 }
 
-/// Refuses a directory in which something is, above all a server's.
-pub(super) fn refuse_unsafe(root: &Path) -> Result<()> {
-    if root.join("postmaster.pid").exists() {
-        return Err(Error::new(format!("a server runs, or ran, in {}", root.display()))
-            .hint("stop it, and restore into an empty directory"));
-    }
-    match fs::read_dir(root) {
-        Ok(mut entries) => match entries.next() {
-            None => Ok(()),
-            Some(_) => Err(Error::new(format!("{} is not empty", root.display()))
-                .hint("restore into an empty directory, or one that does not exist yet")),
-        },
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(Error::io("list", root, error)),
-    }
-}
-
-/// Refuses places that lie in one another: their files would mix.
-pub(super) fn refuse_nested(root: &Path, options: &RestoreOptions, view: &View) -> Result<()> {
-    let places: Vec<PathBuf> = places(view, options)?.into_values().chain([root.to_owned()]).collect();
-    for (number, place) in places.iter().enumerate() {
-        let others = places.iter().enumerate().filter(|(other, _)| *other != number);
-        if let Some((_, outer)) = others.into_iter().find(|(_, other)| place.starts_with(other)) {
-            return Err(Error::new(format!("{} lies in {}", place.display(), outer.display()))
+/// Refuses places that lie in one another, whose files would mix, and places that hold the repository.
+pub(super) fn refuse_nested(root: &Path, plan: &Plan, view: &View) -> Result<()> {
+    let places: Vec<&Path> = plan.places.values().map(PathBuf::as_path).chain([root]).collect();
+    let resolved: Vec<PathBuf> = places.iter().map(|place| resolve(place)).collect();
+    let repository = view.fetcher().repository().store.url();
+    let repository = repository.starts_with('/').then(|| resolve(Path::new(repository)));
+    for (number, place) in resolved.iter().enumerate() {
+        let others = resolved.iter().enumerate().filter(|(other, _)| *other != number);
+        if let Some((outer, _)) = others.into_iter().find(|(_, other)| place.starts_with(other)) {
+            return Err(Error::new(format!("{} lies in {}", places[number].display(), places[outer].display()))
                 .hint("each tablespace and the data directory need a directory of their own; see --tablespace-map"));
+        }
+        if let Some(repository) = repository.as_ref().filter(|repository| repository.starts_with(place)) {
+            return Err(Error::new(format!(
+                "the repository {} lies in {}",
+                repository.display(),
+                places[number].display()
+            ))
+            .hint("restore elsewhere"));
         }
     }
     Ok(())
 }
 
+/// The path without links, as far as it exists.
+fn resolve(path: &Path) -> PathBuf {
+    let found = path.ancestors().find_map(|above| Some((above, fs::canonicalize(above).ok()?)));
+    match found {
+        Some((above, canonical)) => canonical.join(path.strip_prefix(above).unwrap_or(Path::new(""))),
+        None => path.to_owned(),
+    }
+}
+
 /// The whole of a view, for `root`.
-pub(super) fn plan(view: &View, root: &Path, options: &RestoreOptions) -> Result<Plan> {
+pub(super) fn plan(view: &View, root: &Path, options: &RestoreOptions, zeroed: &Zeroed) -> Result<Plan> {
     let places = places(view, options)?;
+    let layout = view.description.database.layout().context(|| "the manifest".into())?;
     let mut plan = Plan {
         directories: vec![(root.to_owned(), view.node(0)?.mode)],
         links: Vec::new(),
         files: Vec::new(),
+        zeros: Vec::new(),
+        places: places.clone(),
         control: Target { node: 0, path: root.join(CONTROL_FILE), mode: 0, mtime: 0, size: 0 },
         bytes: BTreeMap::from([(root.to_owned(), 0)]),
     };
     for place in places.values() {
         plan.bytes.insert(place.clone(), 0);
     }
-    view.walk(&mut |path, number| {
+    view.walk(&mut |in_view, number| {
         let node = view.node(number)?;
-        let Some((place, path)) = destination(root, &places, path) else { return Ok(()) };
+        let Some((place, path)) = destination(root, &places, in_view) else { return Ok(()) };
+        if in_view == MARKER.as_bytes() {
+            // another restore's, should its source have kept it
+            return Ok(());
+        }
         match &node.content {
             Content::Directory => plan.directories.push((path, node.mode)),
             Content::Status => {}
@@ -86,8 +110,12 @@ pub(super) fn plan(view: &View, root: &Path, options: &RestoreOptions) -> Result
             }
             _ => {
                 let size = view.size(number)?;
-                *plan.bytes.entry(place).or_default() += size;
                 let target = Target { node: number, path, mode: node.mode, mtime: node.mtime, size };
+                if is_zeroed(&stored_path(in_view), &layout, zeroed) {
+                    plan.zeros.push(target);
+                    return Ok(());
+                }
+                *plan.bytes.entry(place).or_default() += size;
                 match target.path == plan.control.path {
                     true => plan.control = target,
                     false => plan.files.push(target),

@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::time::{Duration, SystemTime};
 
 use crossbeam_channel::{Receiver, bounded};
 use parking_lot::Mutex;
 
+use super::delta::Delta;
 use super::plan::Target;
 use super::{RestoreOptions, give};
 use crate::error::{Error, Result};
@@ -22,17 +23,18 @@ enum Piece {
     Whole(Vec<Target>),
 }
 
-/// Writes `files`, which may be there in part.
+/// Writes `files`; those that are there are made equal by `delta`.
 pub(super) fn write_files(
     view: &View,
     files: &[Target],
+    delta: Option<&Delta<'_>>,
     options: &RestoreOptions,
     monitor: &dyn Monitor,
 ) -> Result<()> {
     let workers = options.process_max.max(1);
     let (queue, pieces) = bounded::<Piece>(workers * 2);
     let failure = Mutex::new(None);
-    let writing = Writing { view, owner: options.owner, monitor, parts: Mutex::default() };
+    let writing = Writing { view, owner: options.owner, monitor, delta, parts: Mutex::default() };
     std::thread::scope(|scope| {
         let pieces = pieces;
         for _ in 0..workers {
@@ -80,12 +82,14 @@ struct Writing<'a> {
     view: &'a View,
     owner: Option<Owner>,
     monitor: &'a dyn Monitor,
+    /// compares what is there
+    delta: Option<&'a Delta<'a>>,
     /// what was written of large files, whose parts end in any order
     parts: Mutex<HashMap<NodeIndex, Vec<Part>>>,
 }
 
 /// A run of bytes that was written: where in the file it begins, its length and its CRC32C.
-type Part = (u64, usize, u32);
+pub(super) type Part = (u64, usize, u32);
 
 impl Writing<'_> {
     fn pieces(&self, pieces: &Receiver<Piece>) -> Result<()> {
@@ -99,7 +103,7 @@ impl Writing<'_> {
                 Piece::Whole(targets) => targets.iter().try_for_each(|target| {
                     let (file, crc, _) = self.range(target, 0, target.size)?;
                     self.prove(target, crc)?;
-                    finish_file(&file, target, self.owner)
+                    self.finish(&file, target)
                 })?,
             }
         }
@@ -108,6 +112,11 @@ impl Writing<'_> {
 
     /// Writes a range of a file; gives the file, and CRC32C and length of what was written.
     fn range(&self, target: &Target, from: u64, to: u64) -> Result<(File, u32, usize)> {
+        if let Some(delta) = self.delta {
+            let made = delta.range(target, from, to)?;
+            self.monitor.advance(to - from);
+            return Ok(made);
+        }
         let fail = |error| Error::io("write", &target.path, error);
         let file =
             OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&target.path).map_err(fail)?;
@@ -124,7 +133,15 @@ impl Writing<'_> {
     fn finish_large(&self, target: &Target) -> Result<()> {
         self.prove(target, whole_crc(self.parts.lock().remove(&target.node).unwrap_or_default()))?;
         let file = OpenOptions::new().write(true).open(&target.path);
-        finish_file(&file.map_err(|error| Error::io("open", &target.path, error))?, target, self.owner)
+        self.finish(&file.map_err(|error| Error::io("open", &target.path, error))?, target)
+    }
+
+    /// Mode, owner and time of a file whose bytes are right.
+    fn finish(&self, file: &File, target: &Target) -> Result<()> {
+        match self.delta.is_some() && is_finished(file, target, self.owner)? {
+            true => Ok(()),
+            false => finish_file(file, target, self.owner),
+        }
     }
 
     /// Fails unless what was written has the checksum that the backup computed when it read the file.
@@ -143,9 +160,25 @@ impl Writing<'_> {
 }
 
 /// The checksum of a run from those of its parts, which may come in any order.
-fn whole_crc(mut parts: Vec<Part>) -> u32 {
+pub(super) fn whole_crc(mut parts: Vec<Part>) -> u32 {
     parts.sort_unstable();
     parts.into_iter().fold(0, |crc, (_, len, part)| crc32c::crc32c_combine(crc, part, len))
+}
+
+fn is_finished(file: &File, target: &Target, owner: Option<Owner>) -> Result<bool> {
+    let found = file.metadata().map_err(|error| Error::io("look at", &target.path, error))?;
+    let is_owned = owner.is_none_or(|owner| (owner.uid, owner.gid) == (found.uid(), found.gid()));
+    Ok(is_owned
+        && found.mode() & 0o7777 == target.mode
+        && (found.mtime(), found.mtime_nsec()) == (target.mtime.max(0), 0))
+}
+
+/// Writes a file of zeros that takes no space, where none is.
+pub(super) fn write_zeros(target: &Target, owner: Option<Owner>) -> Result<()> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&target.path);
+    let file = file.map_err(|error| Error::io("create", &target.path, error))?;
+    file.set_len(target.size).map_err(|error| Error::io("set the length of", &target.path, error))?;
+    finish_file(&file, target, owner)
 }
 
 fn finish_file(file: &File, target: &Target, owner: Option<Owner>) -> Result<()> {

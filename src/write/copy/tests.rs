@@ -13,7 +13,7 @@ use crate::format::chunk::{ChunkId, PackId};
 use crate::format::manifest::{Description, Entry, File, Node, PackUse, Place};
 use crate::format::map::{Extent, Leaf, apply_changes, changes_base, decode_changes, decode_index};
 use crate::format::{GRAIN, SLOT};
-use crate::postgres::{Layout, Major};
+use crate::postgres::{ControlFile, Layout, Major};
 use crate::progress::Silent;
 use crate::repo::Repository;
 use crate::store::{Body, Effect, ErrorKind, Fault, MemoryStore, Operation, Store};
@@ -24,19 +24,19 @@ use crate::write::parent::{Parent, Reuse};
 use crate::write::resume::{left_behind, take_over};
 use crate::write::scan::scan;
 
-const LABEL: &str = "20240107-120000F";
+pub(crate) const LABEL: &str = "20240107-120000F";
 
 fn repository() -> Repository {
     Repository::new(Arc::new(MemoryStore::new()), "main").unwrap()
 }
 
 /// Copies `root` as a full backup does, without a server.
-fn copy_directory(repository: &Repository, root: &Path) -> Result<()> {
+pub(crate) fn copy_directory(repository: &Repository, root: &Path) -> Result<()> {
     copy_since(repository, root, LABEL, None, now_s()).map(drop)
 }
 
 /// Copies `root` as the backup `label`, comparing with a parent; gives the bytes of packs that it wrote.
-fn copy_since(
+pub(crate) fn copy_since(
     repository: &Repository,
     root: &Path,
     label: &str,
@@ -81,6 +81,10 @@ fn copy_since(
     let packs: Vec<_> = weights.into_iter().filter(|(pack, _)| sizes.contains_key(pack)).map(pack).collect();
     let mut description: Description = serde_json::from_str(include_str!("description.json")).unwrap();
     (description.label, description.start_time) = (label.to_owned(), now);
+    (description.data_directory, description.tablespaces) = (root.display().to_string(), scan.tablespaces);
+    if let Ok(control) = ControlFile::parse(&fs::read(root.join("global/pg_control")).unwrap()) {
+        description.database.system_id = control.system_identifier;
+    }
     let manifest = assembler.finish(&description, &packs)?;
     repository.store.put(&crate::repo::keys::manifest("main", label), Body::Bytes(manifest.into()))?;
     Ok((bytes, packs))
@@ -91,7 +95,7 @@ fn dead() -> crate::repo::lock::Other {
     crate::repo::lock::Other { key: String::new(), modified: 0, age: 0, info: None, dead: true }
 }
 
-fn now_s() -> i64 {
+pub(crate) fn now_s() -> i64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64
 }
 
@@ -181,7 +185,7 @@ fn data_directory() -> tempfile::TempDir {
 }
 
 /// Half repeating, half noise, different for each seed.
-fn content(seed: u64, len: usize) -> Vec<u8> {
+pub(crate) fn content(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed | 1;
     let mut next = || {
         state ^= state << 13;

@@ -87,7 +87,7 @@ impl BaseBackup {
             ahead.push_back(oid);
             kilobytes += number::<u64>(&row, 2)?.unwrap_or_default();
             let path = row.get(1).cloned().flatten();
-            tablespaces.extend(oid.zip(path).map(|(oid, path)| Tablespace { oid, path }));
+            tablespaces.extend(oid.zip(path).map(|(oid, path)| Tablespace { oid, name: None, path }));
         }
         tablespaces.sort_by_key(|tablespace| tablespace.oid);
         let (named, arrived) = (None, Bytes::new());

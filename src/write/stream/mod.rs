@@ -85,7 +85,7 @@ impl Stream {
             backup,
             tablespaces: &tablespaces,
             root_mode: root_mode(server)?,
-            layout: started.layout(server.major)?,
+            layout: started.database.layout().context(|| "pg_control".into())?,
             started,
             parent: parent.map(ParentFiles::by_path).transpose()?,
             budget: Budget::new(PIECES_MAX),

@@ -92,7 +92,7 @@ impl Incoming<'_> {
         };
         let root = entry(b"", self.root_mode, ScannedKind::Directory);
         jobs.small(root, Known::New, Origin::Disk)
-            && self.tablespaces.iter().all(|Tablespace { oid, path }| {
+            && self.tablespaces.iter().all(|Tablespace { oid, path, .. }| {
                 let link = ScannedKind::Link(path.as_bytes().into());
                 let path = format!("pg_tblspc/{oid}");
                 jobs.small(entry(path.as_bytes(), 0o777, link), Known::New, Origin::Disk)
