@@ -14,7 +14,7 @@
 //! - [`cli`]: one file per verb; parses, calls, prints.
 //! - [`postgres`]: what is known of PostgreSQL's files: pg_control, page checksums, WAL names and headers, what belongs
 //!   into a backup.
-//! - [`write`](mod@write): PGDATA to packs. Session with the server (a primary, or a standby: [`write::standby`]), scan, cut into slots, pack, commit; the push of WAL files.
+//! - [`write`](mod@write): PGDATA to packs. Session with the server (a primary, or a standby: [`write::standby`]), scan (or a stream from the server), cut into slots, pack, commit; the push of WAL files.
 //! - [`format`](mod@format): every stored byte layout. `docs/format.md` says the same in prose, `docs/reader.py` proves the prose.
 //! - [`repo`]: keys, the catalog, the WAL archive, locks, the secret of an encrypted stanza ([`repo::unlock`]): what writing, reading and keeping share.
 //! - [`spool`]: the local directory in which the archive's background workers leave answers for the calls that come later.

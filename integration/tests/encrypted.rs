@@ -10,7 +10,7 @@ use pgcairn_integration::bin::{Output, run_command};
 use pgcairn_integration::files::contents;
 use pgcairn_integration::process::run_ok;
 use pgcairn_integration::stanza::PASS_FILE;
-use pgcairn_integration::{Cluster, MountGuard, Stanza, install};
+use pgcairn_integration::{Cluster, MountGuard, Stanza, install, wait_until};
 
 const LONG: Duration = Duration::from_secs(120);
 const FIRST: &str = "correct horse";
@@ -131,6 +131,8 @@ fn reads_back(stanza: &Stanza, cluster: &Cluster, backed_up: &BTreeMap<String, S
     // recovery goes on to the end of the archive: restore_command has the passphrase's file
     stanza.run(["restore", "--type=default", &copy.display().to_string()]).ok();
     let opened = Cluster::open(15, &copy, &[]);
+    // it can be read from the moment it is consistent, before the archive's end
+    wait_until(LONG, "the end of recovery", || opened.psql("SELECT pg_is_in_recovery();") == "f");
     assert_eq!(opened.fingerprint(), cluster.fingerprint());
     assert_eq!(opened.psql("SELECT count(*) FROM zebrafish_table WHERE note LIKE 'zebrafish_row later%';"), "2000");
 }

@@ -18,7 +18,7 @@ use pgcairn::postgres::BackupKind;
 use pgcairn::progress::Silent;
 use pgcairn::repo::Repository;
 use pgcairn::store::{Effect, ErrorKind, Fault, MemoryStore};
-use pgcairn::write::backup::{BackupOptions, WalChoice, Wanted, backup};
+use pgcairn::write::backup::{BackupOptions, WalChoice, Wanted, Way, backup};
 use pgcairn_integration::process::{is_running, run_ok};
 use pgcairn_integration::{Cluster, Data, Stanza, install, wait_until};
 
@@ -137,6 +137,7 @@ fn options(cluster: &Cluster) -> BackupOptions {
         wal: WalChoice::Stored,
         archive_timeout: Duration::from_secs(10),
         page_errors_fail: false,
+        way: Way::Files,
     }
 }
 

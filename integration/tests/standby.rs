@@ -10,7 +10,7 @@ use pgcairn::postgres::BackupKind;
 use pgcairn::progress::{Monitor, Silent};
 use pgcairn::repo::Repository;
 use pgcairn::store::{self, StoreOptions};
-use pgcairn::write::backup::{BackupOptions, WalChoice, Wanted, backup};
+use pgcairn::write::backup::{BackupOptions, WalChoice, Wanted, Way, backup};
 use pgcairn_integration::client::Client;
 use pgcairn_integration::process::run_ok;
 use pgcairn_integration::{Cluster, Data, Stanza, StopMode, install, stanza, wait_until};
@@ -174,6 +174,7 @@ fn options(of: &Cluster, primary: Option<&Cluster>) -> BackupOptions {
         wal: WalChoice::Auto,
         archive_timeout: Duration::from_secs(2),
         page_errors_fail: true,
+        way: Way::Files,
     }
 }
 
@@ -258,6 +259,32 @@ fn a_standby_that_cannot_be_a_source_is_refused() {
     let told = stanza.run(["info", "--output", "json"]).ok();
     let json: Value = serde_json::from_str(&told).unwrap();
     assert_eq!(json[0]["backup"].as_array().unwrap().len(), 1, "{told}");
+}
+
+/// A standby that sends its files, while it replays what a busy primary writes.
+#[test]
+fn a_standby_sends_its_files() {
+    let stanza = Stanza::in_directory();
+    let primary = primary(&stanza, "3");
+    let standby = standby(&stanza, &primary, "standby");
+    let by_primary = ["--pg-primary", primary.conninfo(), "--source=stream"];
+    stanza.run([&["check", "--pg", standby.conninfo()][..], &by_primary].concat()).ok();
+    let load = background_load(&primary);
+    let full = take(&stanza, &standby, &by_primary);
+    assert!(full["backup-label"].as_str().unwrap().contains("BACKUP FROM: standby"), "{full}");
+    assert_eq!((&full["type"], &full["source"]["standby"]), (&"full".into(), &true.into()));
+    let second = take(&stanza, &standby, &["--source=stream"]);
+    let (new, all) = (second["sizes"]["stored-new"].as_u64().unwrap(), full["sizes"]["stored-new"].as_u64().unwrap());
+    assert_eq!(second["prior"], full["label"]);
+    assert!(new < all, "{new} of {all}");
+    let back = take(&stanza, &primary, &[]);
+    assert!(read_all(&back), "{}", back["sizes"]);
+    drop(load);
+    for (backup, name) in [(&full, "full"), (&second, "second"), (&back, "back")] {
+        assert_sound(restored(&stanza, backup, name));
+    }
+    let stored = ["backup", "--source=stream", "--wal=stored", "--pg", standby.conninfo()];
+    stanza.run(stored).fails(1, "standby");
 }
 
 /// A standby that pgcairn made itself; its backup at a point, and on a mount.

@@ -4,18 +4,19 @@ use clap::{Args, ValueEnum};
 
 use super::options::{Common, Output, YesNo, size};
 use super::output::{self, Progress, bytes};
+use super::pg::SourceKind;
 use super::retention::{RetentionOptions, tell, time};
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::DEFAULT_LEVEL;
 use crate::format::manifest::Description;
 use crate::keep::expire::expire;
 use crate::postgres::BackupKind;
-use crate::write::backup::{BackupOptions, WalChoice, Wanted, backup};
+use crate::write::backup::{BackupOptions, WalChoice, Wanted, Way, backup};
 use crate::write::schedule::Schedule;
 
 /// Back up the running cluster
 ///
-/// Reads the data directory of the server on this machine, which may be a standby; the server goes on working. A backup is complete in itself and
+/// Reads the data directory of the server on this machine, which may be a standby, or has the server send it (--source=stream); the server goes on working. A backup is complete in itself and
 /// becomes visible only when every byte of it, and all WAL it needs, is in the repository.
 #[derive(Debug, Args)]
 pub(super) struct Backup {
@@ -23,6 +24,8 @@ pub(super) struct Backup {
     server: super::pg::ServerOptions,
     #[command(flatten)]
     primary: super::pg::PrimaryOptions,
+    #[command(flatten)]
+    source: super::pg::SourceOptions,
     /// Kind of backup: full reads every file; diff and incr only those that changed since the last full, or the last backup;
     /// auto takes what is due by --full-every and --diff-every
     #[arg(long = "type", env = "PGCAIRN_TYPE", value_name = "TYPE", default_value = "incr")]
@@ -113,6 +116,10 @@ impl Backup {
             },
             archive_timeout: Duration::from_secs(self.archive_timeout),
             page_errors_fail: self.page_errors == PageErrors::Fail,
+            way: match self.source.source {
+                SourceKind::Files => Way::Files,
+                SourceKind::Stream => Way::Stream,
+            },
         };
         let started = Instant::now();
         let description = backup(&repository, &options, &progress)?;

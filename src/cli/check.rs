@@ -4,11 +4,12 @@ use clap::Args;
 
 use super::options::Common;
 use super::output;
+use super::pg::SourceKind;
 use crate::error::{Context, Result};
 use crate::format::manifest::Database;
 use crate::postgres::SegmentSize;
 use crate::repo::Repository;
-use crate::write::check::{identify, prove_archiving, read_control};
+use crate::write::check::{identify, prove_archiving, prove_local, prove_stream};
 use crate::write::server::{Archiving, Server};
 use crate::write::standby;
 
@@ -19,6 +20,8 @@ pub(super) struct Check {
     server: super::pg::ServerOptions,
     #[command(flatten)]
     primary: super::pg::PrimaryOptions,
+    #[command(flatten)]
+    source: super::pg::SourceOptions,
     /// Seconds to wait for a WAL segment to be archived
     #[arg(long, env = "PGCAIRN_ARCHIVE_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
     archive_timeout: u64,
@@ -38,7 +41,11 @@ impl Check {
             }
         };
         let mut server = Server::connect(&self.server.pg)?;
-        let mut database = identify(&server)?;
+        let mut database = identify(&mut server)?;
+        match self.source.source {
+            SourceKind::Files => prove_local(&server)?,
+            SourceKind::Stream => prove_stream(&mut server, &self.server.pg)?,
+        }
         info.check(&repository.stanza, &database)?;
         database.id = info.current()?.id;
         let ok = format!("stanza {} is PostgreSQL {}, {}", repository.stanza, database.version, database.system_id);
@@ -75,8 +82,7 @@ impl Check {
             output::line(&format!("WAL segment {segment} was archived"));
             return Ok(());
         }
-        let (_, control) = read_control(&server.data_directory)?;
-        let start = (standby::timeline(&control, None)?, control.checkpoint.redo);
+        let start = (server.timeline()?, server.redo()?);
         output::line(&match standby::prove_archived(server, &archive, database, start, timeout)? {
             Some(segment) => format!("WAL segment {segment}, the last that was replayed to its end, is in the archive"),
             None => "no WAL segment was replayed to its end since the last checkpoint: name the primary with --pg-primary to see whether it archives".into(),

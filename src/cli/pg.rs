@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::error::{Error, Result};
 
@@ -13,6 +13,22 @@ pub(super) struct ServerOptions {
     /// The server, as a libpq conninfo string or URI; what it leaves out comes from PGHOST, PGPORT, PGUSER, ...
     #[arg(long, env = "PGCAIRN_PG", value_name = "CONNINFO", default_value = "")]
     pub(super) pg: String,
+}
+
+/// How the server's files are read.
+#[derive(Debug, Args)]
+pub(super) struct SourceOptions {
+    /// How the server's files are read: files is from its data directory, on this machine; stream is over a replication
+    /// connection, from anywhere, every byte of them
+    #[arg(long, env = "PGCAIRN_SOURCE", value_name = "HOW", default_value = "files")]
+    pub(super) source: SourceKind,
+}
+
+/// A way to the server's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum SourceKind {
+    Files,
+    Stream,
 }
 
 /// Where a standby's primary is.

@@ -24,8 +24,8 @@ pub(super) struct StanzaCreate {
 
 impl StanzaCreate {
     pub(super) fn run(self, common: &Common) -> Result<()> {
-        let server = Server::connect_primary(&self.server.pg, "--pg")?;
-        let database = identify(&server)?;
+        let mut server = Server::connect_primary(&self.server.pg, "--pg")?;
+        let database = identify(&mut server)?;
         let is_new = common.repository_directory().is_some_and(|directory| !directory.exists());
         let mut store = common.store(true)?;
         if let (true, Some(directory)) = (is_new, common.repository_directory()) {

@@ -18,8 +18,8 @@ pub(super) struct StanzaUpgrade {
 
 impl StanzaUpgrade {
     pub(super) fn run(self, common: &Common) -> Result<()> {
-        let server = Server::connect_primary(&self.server.pg, "--pg")?;
-        let database = identify(&server)?;
+        let mut server = Server::connect_primary(&self.server.pg, "--pg")?;
+        let database = identify(&mut server)?;
         let repository = common.repository()?;
         let (version, system_id) = (database.version, database.system_id);
         let lock = repository.lock(LockKind::Stanza, "stanza-upgrade")?;

@@ -107,7 +107,8 @@ pub struct Source {
     pub standby: bool,
     /// name of the machine
     pub host: String,
-    /// inode and time of the data directory's PG_VERSION, others when the directory was made anew
+    /// inode and time of the data directory's PG_VERSION, others when the directory was made anew; `stream` where the server sent
+    /// the files
     pub mark: String,
 }
 

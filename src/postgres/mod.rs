@@ -12,6 +12,7 @@
 //! | [`backup_label`] | `backup_label` and `tablespace_map` |
 //! | [`conf`] | writing settings |
 //! | [`manifest`] | PostgreSQL's own `backup_manifest` |
+//! | [`tar`] | the archives in which a server sends a base backup |
 //! | [`label`] | the labels of our backups, by pgBackRest's rule |
 //!
 //! Every parser is total: any bytes give a value or a typed error, never a panic.
@@ -24,6 +25,7 @@ pub mod label;
 pub mod lsn;
 pub mod manifest;
 pub mod page;
+pub mod tar;
 pub mod timestamp;
 pub mod version;
 pub mod wal;

@@ -1,14 +1,16 @@
-//! Reading manifests: entry by entry, so that a million of them need not be in memory, or their pack table alone.
+//! Reading manifests: entry by entry, so that a million of them need not be in memory; by path; or their pack table alone.
 
 use std::collections::VecDeque;
+use std::num::NonZeroUsize;
 
 use bytes::Bytes;
+use lru::LruCache;
 
 use super::{Repository, keys};
 use crate::error::{Context, Result};
 use crate::format::FormatError;
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
-use crate::format::manifest::{Description, Entry, ManifestReader, PackUse, decode_packs};
+use crate::format::manifest::{Description, Entry, ManifestReader, PackUse, decode_packs, path_cmp};
 use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer};
 
 /// A manifest that is being read.
@@ -21,6 +23,18 @@ pub struct ManifestCursor {
     reader: ManifestReader,
     entries: VecDeque<Entry>,
 }
+
+/// A manifest whose entries are asked for in any order.
+#[derive(Debug)]
+pub struct ManifestIndex {
+    object: Object,
+    /// the path of each block's first entry, and the block's number among the chunks
+    blocks: Vec<(Vec<u8>, usize)>,
+    read: LruCache<usize, Vec<Entry>>,
+}
+
+/// Blocks of an index that stay decoded, some 300 KiB each: who asks walks a few directories at a time.
+const BLOCKS_DECODED: NonZeroUsize = NonZeroUsize::new(16).expect("not zero");
 
 /// Bytes at the end of a large manifest that are fetched for its pack table: that of some ten thousand packs is in them.
 const TAIL_BYTES: u64 = 1 << 20;
@@ -88,6 +102,17 @@ impl ManifestCursor {
         Ok(self.entries.pop_front())
     }
 
+    /// The same manifest, from its beginning, by path.
+    pub fn by_path(mut self) -> Result<ManifestIndex> {
+        let (mut reader, mut blocks) = (ManifestReader::new(&self.object.key), Vec::new());
+        for number in 0..self.object.chunks.len() {
+            let mut first = None;
+            reader.chunk(&self.object.plain(number)?, |entry| _ = first.get_or_insert(entry.path))?;
+            blocks.extend(first.map(|path| (path, number)));
+        }
+        Ok(ManifestIndex { object: self.object, blocks, read: LruCache::new(BLOCKS_DECODED) })
+    }
+
     /// The name by which entries refer to chunks that lie in the manifest itself.
     pub fn pack(&self) -> PackId {
         self.object.pack
@@ -101,6 +126,18 @@ impl ManifestCursor {
     /// The packs the backup needs, ascending by name.
     pub fn packs(&mut self) -> Result<Vec<PackUse>> {
         self.object.whole_packs()
+    }
+}
+
+impl ManifestIndex {
+    /// The entry of this path.
+    pub fn find(&mut self, path: &[u8]) -> Result<Option<Entry>> {
+        let after = self.blocks.partition_point(|(first, _)| path_cmp(first, path).is_le());
+        let Some((_, number)) = after.checked_sub(1).and_then(|at| self.blocks.get(at)) else { return Ok(None) };
+        let object = &mut self.object;
+        let entries = self.read.try_get_or_insert(*number, || object.entries(*number))?;
+        let found = entries.binary_search_by(|entry| path_cmp(&entry.path, path));
+        Ok(found.ok().map(|at| entries[at].clone()))
     }
 }
 
@@ -135,6 +172,12 @@ impl Object {
         let chunk = &self.chunks[number];
         let stored = &self.bytes[(u64::from(chunk.offset) - self.from) as usize..(chunk.end() - self.from) as usize];
         Ok(self.decoder.decode(&self.keys, &self.key, chunk, stored)?.plain)
+    }
+
+    fn entries(&mut self, number: usize) -> Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        ManifestReader::new(&self.key).chunk(&self.plain(number)?, |entry| entries.push(entry))?;
+        Ok(entries)
     }
 
     fn whole_packs(&mut self) -> Result<Vec<PackUse>> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::cut::{Cut, LeafPart, SmallFile};
 use super::packer::{Stored, random_pack_id};
 use super::scan::{Scanned, ScannedKind};
+use super::sorter::Sorter;
 use super::source::BadPage;
 use super::weights::Weights;
 use crate::error::{Error, Result};
@@ -19,7 +20,7 @@ use crate::format::pack::{HEADER_LEN, PackKind, PackWriter};
 use crate::format::{LEAF_BYTES, SLOT};
 use crate::postgres::Lsn;
 
-/// What one job of a worker gave. Jobs are numbered in path order.
+/// What one job of a worker gave. Jobs are numbered in path order, unless the assembler sorts.
 #[derive(Debug)]
 pub enum Done {
     /// a run of small files, and of directories and links between them
@@ -56,6 +57,8 @@ pub struct Assembler {
     next: usize,
     waiting: BTreeMap<usize, Done>,
     partial: Option<Partial>,
+    /// where entries wait that do not come in path order
+    sorter: Option<Sorter>,
     block: BlockWriter,
     blocks: Vec<Block>,
     encoder: Encoder,
@@ -105,6 +108,7 @@ impl Assembler {
             next: 0,
             waiting: BTreeMap::new(),
             partial: None,
+            sorter: None,
             block: BlockWriter::default(),
             blocks: Vec::new(),
             encoder,
@@ -114,6 +118,12 @@ impl Assembler {
             old_errors: old_errors.iter().map(|errors| (errors.file.clone(), errors.blocks.clone())).collect(),
             totals: Totals::default(),
         })
+    }
+
+    /// The same for jobs in any order of their paths: then nothing is left open for later.
+    #[must_use]
+    pub fn in_any_order(self) -> Self {
+        Self { sorter: Some(Sorter::default()), ..self }
     }
 
     /// Takes the result of job `number`; returns how many jobs are complete up to the first that is missing.
@@ -229,7 +239,14 @@ impl Assembler {
             self.totals.bytes += file.size;
         }
         let entry = Entry { path: found.path.to_vec(), mode: found.mode, mtime: found.mtime, node };
-        match self.block.push(&entry) {
+        match &mut self.sorter {
+            Some(sorter) => sorter.push(entry),
+            None => self.write(&entry),
+        }
+    }
+
+    fn write(&mut self, entry: &Entry) -> Result<()> {
+        match self.block.push(entry) {
             Some(plain) => self.keep_block(&plain),
             None => Ok(()),
         }
@@ -285,8 +302,11 @@ impl Assembler {
         self.fill(Later::Control, |assembler| assembler.entry(found, Node::File(File { size, crc, place })))
     }
 
-    /// Fills a place that was left open.
+    /// Fills a place that was left open; who sorts leaves none.
     fn fill(&mut self, later: Later, entries: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        if self.sorter.is_some() {
+            return entries(self);
+        }
         self.close_block()?;
         let place = self.blocks.iter().position(|block| matches!(block, Block::Later(open) if *open == later));
         let place = place.ok_or_else(|| Error::new(format!("the manifest has no place for {later:?}")))?;
@@ -304,6 +324,9 @@ impl Assembler {
 
     /// The whole object; `packs` are those the backup needs, ascending by name.
     pub fn finish(mut self, description: &Description, packs: &[PackUse]) -> Result<Vec<u8>> {
+        if let Some(sorter) = self.sorter.take() {
+            sorter.finish(|entry| self.write(entry))?;
+        }
         self.close_block()?;
         if !self.waiting.is_empty() || self.partial.is_some() {
             return Err(Error::new("a part of the data directory was not read"));

@@ -1,35 +1,32 @@
 //! A backup from the first question to the commit.
 
 use std::collections::HashMap;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::assemble::{Assembler, Done, Totals};
-use super::check::{await_segments, identify, prove_archiving, read_control, source};
+use super::assemble::{Assembler, Totals};
+use super::check::{await_segments, identify, prove_archiving, prove_local};
 use super::compared::{Compared, Packs, compared};
-use super::copy::{Files, copy};
-use super::cut::{Cut, Cutting, Lanes, Worker};
+use super::cut::{Cutting, Lanes};
 use super::dedup::Dedup;
+use super::local;
 use super::packer::{PACK_BYTES, Uploads};
-use super::parent::{Parent, Unusable};
+use super::parent::{Parent, ParentFiles, Unusable};
 use super::resume::{left_behind, take_over};
-use super::scan::{Scan, Scanned, ScannedKind, scan};
 use super::schedule::Schedule;
 use super::server::{Archiving, Server, Stopped};
 use super::source::Pages;
 use super::standby;
+use super::stream::Stream;
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::PackId;
 use crate::format::info::LockKind;
 use crate::format::manifest::{Database, Description, NamedDatabase, PackUse, Sizes, Source, Tablespace};
-use crate::format::{INLINE_BYTES, LEAF_BYTES};
-use crate::postgres::{BackupKind, ControlFile, Label, Lsn, SegmentName, SegmentSize, Timeline};
+use crate::postgres::{BackupKind, Label, Lsn, SegmentName, SegmentSize, Timeline};
 use crate::progress::Monitor;
 use crate::repo::lock::Lock;
-use crate::repo::wal::wal_identity;
 use crate::repo::{Repository, keys};
 use crate::store::Body;
 
@@ -58,6 +55,17 @@ pub struct BackupOptions {
     pub archive_timeout: Duration,
     /// fail when a page's checksum is wrong
     pub page_errors_fail: bool,
+    /// how the files come to us
+    pub way: Way,
+}
+
+/// How the files of a server come to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// read from the data directory, on the server's machine
+    Files,
+    /// sent by the server over a replication connection
+    Stream,
 }
 
 /// Which kind of backup is taken; where there is nothing to build on, a full one.
@@ -81,24 +89,49 @@ pub enum WalChoice {
 }
 
 /// What is known of a backup before copying.
-struct Started {
-    database: Database,
+pub(super) struct Started {
+    pub(super) database: Database,
     label: Label,
     prior: Option<String>,
-    timeline: Timeline,
-    start_lsn: Lsn,
-    start_time: i64,
-    wal_stored: bool,
+    pub(super) timeline: Timeline,
+    pub(super) start_lsn: Lsn,
+    pub(super) start_time: i64,
+    pub(super) wal_stored: bool,
     source: Source,
+}
+
+/// What the server says when a backup begins.
+pub(super) struct Begun {
+    pub(super) start_lsn: Lsn,
+    pub(super) timeline: Timeline,
+    pub(super) source: Source,
+}
+
+/// What either way of copying needs.
+pub(super) struct Copying<'a> {
+    pub(super) server: &'a mut Server,
+    pub(super) started: &'a Started,
+    pub(super) cutting: &'a Cutting<'a>,
+    pub(super) workers: usize,
+    pub(super) assembler: &'a mut Assembler,
+    pub(super) parent: Option<ParentFiles>,
+    pub(super) monitor: &'a dyn Monitor,
+}
+
+/// What is known when everything was copied and the backup has ended on the server.
+pub(super) struct Ended {
+    pub(super) stopped: Stopped,
+    pub(super) stop_time: i64,
+    pub(super) tablespaces: Vec<Tablespace>,
+    /// names of the data directory's user and group
+    pub(super) owner: (String, String),
 }
 
 /// What copying gave: everything of the manifest but its description.
 struct Copied {
     assembler: Assembler,
-    stopped: Stopped,
+    ended: Ended,
     segments: Vec<SegmentName>,
-    stop_time: i64,
-    tablespaces: Vec<Tablespace>,
     packs: Packs,
 }
 
@@ -128,12 +161,16 @@ fn attempt(
     monitor: &dyn Monitor,
 ) -> Result<Description> {
     let mut server = Server::connect(&options.conninfo)?;
-    let database = proven_database(repository, &server)?;
+    let database = proven_database(repository, &mut server)?;
+    let mut stream = match options.way {
+        Way::Files => prove_local(&server).map(|()| None)?,
+        Way::Stream => Some(Stream::connect(&mut server, &options.conninfo)?),
+    };
     server.lock()?;
     let lock = repository.lock(LockKind::Backup, "")?;
     let (kind, compared) = compared(repository, &database, options, share, monitor)?;
     let prior = compared.as_ref().map(|of| of.description.label.clone());
-    let started = start(repository, &mut server, database, kind, prior, options, monitor)?;
+    let started = start(repository, &mut server, stream.as_mut(), database, kind, prior, options, monitor)?;
     lock.set_note(&started.label.to_string());
     let trust = |parent: Compared| {
         let start = (started.timeline, started.start_lsn, started.start_time);
@@ -141,9 +178,9 @@ fn attempt(
     };
     let compared = compared.map(trust).transpose()?;
     let left = left_behind(repository, &lock.dead_backups()?)?;
-    let mut copied = copy_all(repository, &mut server, &started, compared, left, options, monitor)?;
+    let mut copied = copy_all(repository, &mut server, stream, &started, compared, left, options, monitor)?;
     let totals = copied.assembler.totals();
-    let page_errors = totals.page_errors(copied.stopped.lsn);
+    let page_errors = totals.page_errors(copied.ended.stopped.lsn);
     if let (true, Some(file)) = (options.page_errors_fail, page_errors.first()) {
         return Err(Error::new(format!("{} pages of {} fail their checksum", file.blocks.len(), file.file))
             .hint("run pg_checksums or pg_amcheck on the server; without --page-errors=fail the backup is kept"));
@@ -159,17 +196,17 @@ fn attempt(
 }
 
 /// Copies the data directory, ends the backup on the server, and proves the WAL; every pack is durable when it returns.
+#[expect(clippy::too_many_arguments, reason = "what is copied, from where, and what is known of it")]
 fn copy_all(
     repository: &Repository,
     server: &mut Server,
+    stream: Option<Stream>,
     started: &Started,
     compared: Option<Compared>,
     left: HashMap<PackId, u64>,
     options: &BackupOptions,
     monitor: &dyn Monitor,
 ) -> Result<Copied> {
-    let Scan { found, tablespaces, bytes } =
-        scan(&server.data_directory, started.database.layout().context(|| "pg_control".into())?)?;
     let (workers, uploaders) = plan(options);
     let uploads = Uploads::start(repository, uploaders);
     let page_size = started.database.page_size as usize;
@@ -180,7 +217,7 @@ fn copy_all(
     let mut old = left;
     old.extend(parent.iter().flat_map(Parent::packs).map(|pack| (pack.pack, pack.size)));
     let cutting = Cutting {
-        root: server.data_directory.clone(),
+        root: if stream.is_some() { PathBuf::new() } else { server.data_directory.clone() },
         keys: &repository.keys,
         level: options.level,
         uploads: &uploads,
@@ -189,39 +226,34 @@ fn copy_all(
         pages: started.database.checksums.then_some(Pages { size: page_size, start: started.start_lsn }),
         parent,
     };
-    monitor.stage("copying", bytes);
-    let mut assembler = Assembler::new(repository.keys.clone(), &old_errors)?;
-    let files = Files { found, parent: parent_files, now: started.start_time };
-    let control = copy(&cutting, files, workers, &mut assembler, monitor)?;
-    server.alive()?;
-    let control = copy_control(server, control, started, &mut assembler)?;
-    monitor.stage("stopping", 0);
-    let stopped = server.stop_backup()?;
-    if server.in_recovery {
-        standby::prove_stop(server, &control, stopped.lsn)?;
-    }
-    let stop_time = now_s();
-    let segments = wal_needed(started, &stopped)?;
-    let mut last = Worker::new(&cutting)?;
-    let wal = match started.wal_stored {
-        true => read_wal(&mut last, started, &segments)?,
-        false => {
-            monitor.stage("waiting for WAL", 0);
-            let (archive, timeout) = (repository.archive(&started.database), options.archive_timeout);
-            match server.in_recovery {
-                true => standby::await_wal(options.primary.as_deref(), server, &archive, &segments, timeout)?,
-                false => await_segments(&archive, &segments, timeout)?,
-            }
-            Vec::new()
-        }
+    let assembler = Assembler::new(repository.keys.clone(), &old_errors)?;
+    let mut assembler = if stream.is_some() { assembler.in_any_order() } else { assembler };
+    let copying = Copying {
+        server,
+        started,
+        cutting: &cutting,
+        workers,
+        assembler: &mut assembler,
+        parent: parent_files,
+        monitor,
     };
-    // a WAL segment is 1 GiB at most: no index is needed
-    assembler.fill_wal(wal, &|_| Err(Error::new("a WAL segment past its limit")))?;
-    last.finish()?;
+    let ended = match stream {
+        Some(stream) => stream.copy(copying)?,
+        None => local::copy_files(copying)?,
+    };
+    let segments = wal_needed(started, &ended.stopped)?;
+    if !started.wal_stored {
+        monitor.stage("waiting for WAL", 0);
+        let (archive, timeout) = (repository.archive(&started.database), options.archive_timeout);
+        match server.in_recovery {
+            true => standby::await_wal(options.primary.as_deref(), server, &archive, &segments, timeout)?,
+            false => await_segments(&archive, &segments, timeout)?,
+        }
+    }
     cutting.lanes.flush(&uploads)?;
     drop(cutting);
     let packs = Packs { new: uploads.finish()?, old };
-    Ok(Copied { assembler, stopped, stop_time, segments, tablespaces, packs })
+    Ok(Copied { assembler, ended, segments, packs })
 }
 
 /// What was taken over must be there at the commit too, whatever was deleted meanwhile.
@@ -237,20 +269,20 @@ fn describe(
     totals: Totals,
     packs: &[PackUse],
 ) -> Result<Description> {
-    let (owner, group) = owner(&server.data_directory)?;
+    let (owner, group) = copied.ended.owner.clone();
     let (databases, spaces) = (server.databases()?, server.tablespaces()?);
     let named = |of: &Tablespace| {
         let name = spaces.iter().find(|(oid, _)| *oid == of.oid).map(|(_, name)| name.clone());
         Tablespace { name, ..of.clone() }
     };
-    let Stopped { lsn: stop_lsn, backup_label, tablespace_map } = copied.stopped.clone();
+    let Stopped { lsn: stop_lsn, backup_label, tablespace_map } = copied.ended.stopped.clone();
     Ok(Description {
         label: started.label.to_string(),
         kind: started.label.kind(),
         prior: started.prior,
         pgcairn: env!("CARGO_PKG_VERSION").into(),
         start_time: started.start_time,
-        stop_time: copied.stop_time,
+        stop_time: copied.ended.stop_time,
         start_lsn: started.start_lsn.to_string(),
         stop_lsn: stop_lsn.to_string(),
         timeline: started.timeline.0,
@@ -265,7 +297,7 @@ fn describe(
         superuser: Some(server.bootstrap_superuser()?),
         backup_label,
         tablespace_map,
-        tablespaces: copied.tablespaces.iter().map(named).collect(),
+        tablespaces: copied.ended.tablespaces.iter().map(named).collect(),
         databases: databases.into_iter().map(|(oid, name)| NamedDatabase { oid, name }).collect(),
         page_errors: totals.page_errors(stop_lsn),
         sizes: Sizes {
@@ -316,7 +348,7 @@ fn plan(options: &BackupOptions) -> (usize, usize) {
     (workers, (packs - workers).clamp(1, 16))
 }
 
-fn proven_database(repository: &Repository, server: &Server) -> Result<Database> {
+fn proven_database(repository: &Repository, server: &mut Server) -> Result<Database> {
     let info = repository.archive_info()?;
     let mut database = identify(server)?;
     info.check(&repository.stanza, &database)?;
@@ -324,9 +356,11 @@ fn proven_database(repository: &Repository, server: &Server) -> Result<Database>
     Ok(database)
 }
 
+#[expect(clippy::too_many_arguments, reason = "what begins, where, and how")]
 fn start(
     repository: &Repository,
     server: &mut Server,
+    stream: Option<&mut Stream>,
     database: Database,
     kind: BackupKind,
     prior: Option<String>,
@@ -350,14 +384,16 @@ fn start(
     }
     let label = next_label(repository, kind, prior.as_deref())?;
     monitor.stage("waiting for a checkpoint", 0);
-    let start_lsn = server.start_backup(&format!("pgcairn backup {label}"), options.start_fast)?;
-    let timeline = proven_start(server, start_lsn)?;
+    let name = format!("pgcairn backup {label}");
+    let Begun { start_lsn, timeline, source } = match stream {
+        Some(stream) => stream.begin(server, &name, options.start_fast, wal_stored)?,
+        None => local::begin(server, &name, options.start_fast)?,
+    };
     if server.in_recovery {
         monitor.stage("checking the archive", 0);
         standby::prove_archived(server, &archive, &database, (timeline, start_lsn), timeout)?;
     }
     let prior = prior.filter(|_| kind != BackupKind::Full);
-    let source = source(server)?;
     Ok(Started { database, label, prior, timeline, start_lsn, start_time: now_s(), wal_stored, source })
 }
 
@@ -384,99 +420,16 @@ fn next_label(repository: &Repository, kind: BackupKind, prior: Option<&str>) ->
     Label::next(kind, full, now_s(), newest).context(|| "no label for this backup".into())
 }
 
-/// The checkpoint of the start must be in the pg_control that we can read.
-fn proven_start(server: &mut Server, start_lsn: Lsn) -> Result<Timeline> {
-    let (_, control) = read_control(&server.data_directory)?;
-    if control.checkpoint.redo < start_lsn {
-        return Err(Error::new(format!(
-            "the backup starts at {start_lsn}, but the checkpoint in {} is of {}",
-            server.data_directory.display(),
-            control.checkpoint.redo
-        ))
-        .hint("is this the data directory of the server that --pg names?"));
-    }
-    match server.in_recovery {
-        true => standby::timeline(&control, None),
-        false => Ok(control.checkpoint.timeline),
-    }
-}
-
-fn copy_control(server: &Server, found: Scanned, started: &Started, assembler: &mut Assembler) -> Result<ControlFile> {
-    let (bytes, parsed) = read_control(&server.data_directory)?;
-    if server.in_recovery {
-        standby::timeline(&parsed, Some(started.timeline))?;
-    }
-    if parsed.checkpoint.timeline != started.timeline {
-        return Err(Error::new(format!(
-            "the server changed from timeline {} to {} during the backup",
-            started.timeline, parsed.checkpoint.timeline
-        ))
-        .hint("run the backup again"));
-    }
-    assembler.fill_control(&Scanned { kind: ScannedKind::File, ..found }, &bytes)?;
-    Ok(parsed)
-}
-
 /// The segments that hold the WAL from start to stop.
-fn wal_needed(started: &Started, stopped: &Stopped) -> Result<Vec<SegmentName>> {
+pub(super) fn wal_needed(started: &Started, stopped: &Stopped) -> Result<Vec<SegmentName>> {
     let size = SegmentSize::new(started.database.wal_segment_size).context(|| "pg_control".into())?;
     Ok(size.names_covering(started.timeline, started.start_lsn, stopped.lsn).collect())
-}
-
-/// Reads the segments from pg_wal, where the slot keeps them, as files of the backup.
-fn read_wal(worker: &mut Worker<'_>, started: &Started, segments: &[SegmentName]) -> Result<Vec<Done>> {
-    let identity = wal_identity(&started.database)?;
-    let mut done = Vec::new();
-    for segment in segments {
-        let path = worker.root().join("pg_wal").join(segment.to_string());
-        let metadata = std::fs::metadata(&path).map_err(|error| Error::io("read", &path, error))?;
-        check_wal_header(&path, *segment, identity)?;
-        let size = started.database.wal_segment_size;
-        let file = Scanned {
-            path: format!("pg_wal/{segment}").into_bytes().into(),
-            mode: 0o600,
-            mtime: metadata.modified().map_or(0, seconds),
-            size,
-            kind: ScannedKind::File,
-            first_block: None,
-        };
-        if size <= INLINE_BYTES {
-            let cut = worker.small(&[(&file, None)])?.pop();
-            done.push(Done::Small(vec![(file, cut)]));
-            continue;
-        }
-        let file = Arc::new(file);
-        for number in 0..size.div_ceil(LEAF_BYTES) {
-            match worker.leaf(&file, number, None)? {
-                Cut::Vanished => return Err(Error::new(format!("{} vanished", path.display()))),
-                part => done.push(Done::Leaf { file: file.clone(), number, part }),
-            }
-        }
-    }
-    Ok(done)
-}
-
-fn check_wal_header(path: &Path, segment: SegmentName, identity: crate::postgres::WalIdentity) -> Result<()> {
-    use std::io::Read;
-    let mut header = [0; 64];
-    let read = std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut header));
-    read.map_err(|error| Error::io("read", path, error))?;
-    identity.check_segment(segment, &header).context(|| format!("{} cannot be stored", path.display()))?;
-    Ok(())
-}
-
-fn owner(path: &Path) -> Result<(String, String)> {
-    use std::os::unix::fs::MetadataExt;
-    let metadata = std::fs::metadata(path).map_err(|error| Error::io("look at", path, error))?;
-    let user = nix::unistd::User::from_uid(metadata.uid().into()).ok().flatten().map(|user| user.name);
-    let group = nix::unistd::Group::from_gid(metadata.gid().into()).ok().flatten().map(|group| group.name);
-    Ok((user.unwrap_or_else(|| metadata.uid().to_string()), group.unwrap_or_else(|| metadata.gid().to_string())))
 }
 
 pub(super) fn now_s() -> i64 {
     seconds(std::time::SystemTime::now())
 }
 
-fn seconds(time: std::time::SystemTime) -> i64 {
+pub(super) fn seconds(time: std::time::SystemTime) -> i64 {
     time.duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }

@@ -5,7 +5,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use super::server::{Archiving, Server};
-use crate::error::{Error, Result};
+use super::stream::Stream;
+use crate::error::{Context, Error, Result};
 use crate::format::manifest::{Database, Source};
 use crate::postgres::{CONTROL_FILE, ClusterState, ControlFile, SegmentName, SegmentSize};
 use crate::repo::wal::Archive;
@@ -20,7 +21,7 @@ pub fn read_control(data_directory: &Path) -> Result<(Vec<u8>, ControlFile)> {
     loop {
         let bytes = std::fs::read(&path).map_err(|error| {
             Error::io("read", &path, error).hint(
-                "backups read the data directory directly: run pgcairn on the server's machine, as its user or root",
+                "backups read the data directory directly: run pgcairn on the server's machine, as its user or root, or let the server send it: --source=stream",
             )
         })?;
         match ControlFile::parse(&bytes) {
@@ -31,8 +32,31 @@ pub fn read_control(data_directory: &Path) -> Result<(Vec<u8>, ControlFile)> {
     }
 }
 
-/// What the connected server is, proved to be the one whose data directory we can read.
-pub fn identify(server: &Server) -> Result<Database> {
+/// What the connected server is, as it says itself.
+pub fn identify(server: &mut Server) -> Result<Database> {
+    let number = |server: &mut Server, column: &str, function: &str| -> Result<u64> {
+        let text = server.value(&format!("SELECT {column} FROM {function}()"))?;
+        text.parse().context(|| format!("{column} is {text}"))
+    };
+    let system = |server: &mut Server, column| number(server, column, "pg_control_system");
+    let init = |server: &mut Server, column| number(server, column, "pg_control_init");
+    let page_size = init(server, "database_block_size")?;
+    Ok(Database {
+        id: 1,
+        version: server.major.number(),
+        system_id: server.system_id,
+        catalog_version: system(server, "catalog_version_no")? as u32,
+        control_version: system(server, "pg_control_version")? as u32,
+        page_size: page_size as u32,
+        segment_size: page_size * init(server, "blocks_per_segment")?,
+        wal_page_size: init(server, "wal_block_size")? as u32,
+        wal_segment_size: init(server, "bytes_per_wal_segment")?,
+        checksums: init(server, "data_page_checksum_version")? != 0,
+    })
+}
+
+/// Proves that the data directory of the connected server is the one that we can read.
+pub fn prove_local(server: &Server) -> Result<()> {
     let (_, control) = read_control(&server.data_directory)?;
     if control.system_identifier != server.system_id {
         return Err(Error::new(format!(
@@ -41,21 +65,14 @@ pub fn identify(server: &Server) -> Result<Database> {
             server.data_directory.display(),
             control.system_identifier
         ))
-        .hint("pgcairn must run on the machine of the server it connects to"));
+        .hint("pgcairn must run on the machine of the server it connects to, or read with --source=stream"));
     }
-    works_there(server, &control)?;
-    Ok(Database {
-        id: 1,
-        version: server.major.number(),
-        system_id: control.system_identifier,
-        catalog_version: control.catalog_version,
-        control_version: control.control_version,
-        page_size: control.page_bytes,
-        segment_size: u64::from(control.page_bytes) * u64::from(control.relation_segment_pages),
-        wal_page_size: control.wal_page_bytes,
-        wal_segment_size: u64::from(control.wal_segment_size.bytes()),
-        checksums: control.has_page_checksums(),
-    })
+    works_there(server, &control)
+}
+
+/// Proves that the connected server would send its files.
+pub fn prove_stream(server: &mut Server, conninfo: &str) -> Result<()> {
+    Stream::connect(server, conninfo).map(drop)
 }
 
 /// A primary and its standbys share their system identifier, and often the path too: so the state in pg_control must be that

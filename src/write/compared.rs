@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::backup::{BackupOptions, Wanted, now_s};
+use super::backup::{BackupOptions, Wanted, Way, now_s};
 use super::parent::{Parent, ParentFiles, Reuse};
 use super::weights::Weights;
 use crate::error::{Error, Result};
@@ -58,8 +58,9 @@ pub(super) fn compared(
     };
     let Some(label) = label.filter(|_| share) else { return Ok((kind, None)) };
     let is_full = kind == BackupKind::Full;
-    let reuse =
-        Reuse { unread: !is_full && !options.checksum, chunks_max: if is_full { 2 } else { 4 }, leave_thin: is_full };
+    // what a stream brings has to be read anyway
+    let unread = !is_full && !options.checksum && options.way == Way::Files;
+    let reuse = Reuse { unread, chunks_max: if is_full { 2 } else { 4 }, leave_thin: is_full };
     let (description, files, parent) = Parent::open(repository, &label, reuse)?;
     Ok((kind, Some(Compared { description, files, parent })))
 }

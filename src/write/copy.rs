@@ -1,4 +1,5 @@
-//! A scanned data directory through the workers into the manifest: jobs out in path order, results back in any.
+//! A data directory through the workers into the manifest: a supply hands out jobs, results come back in any order. A scanned
+//! directory is one supply, in path order; a stream from the server is the other ([`super::stream`]).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,6 +11,7 @@ use super::assemble::{Assembler, Done, Later};
 use super::cut::{Cut, Cutting, Worker};
 use super::parent::{Known, ParentFiles};
 use super::scan::{Scanned, ScannedKind};
+use super::source::Origin;
 use crate::error::{Error, Result};
 use crate::format::manifest::File;
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
@@ -22,14 +24,39 @@ const BATCH_BYTES: u64 = 4 * 1024 * 1024;
 const JOBS_AHEAD: usize = 64;
 
 /// One piece of work for a worker.
+#[derive(Debug)]
 enum Job {
-    Batch(Vec<(Scanned, Known)>),
-    Leaf(Arc<Scanned>, u64, Option<Arc<File>>),
+    Batch(Vec<Small>),
+    Leaf(Arc<Scanned>, u64, Option<Arc<File>>, Origin),
     Same(Scanned, Arc<File>),
     Later(Later),
 }
 
-/// What is to be copied, in path order.
+/// A small file, a directory or a link of a batch.
+#[derive(Debug)]
+struct Small {
+    found: Scanned,
+    known: Known,
+    origin: Origin,
+}
+
+impl Small {
+    fn is_read(&self) -> bool {
+        self.found.is_file() && !matches!(self.known, Known::Same(_))
+    }
+}
+
+/// Where jobs come from.
+pub trait Supply: Send {
+    /// What it knows when all was handed out.
+    type End: Send;
+
+    /// Hands out everything, in the order of the manifest unless that sorts. `None` when nobody takes jobs any more, because a
+    /// worker failed.
+    fn hand_out(self, jobs: &mut Jobs) -> Result<Option<Self::End>>;
+}
+
+/// A scanned directory, in path order. Its end is pg_control as it was found.
 pub struct Files {
     /// what was found
     pub found: Vec<Scanned>,
@@ -39,14 +66,14 @@ pub struct Files {
     pub now: i64,
 }
 
-/// Reads everything but pg_control; returns pg_control as it was found.
-pub fn copy(
+/// Has the workers read all that `supply` hands out; returns what that knows at its end.
+pub fn copy<S: Supply>(
     cutting: &Cutting<'_>,
-    files: Files,
+    supply: S,
     workers: usize,
     assembler: &mut Assembler,
     monitor: &dyn Monitor,
-) -> Result<Scanned> {
+) -> Result<S::End> {
     let (job_queue, jobs) = bounded::<(usize, Job)>(workers);
     let (results_queue, results) = bounded::<Result<(usize, Done)>>(workers);
     let (ticket_queue, tickets) = bounded::<()>(JOBS_AHEAD);
@@ -54,7 +81,7 @@ pub fn copy(
     let handed = Mutex::new(None);
     let index_worker = Mutex::new(Worker::new(cutting)?);
     let index = |plain: &[u8]| index_worker.lock().index(plain);
-    std::thread::scope(|scope| {
+    let copied = std::thread::scope(|scope| {
         // moved in, so that every exit from here closes the queues and lets the threads end
         let (results, tickets) = (results, tickets);
         for _ in 0..workers {
@@ -64,11 +91,8 @@ pub fn copy(
         drop((jobs, results_queue));
         let (total, handed) = (&total, &handed);
         scope.spawn(move || {
-            let mut jobs = Jobs {
-                number: 0,
-                send: |number, job| ticket_queue.send(()).is_ok() && job_queue.send((number, job)).is_ok(),
-            };
-            *handed.lock() = Some(jobs.hand_out(files));
+            let mut jobs = Jobs { number: 0, batch: Vec::new(), bytes: 0, tickets: ticket_queue, queue: job_queue };
+            *handed.lock() = Some(supply.hand_out(&mut jobs));
             total.store(jobs.number, Ordering::Release);
         });
         let mut complete = 0;
@@ -82,73 +106,105 @@ pub fn copy(
             true => Ok(()),
             false => Err(Error::new("a worker died")),
         }
-    })?;
-    let control = handed.lock().take().transpose()?.flatten();
-    control.ok_or_else(|| Error::new("global/pg_control vanished"))
+    });
+    // a supply that breaks off fails the workers that wait for it: what it says is the reason
+    let end = handed.lock().take().transpose()?.flatten();
+    copied?;
+    end.ok_or_else(|| Error::new("not everything was handed out"))
 }
 
-/// Numbers jobs and hands them to the workers.
-struct Jobs<F> {
+/// Numbers jobs and hands them to the workers. False means that nobody takes jobs any more.
+#[derive(Debug)]
+pub struct Jobs {
     number: usize,
-    send: F,
+    batch: Vec<Small>,
+    /// to be read for the batch
+    bytes: u64,
+    tickets: Sender<()>,
+    queue: Sender<(usize, Job)>,
 }
 
-impl<F: Fn(usize, Job) -> bool> Jobs<F> {
-    /// False when nobody takes jobs any more.
+impl Jobs {
     fn send(&mut self, job: Job) -> bool {
         self.number += 1;
-        (self.send)(self.number - 1, job)
+        self.tickets.send(()).is_ok() && self.queue.send((self.number - 1, job)).is_ok()
     }
 
-    /// Cuts the files into jobs; returns pg_control.
-    fn hand_out(&mut self, mut files: Files) -> Result<Option<Scanned>> {
-        let (mut batch, mut bytes, mut control) = (Vec::new(), 0, None);
-        for file in files.found {
-            let known = match &mut files.parent {
-                Some(parent) if file.is_file() => parent.find(&file, files.now)?,
+    /// A small file, a directory or a link.
+    pub fn small(&mut self, found: Scanned, known: Known, origin: Origin) -> bool {
+        let small = Small { found, known, origin };
+        let to_read = if small.is_read() { small.found.size } else { 0 };
+        let is_full = self.batch.len() >= BATCH_FILES || self.bytes + to_read > BATCH_BYTES;
+        if is_full && !self.flush() {
+            return false;
+        }
+        self.bytes += to_read;
+        self.batch.push(small);
+        true
+    }
+
+    /// Hands out the small files that wait for their batch to be full.
+    pub fn flush(&mut self) -> bool {
+        self.bytes = 0;
+        self.batch.is_empty() || {
+            let batch = std::mem::take(&mut self.batch);
+            self.send(Job::Batch(batch))
+        }
+    }
+
+    /// The next leaf of a large file, and the parent's state of the file. Leaves of one file follow each other.
+    pub fn leaf(&mut self, file: &Arc<Scanned>, number: u64, old: Option<&Arc<File>>, origin: Origin) -> bool {
+        self.flush() && self.send(Job::Leaf(file.clone(), number, old.cloned(), origin))
+    }
+
+    /// A large file as the parent has it.
+    fn same(&mut self, found: Scanned, file: Arc<File>) -> bool {
+        self.flush() && self.send(Job::Same(found, file))
+    }
+
+    /// The place of what is read later.
+    fn later(&mut self, later: Later) -> bool {
+        self.flush() && self.send(Job::Later(later))
+    }
+}
+
+impl Supply for Files {
+    type End = Scanned;
+
+    fn hand_out(mut self, jobs: &mut Jobs) -> Result<Option<Scanned>> {
+        let mut control = None;
+        for file in self.found {
+            let known = match &mut self.parent {
+                Some(parent) if file.is_file() => parent.find(&file, self.now)?,
                 _ => Known::New,
             };
-            let large = file.is_file() && file.size > INLINE_BYTES;
-            let is_control = file.kind == ScannedKind::Control;
-            let to_read = if matches!(known, Known::Same(_)) { 0 } else { file.size };
-            let full = batch.len() >= BATCH_FILES || bytes + to_read > BATCH_BYTES;
-            if (large || is_control || full) && !batch.is_empty() {
-                bytes = 0;
-                if !self.send(Job::Batch(std::mem::take(&mut batch))) {
-                    break;
-                }
-            }
             let is_wal = &*file.path == b"pg_wal";
-            let sent = if large {
-                self.large(file, known)
-            } else if is_control {
+            let sent = if file.kind == ScannedKind::Control {
                 control = Some(file);
-                self.send(Job::Later(Later::Control))
+                jobs.later(Later::Control)
+            } else if file.is_file() && file.size > INLINE_BYTES {
+                large(jobs, file, known)
             } else {
-                bytes += to_read;
-                batch.push((file, known));
-                !is_wal || self.send(Job::Batch(std::mem::take(&mut batch))) && self.send(Job::Later(Later::Wal))
+                jobs.small(file, known, Origin::Disk) && (!is_wal || jobs.later(Later::Wal))
             };
             if !sent {
-                break;
+                return Ok(None);
             }
         }
-        if !batch.is_empty() {
-            self.send(Job::Batch(batch));
-        }
-        Ok(control)
+        let control = control.ok_or_else(|| Error::new("global/pg_control vanished"))?;
+        Ok(jobs.flush().then_some(control))
     }
+}
 
-    fn large(&mut self, file: Scanned, known: Known) -> bool {
-        let old = match known {
-            Known::Same(old) => return self.send(Job::Same(file, old)),
-            Known::Changed(old) => Some(old),
-            Known::New => None,
-        };
-        let leaves = file.size.div_ceil(LEAF_BYTES);
-        let file = Arc::new(file);
-        (0..leaves).all(|leaf| self.send(Job::Leaf(file.clone(), leaf, old.clone())))
-    }
+fn large(jobs: &mut Jobs, file: Scanned, known: Known) -> bool {
+    let old = match known {
+        Known::Same(old) => return jobs.same(file, old),
+        Known::Changed(old) => Some(old),
+        Known::New => None,
+    };
+    let leaves = file.size.div_ceil(LEAF_BYTES);
+    let file = Arc::new(file);
+    (0..leaves).all(|leaf| jobs.leaf(&file, leaf, old.as_ref(), Origin::Disk))
 }
 
 fn work(
@@ -176,9 +232,9 @@ fn work(
 fn one(worker: &mut Worker<'_>, job: Job) -> Result<(Done, u64)> {
     match job {
         Job::Later(later) => Ok((Done::Later(later), 0)),
-        Job::Leaf(file, number, old) => {
+        Job::Leaf(file, number, old, origin) => {
             let bytes = file.size.min((number + 1) * LEAF_BYTES) - number * LEAF_BYTES;
-            let part = worker.leaf(&file, number, old.as_deref())?;
+            let part = worker.leaf(&file, number, old.as_deref(), &origin)?;
             Ok((Done::Leaf { file, number, part }, bytes))
         }
         Job::Same(found, file) => {
@@ -186,11 +242,11 @@ fn one(worker: &mut Worker<'_>, job: Job) -> Result<(Done, u64)> {
             Ok((Done::Same(found, file, weights), bytes))
         }
         Job::Batch(batch) => {
-            let to_read = |(file, known): &&(Scanned, Known)| file.is_file() && !matches!(known, Known::Same(_));
-            let files: Vec<_> = batch.iter().filter(to_read).map(|(file, known)| (file, known.changed())).collect();
-            let bytes = batch.iter().map(|(file, _)| file.size).sum();
+            let read = batch.iter().filter(|small| small.is_read());
+            let files: Vec<_> = read.map(|small| (&small.found, small.known.changed(), &small.origin)).collect();
+            let bytes = batch.iter().map(|small| small.found.size).sum();
             let mut cuts = worker.small(&files)?.into_iter();
-            let with_cut = |(found, known): (Scanned, Known)| match (found.is_file(), known) {
+            let with_cut = |Small { found, known, .. }| match (found.is_file(), known) {
                 (true, Known::Same(file)) => (found, Some(Cut::Same(file))),
                 (true, _) => (found, cuts.next()),
                 (false, _) => (found, None),

@@ -11,7 +11,7 @@ use super::packer::{Lane, Stored, Uploads};
 use super::parent::{OldSlots, Parent, Part};
 use super::place::{Member, Pending, Placing, SlotRead};
 use super::scan::Scanned;
-use super::source::{BadPage, Pages, Source};
+use super::source::{BadPage, Origin, Pages, Source};
 use super::weights::Weights;
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkId, ChunkRef, Encoder, Keys};
@@ -23,7 +23,7 @@ use crate::format::{CHUNK, GRAIN, LEAF_BYTES, SLOT};
 /// What every worker of one backup shares.
 #[derive(Debug)]
 pub struct Cutting<'a> {
-    /// the data directory
+    /// the data directory, where files are read from it
     pub root: PathBuf,
     /// how plaintext is hashed and sealed
     pub keys: &'a Keys,
@@ -138,8 +138,8 @@ impl<'a> Worker<'a> {
     }
 
     /// Reads the leaf `number` of a large file and stores what the parent's state of it, `old`, does not have.
-    pub fn leaf(&mut self, file: &Scanned, number: u64, old: Option<&File>) -> Result<Cut<LeafPart>> {
-        let Some(source) = Source::open(&self.cutting.root, file)? else { return Ok(Cut::Vanished) };
+    pub fn leaf(&mut self, file: &Scanned, number: u64, old: Option<&File>, origin: &Origin) -> Result<Cut<LeafPart>> {
+        let Some(source) = Source::open(&self.cutting.root, file, origin)? else { return Ok(Cut::Vanished) };
         let old = self.old_slots(old, number)?;
         let mut placing = Placing::default();
         let end = file.size.min((number + 1) * LEAF_BYTES);
@@ -177,10 +177,10 @@ impl<'a> Worker<'a> {
     }
 
     /// Reads and stores a batch of small files, which become neighbours in one pack.
-    pub fn small(&mut self, files: &[(&Scanned, Option<&File>)]) -> Result<Vec<Cut<SmallFile>>> {
+    pub fn small(&mut self, files: &[(&Scanned, Option<&File>, &Origin)]) -> Result<Vec<Cut<SmallFile>>> {
         let (mut placing, mut group) = (Vec::with_capacity(files.len()), Group::default());
-        for (number, (file, old)) in files.iter().enumerate() {
-            placing.push(match Source::open(&self.cutting.root, file)? {
+        for (number, (file, old, origin)) in files.iter().enumerate() {
+            placing.push(match Source::open(&self.cutting.root, file, origin)? {
                 Some(source) => {
                     let old = self.old_slots(*old, 0)?;
                     Some(self.place_small(&source, file, number, old.as_ref(), &mut group)?)
@@ -215,7 +215,7 @@ impl<'a> Worker<'a> {
     /// Reads one slot into the buffer, and adds its checksum and hashes to the file's.
     fn read_slot(
         &mut self,
-        source: &Source,
+        source: &Source<'_>,
         file: &Scanned,
         at: u64,
         len: usize,
@@ -287,7 +287,7 @@ impl<'a> Worker<'a> {
 
     fn place_small(
         &mut self,
-        source: &Source,
+        source: &Source<'_>,
         file: &Scanned,
         number: usize,
         old: Option<&OldSlots>,

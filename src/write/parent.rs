@@ -16,7 +16,7 @@ use crate::format::map::{
 use crate::format::{GRAIN, INLINE_BYTES, LEAF_BYTES, SLOT};
 use crate::repo::Repository;
 use crate::repo::chunks::ChunkReader;
-use crate::repo::manifest::ManifestCursor;
+use crate::repo::manifest::{ManifestCursor, ManifestIndex};
 
 /// A file is taken over unread only if it was last changed this many seconds before its backup began to look at files: clocks
 /// are not exact, and those of file servers are others.
@@ -63,6 +63,13 @@ pub struct ParentFiles {
     ahead: Option<Entry>,
     unread: bool,
     settled_before: i64,
+}
+
+/// The same for who meets the files in any order, and reads them all.
+#[derive(Debug)]
+pub struct ParentIndex {
+    label: String,
+    index: ManifestIndex,
 }
 
 /// What the parent has under a file's path.
@@ -240,7 +247,24 @@ impl Parent {
     }
 }
 
+impl ParentIndex {
+    /// What the parent has under this path; never [`Known::Same`].
+    pub fn find(&mut self, path: &[u8]) -> Result<Known> {
+        let entry = self.index.find(path).map_err(|error| unusable(&self.label, error))?;
+        Ok(match entry.map(|entry| entry.node) {
+            Some(Node::File(file)) => Known::Changed(Arc::new(file)),
+            _ => Known::New,
+        })
+    }
+}
+
 impl ParentFiles {
+    /// All of them, by path.
+    pub fn by_path(self) -> Result<ParentIndex> {
+        let index = self.cursor.by_path().map_err(|error| unusable(&self.label, error))?;
+        Ok(ParentIndex { label: self.label, index })
+    }
+
     /// What the parent has under the path of `found`; paths must be asked for in ascending order. `now` is the present second.
     pub fn find(&mut self, found: &Scanned, now: i64) -> Result<Known> {
         loop {

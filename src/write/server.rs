@@ -191,6 +191,12 @@ impl Server {
         timeline.parse().map(Timeline).context(|| format!("timeline {timeline}"))
     }
 
+    /// Where replay from the last checkpoint, or restartpoint, starts.
+    pub fn redo(&mut self) -> Result<Lsn> {
+        let lsn = self.value("SELECT redo_lsn FROM pg_control_checkpoint()")?;
+        parse_lsn(&lsn)
+    }
+
     /// Begins the backup; returns where recovery will start.
     pub fn start_backup(&mut self, label: &str, fast: bool) -> Result<Lsn> {
         let call = if self.major.number() < 15 {
@@ -238,7 +244,7 @@ impl Server {
         }
     }
 
-    fn value(&mut self, sql: &str) -> Result<String> {
+    pub(super) fn value(&mut self, sql: &str) -> Result<String> {
         value(&mut self.client, sql)
     }
 }
@@ -278,7 +284,7 @@ fn parse_lsn(text: &str) -> Result<Lsn> {
 }
 
 /// libpq's defaults for what a conninfo string leaves out.
-fn config(conninfo: &str) -> Result<Config> {
+pub(super) fn config(conninfo: &str) -> Result<Config> {
     let mut config: Config = conninfo.parse().map_err(|error: postgres::Error| {
         // not shown: it may hold a password, in a form that only its parser would find
         Error::new("cannot read the conninfo string of --pg")
@@ -310,7 +316,7 @@ fn config(conninfo: &str) -> Result<Config> {
     Ok(config)
 }
 
-fn describe(config: &Config) -> String {
+pub(super) fn describe(config: &Config) -> String {
     let host = match config.get_hosts().first() {
         Some(postgres::config::Host::Tcp(host)) => host.clone(),
         Some(postgres::config::Host::Unix(path)) => path.display().to_string(),

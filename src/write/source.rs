@@ -1,10 +1,11 @@
-//! A file of the data directory while it is read, and the checksums of its pages.
+//! A file while it is read, from the data directory or as it arrives in a stream, and the checksums of its pages.
 
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use super::pieces::Pieces;
 use super::scan::Scanned;
 use crate::error::{Error, Result};
 use crate::postgres::{Lsn, page};
@@ -28,46 +29,65 @@ pub struct BadPage {
     pub torn: Option<Lsn>,
 }
 
-/// A file of the data directory, open.
-pub(super) struct Source {
-    file: File,
-    path: PathBuf,
+/// Where the bytes of a file are.
+#[derive(Debug)]
+pub enum Origin {
+    /// in the data directory
+    Disk,
+    /// on their way from the server; of a large file those of one leaf
+    Stream(Pieces),
 }
 
-impl Source {
+/// A file, open. What arrives in a stream is read once, from its first byte to its last.
+pub(super) enum Source<'a> {
+    Disk(File, PathBuf),
+    Stream(&'a Pieces, &'a Scanned),
+}
+
+impl<'a> Source<'a> {
     /// Opens a file; `None` when it vanished.
-    pub(super) fn open(root: &Path, scanned: &Scanned) -> Result<Option<Self>> {
+    pub(super) fn open(root: &Path, scanned: &'a Scanned, origin: &'a Origin) -> Result<Option<Self>> {
+        if let Origin::Stream(pieces) = origin {
+            return Ok(Some(Self::Stream(pieces, scanned)));
+        }
         let path = root.join(scanned.os_path());
         match File::open(&path) {
-            Ok(file) => Ok(Some(Self { file, path })),
+            Ok(file) => Ok(Some(Self::Disk(file, path))),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io("open", &path, error)),
         }
     }
 
-    /// Fills `buf`; what lies past the end of a file truncated meanwhile reads as zeros, which WAL replay mends.
+    /// Fills `buf`, which is a slot.
     pub(super) fn read(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        let mut done = 0;
-        while done < buf.len() {
-            match self.file.read_at(&mut buf[done..], at + done as u64) {
-                Ok(0) => break,
-                Ok(count) => done += count,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(Error::io("read", &self.path, error)),
-            }
+        match self {
+            Self::Disk(file, path) => read_at(file, at, buf).map_err(|error| Error::io("read", path, error)),
+            Self::Stream(pieces, _) => pieces.next(buf),
         }
-        buf[done..].fill(0);
-        Ok(())
     }
 
-    /// The time of its last change, now that it was read: later than when it was found, it may have been changed while it was read.
+    /// Reads a page that failed once more, where that can be done: the server may have been writing it. In a stream the server
+    /// has done it already, unless it can see that WAL heals the page.
+    fn reread(&self, at: u64, page: &mut [u8]) -> Result<()> {
+        match self {
+            Self::Disk(..) => self.read(at, page),
+            Self::Stream(..) => Ok(()),
+        }
+    }
+
+    /// The time of its last change. On disk it is seen now that the file was read: later than when it was found, it may have been
+    /// changed while it was read.
     pub(super) fn modified(&self) -> Result<i64> {
-        let metadata = self.file.metadata().map_err(|error| Error::io("look at", &self.path, error))?;
-        Ok(metadata.mtime())
+        match self {
+            Self::Disk(file, path) => {
+                let metadata = file.metadata().map_err(|error| Error::io("look at", path, error))?;
+                Ok(metadata.mtime())
+            }
+            Self::Stream(_, scanned) => Ok(scanned.mtime),
+        }
     }
 
-    /// Checks every page of a slot that was read from `at`; a page that fails is read once more, since the server may have
-    /// been writing it.
+    /// Checks every page of a slot that was read from `at`; a page that fails is read once more.
     pub(super) fn check_pages(
         &self,
         pages: Pages,
@@ -81,13 +101,28 @@ impl Source {
             if page.len() < pages.size || wrong(page, first_block + block).is_none() {
                 continue;
             }
-            self.read(block * pages.size as u64, page)?;
+            self.reread(block * pages.size as u64, page)?;
             if let Some(lsn) = wrong(page, first_block + block) {
                 bad_pages.push(BadPage { block, torn: (lsn >= pages.start).then_some(lsn) });
             }
         }
         Ok(())
     }
+}
+
+/// Fills `buf`; what lies past the end of a file truncated meanwhile reads as zeros, which WAL replay mends.
+fn read_at(file: &File, at: u64, buf: &mut [u8]) -> std::io::Result<()> {
+    let mut done = 0;
+    while done < buf.len() {
+        match file.read_at(&mut buf[done..], at + done as u64) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    buf[done..].fill(0);
+    Ok(())
 }
 
 /// The position of the last change that a page names whose checksum is wrong.
