@@ -180,8 +180,9 @@ fn a_restored_copy_is_the_mount_and_the_source() {
         }
     }
     let oid = tablespace_oid(cluster);
-    let (left, right) = (mount.path().join("pg_tblspc").join(&oid), copy.join("pg_tblspc").join(&oid));
-    assert!(right.canonicalize().unwrap().starts_with(&tablespaces), "{right:?} leads elsewhere");
+    let left = mount.path().join("pg_tblspc").join(&oid);
+    let right = copy.join("pg_tblspc").join(&oid).canonicalize().unwrap();
+    assert!(right.starts_with(&tablespaces), "{} leads elsewhere", right.display());
     assert_eq!(files(&left), files(&right));
     assert!(!files(&right).is_empty());
     files(&right).iter().for_each(|path| assert_same_bytes(&left.join(path), &right.join(path)));
