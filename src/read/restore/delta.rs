@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::fcntl::OFlag;
 
 use super::plan::Target;
-use super::write::{Part, whole_crc};
+use super::write::{Part, add_part, whole_crc};
 use crate::error::{Error, Result};
 use crate::format::chunk::Keys;
 use crate::format::map::SlotChange;
@@ -63,7 +63,7 @@ impl<'a> Delta<'a> {
         let known = self.known(target, from, to)?;
         let Compared { mut parts, differing, equal } = self.compare(&file, target, &known, from, to)?;
         self.view.each_of_ranges(target.node, &differing, &mut |at, bytes| {
-            parts.push((at, bytes.len(), crc32c::crc32c(bytes)));
+            add_part(&mut parts, at, bytes);
             file.write_all_at(bytes, at).map_err(|error| Error::io("write", &target.path, error))
         })?;
         self.equal.fetch_add(equal, Ordering::Relaxed);
@@ -153,13 +153,7 @@ impl Compared {
             return;
         }
         self.equal += unit.len() as u64;
-        match self.parts.last_mut() {
-            Some((from, len, crc)) if *from + *len as u64 == at => {
-                *crc = crc32c::crc32c_append(*crc, unit);
-                *len += unit.len();
-            }
-            _ => self.parts.push((at, unit.len(), crc32c::crc32c(unit))),
-        }
+        add_part(&mut self.parts, at, unit);
     }
 }
 

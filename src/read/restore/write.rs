@@ -160,7 +160,7 @@ impl Writing<'_> {
 }
 
 /// Adds a run of bytes; most come in order, and appending costs less than combining.
-fn add_part(parts: &mut Vec<Part>, at: u64, bytes: &[u8]) {
+pub(super) fn add_part(parts: &mut Vec<Part>, at: u64, bytes: &[u8]) {
     match parts.last_mut() {
         Some((from, len, crc)) if *from + *len as u64 == at => {
             *crc = crc32c::crc32c_append(*crc, bytes);
