@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use pgcairn_mount::{Attributes, Entry, Kind, Mount, NodeId, Options, ROOT, Scratch, Tree};
+use pgcairn_mount::{Attributes, Entry, Kind, Mount, NodeId, Options, ROOT, Scratch, Tree, Writes};
 
 struct Node {
     path: PathBuf,
@@ -123,7 +123,11 @@ fn serve(arguments: &[OsString]) -> Result<(), String> {
     let scratch = scratch.map(|dir| Scratch::open(Path::new(dir), &identity)).transpose().map_err(explain)?;
     let mut options = Options::new(mountpoint);
     options.allow_other = nix::unistd::geteuid().is_root();
-    options.passthrough = std::env::var_os("SERVE_DIR_NO_PASSTHROUGH").is_none();
+    options.writes = match std::env::var("SERVE_DIR_WRITES").as_deref() {
+        Ok("through") => Writes::Through,
+        Ok("back") => Writes::Back,
+        _ => Writes::Passthrough,
+    };
     let mount = Mount::new(Arc::new(tree), scratch, &options).map_err(explain)?;
     eprintln!("mounted; end with \"umount {}\"", mountpoint.display());
     mount.wait().map_err(explain)

@@ -31,7 +31,7 @@ mod serve;
 pub mod tree;
 
 pub use error::{Error, Result};
-pub use mount::{Mount, Options, Unmounter};
+pub use mount::{Mount, Options, Unmounter, Writes};
 pub use mountpoint::unmount;
 pub use scratch::Scratch;
 pub use tree::{Attributes, Entry, Kind, NodeId, ROOT, Tree};

@@ -32,8 +32,22 @@ pub struct Options {
     pub threads: usize,
     /// how far the kernel reads ahead of a sequential reader, in KiB; best effort, needs root
     pub read_ahead_kib: u32,
-    /// let the kernel read and write files of the scratch without asking us, where it can (root, Linux 6.9)
-    pub passthrough: bool,
+    /// the way of writes to the scratch
+    pub writes: Writes,
+}
+
+/// How writes reach the scratch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Writes {
+    /// each comes to us as it is made
+    Through,
+    /// the same, but files that are all in the scratch are read and written by the kernel without asking us, where it can
+    /// (root, Linux 6.9): for a server at work, whose WAL they are
+    #[default]
+    Passthrough,
+    /// the kernel collects them and sends them in large requests, at the latest at an fsync: for replay, which writes the
+    /// same pages again and again and syncs little. What was not synced goes with the kernel, or with us
+    Back,
 }
 
 impl Options {
@@ -46,7 +60,7 @@ impl Options {
             read_only: false,
             threads: 4,
             read_ahead_kib: 1024,
-            passthrough: true,
+            writes: Writes::default(),
         }
     }
 }
@@ -75,14 +89,14 @@ impl Mount {
         check_device()?;
         raise_descriptor_limit();
         let fs = Arc::new(Fs::new(tree, scratch));
-        let server = Server::new(Arc::clone(&fs), options.passthrough);
+        let server = Server::new(Arc::clone(&fs), options.writes);
         let failed = |source| Error::Mount { path: options.mountpoint.clone(), source };
         let session =
             Session::new(server, &options.mountpoint, &config(options, fs.is_writable() && !options.read_only))
                 .map_err(failed)?;
         let entry = mountpoint::mounted_on(&options.mountpoint)?
             .ok_or_else(|| Error::NotMounted { path: options.mountpoint.clone() })?;
-        set_read_ahead(&entry.device, options.read_ahead_kib);
+        tune(&entry.device, options);
         let session = thread::Builder::new()
             .name("mount".to_owned())
             .spawn(move || {
@@ -185,11 +199,19 @@ fn check_device() -> Result<()> {
     })
 }
 
-/// Without it a sequential reader gets 128 KiB per request.
-fn set_read_ahead(device: &str, kib: u32) {
-    let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
-    if let Err(error) = fs::write(&path, kib.to_string()) {
-        tracing::debug!(%error, path, "read-ahead stays as it is");
+/// Without it a sequential reader gets 128 KiB per request, and writes are held up once a hundredth of the memory that the
+/// machine grants to unwritten pages is full of them.
+fn tune(device: &str, options: &Options) {
+    let set = |name: &str, value: &str| {
+        let path = format!("/sys/class/bdi/{device}/{name}");
+        if let Err(error) = fs::write(&path, value) {
+            tracing::debug!(%error, path, "stays as it is");
+        }
+    };
+    set("read_ahead_kb", &options.read_ahead_kib.to_string());
+    if options.writes == Writes::Back {
+        set("strict_limit", "0");
+        set("max_ratio", "100");
     }
 }
 

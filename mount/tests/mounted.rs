@@ -13,9 +13,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use pgcairn_mount::{Error, Tree, mountpoint};
-use support::Daemon;
+use pgcairn_mount::{Error, Tree, Writes, mountpoint};
 use support::tree::{HARMED, MANY, noise};
+use support::{ALL_WRITES, Daemon};
 
 #[test]
 fn serve_for_another_test() {
@@ -50,7 +50,7 @@ fn a_tree_is_read() {
 
 #[test]
 fn a_harmed_range_is_eio_and_the_rest_is_read() {
-    let mut daemon = Daemon::writable(false);
+    let mut daemon = Daemon::writable(Writes::Through);
     let file = File::open(daemon.path("harmed")).unwrap();
     let whole = noise(1_000_001, 1_000_000);
     let mut page = [0; 4096];
@@ -84,11 +84,11 @@ fn mountpoints_are_guarded() {
     assert!(matches!(mountpoint::unmount(&daemon.mountpoint), Err(Error::NotMounted { .. })));
 }
 
-/// What programs do to files, with and without passthrough.
+/// What programs do to files, whichever way writes go.
 #[test]
 fn files_behave() {
-    for passthrough in [true, false] {
-        let mut daemon = Daemon::writable(passthrough);
+    for writes in ALL_WRITES {
+        let mut daemon = Daemon::writable(writes);
         exclusive_creation(&daemon);
         unlinked_but_open(&daemon);
         shared_mapping(&daemon);
@@ -171,8 +171,8 @@ fn sizes(daemon: &Daemon) {
 /// The same random operations on a mount and on the local disk.
 #[test]
 fn random_operations_do_what_a_local_disk_does() {
-    for (passthrough, seed) in [(true, 1), (false, 2)] {
-        let mut daemon = Daemon::writable(passthrough);
+    for (writes, seed) in ALL_WRITES.into_iter().zip(1..) {
+        let mut daemon = Daemon::writable(writes);
         let local = daemon.local("local");
         copy(&daemon.mountpoint, &local);
         let mut random = Random(seed);
@@ -280,7 +280,7 @@ fn compare(there: &Path, here: &Path) {
 /// Writes that fsync acknowledged are there after kill -9, whenever it comes.
 #[test]
 fn acknowledged_writes_survive_a_killed_daemon() {
-    let mut daemon = Daemon::writable(true);
+    let mut daemon = Daemon::writable(Writes::Passthrough);
     let tree = support::tree::sample();
     let node = tree.lookup(pgcairn_mount::ROOT, "c".as_ref()).unwrap().unwrap();
     let mut expected = tree.content(node);
@@ -342,7 +342,7 @@ fn acknowledged(old: &Path, new: &Path, round: u64, count: &AtomicU64) -> Vec<(u
 #[test]
 fn a_full_disk_is_survived() {
     let dir = tempfile::tempdir().unwrap();
-    let mut daemon = Daemon::writable(false);
+    let mut daemon = Daemon::writable(Writes::Through);
     daemon.unmount();
     let disk = Disk(dir.path().to_owned());
     let flags = nix::mount::MsFlags::empty();

@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use pgcairn_mount::{Options, Scratch, Tree};
+use pgcairn_mount::{Options, Scratch, Tree, Writes};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -66,6 +66,9 @@ pub(super) struct Mount {
     /// The recovery the data directory is prepared for, as it was found before
     #[arg(long, hide = true)]
     recovery: Option<String>,
+    /// Let the kernel collect writes, as suits a server that replays WAL and runs no programs meanwhile
+    #[arg(long, hide = true)]
+    write_back: bool,
     /// Serve the scratch read-only, and remove this directory at the end
     #[arg(long, hide = true)]
     discard: Option<PathBuf>,
@@ -127,6 +130,7 @@ impl Mount {
             foreground: false,
             cache: cache.clone(),
             discard: None,
+            write_back: recovery.is_some(),
             recovery: recovery.map(serde_json::to_string).transpose()?,
         })
     }
@@ -184,6 +188,9 @@ impl Mount {
         options.allow_other = nix::unistd::geteuid().is_root();
         options.threads = SERVE_THREADS;
         options.read_only = self.discard.is_some();
+        if self.write_back {
+            options.writes = Writes::Back;
+        }
         pgcairn_mount::Mount::new(tree, scratch, &options).map_err(mount_error)
     }
 
@@ -228,6 +235,7 @@ impl Mount {
         arguments.extend(self.backup.as_deref().map(|backup| option("backup", backup)));
         arguments.extend(self.recovery.as_deref().map(|recovery| option("recovery", recovery)));
         arguments.extend(self.owner.as_deref().map(|owner| option("owner", owner)));
+        arguments.extend(self.write_back.then(|| "--write-back".to_owned()));
         for (name, directory) in [("scratch", &self.scratch), ("discard", &self.discard)] {
             if let Some(directory) = directory {
                 arguments.push(option(name, &absolute(directory)?));

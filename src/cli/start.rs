@@ -1,4 +1,5 @@
 use std::fs;
+use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,19 @@ use crate::read::point::{Action, Target};
 use crate::read::recovery::Prepared;
 use crate::read::tree::Owner;
 use crate::repo::Repository;
+
+/// A server's lock file in its data directory, and which of its lines says how far the server is.
+const LOCK_FILE: &str = "postmaster.pid";
+const LOCK_FILE_STATUS: usize = 7;
+
+/// A file that says that recovery has not ended.
+const RECOVERY_SIGNAL: &str = "recovery.signal";
+
+/// Where ALTER SYSTEM and we set things.
+const AUTO_CONF: &str = "postgresql.auto.conf";
+
+/// A `restore_command` where `pg_wal` has everything.
+const NOTHING_TO_RESTORE: &str = "false";
 
 /// Start PostgreSQL on a backup, in seconds, whatever its size
 ///
@@ -204,7 +218,7 @@ impl Start {
         let course = point::find(repository, &point, Bound::Archive, &self.cache)?;
         let action = if self.waits() { Action::Pause } else { Action::Promote };
         // all the WAL it needs is in its mount: nothing else is asked, so that it ends there or says why not
-        let prepared = point::presented(&course, action, "false");
+        let prepared = point::presented(&course, action, NOTHING_TO_RESTORE);
         Ok((course.label, prepared))
     }
 
@@ -245,10 +259,20 @@ impl Start {
         mount::spawn(&mount, common, &place.mount_log())?;
         forget_old_server(place)?;
         write_files(place, owner)?;
+        let recovers = of.database.version >= 14 && place.mount().join(RECOVERY_SIGNAL).exists();
+        if recovers {
+            set_restore_command(place, NOTHING_TO_RESTORE)?;
+        }
         let mut command = clone.pg_ctl(place);
         command.arg("start").arg("-s").arg("-w").arg("-t").arg(self.start_timeout.to_string());
         command.arg("-l").arg(place.log()).arg("-o").arg(self.server_options(place, clone, of)?);
         run(command, &place.log())?;
+        if recovers {
+            // the server demands the command when it starts, and would run it for every segment, although all of them lie in
+            // pg_wal: each run of a program makes the kernel write out every file the server has open
+            set_restore_command(place, "")?;
+            super::stop::reload(place)?;
+        }
         let superuser = of.superuser.as_deref().unwrap_or("postgres");
         self.reach_target(place, clone, &clone.conninfo(place, superuser))?;
         Ok(superuser.to_owned())
@@ -266,10 +290,11 @@ impl Start {
             Ok(client.query_one(query, &[])?.get(0))
         };
         loop {
-            let error = match is_there() {
-                Ok(true) => return Ok(()),
-                Ok(false) => None,
-                Err(error) => Some(error),
+            // before that it would refuse, once more in its log for each time it was asked
+            let error = match server_accepts(place, clone.read_only).then(is_there) {
+                Some(Ok(true)) => return Ok(()),
+                Some(Err(error)) => Some(error),
+                Some(Ok(false)) | None => None,
             };
             if super::stop::running_server(place).is_none() {
                 return Err(did_not_start(&place.log(), "ended before its target"));
@@ -325,6 +350,10 @@ impl Start {
         if version >= 14 {
             settings.push(("recovery_init_sync_method".into(), "syncfs".into()));
         }
+        if version >= 15 {
+            // it asks for pages that replay then overwrites with the images in the WAL, and each would be fetched
+            settings.push(("recovery_prefetch".into(), "off".into()));
+        }
         if version >= 18 {
             settings.push(("io_method".into(), "worker".into()));
         }
@@ -347,10 +376,24 @@ fn shell_quote(value: &str) -> String {
     format!("'{}'", value.replace('\'', r"'\''"))
 }
 
+/// The last setting of a name counts.
+fn set_restore_command(place: &Place, command: &str) -> Result<()> {
+    let path = place.mount().join(AUTO_CONF);
+    let mut file = fs::OpenOptions::new().append(true).open(&path).map_err(|error| Error::io("open", &path, error))?;
+    writeln!(file, "restore_command = '{command}'").map_err(|error| Error::io("write", &path, error))
+}
+
+/// Whether the server takes connections, by the last line of its lock file: "ready", or where it replays "standby".
+fn server_accepts(place: &Place, in_recovery: bool) -> bool {
+    let lock = fs::read_to_string(place.mount().join(LOCK_FILE)).unwrap_or_default();
+    let status = lock.lines().nth(LOCK_FILE_STATUS).unwrap_or_default().trim();
+    status == "ready" || (in_recovery && status == "standby")
+}
+
 /// Removes the lock file of a server that ended together with its mount. Nobody can be running on a mount this new, but
 /// PostgreSQL would believe the file while that process id is taken: by another process, or by one its parent forgets.
 fn forget_old_server(place: &Place) -> Result<()> {
-    let lock = place.mount().join("postmaster.pid");
+    let lock = place.mount().join(LOCK_FILE);
     match fs::remove_file(&lock) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &lock, error)),
         _ => Ok(()),

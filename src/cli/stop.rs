@@ -106,6 +106,12 @@ pub(super) fn running_server(place: &Place) -> Option<Pid> {
     command_line.windows(directory.len()).any(|part| part == directory).then(|| Pid::from_raw(pid))
 }
 
+/// Has the clone's server read its configuration again.
+pub(super) fn reload(place: &Place) -> Result<()> {
+    let Some(server) = running_server(place) else { return Ok(()) };
+    kill(server, Signal::SIGHUP).map_err(|error| Error::new("cannot reload the clone's server").source(error))
+}
+
 /// True while the mount's daemon has not let go of the scratch.
 fn scratch_is_held(place: &Place) -> bool {
     let Ok(lock) = std::fs::File::open(place.scratch().join("lock")) else { return false };

@@ -284,8 +284,12 @@ impl Search<'_> {
     fn to_xid(&self, history: &TimelineHistory, xid: u32) -> Found<Way<'_>> {
         let mut found = None;
         self.horizon.each_stretch(history, &mut |stone, road, from, to| {
+            self.horizon.look_at(road, from, to)?;
             for index in from..to {
                 let Some(name) = road.segment(index) else { continue };
+                if !self.horizon.segment(road, index)?.may_end(xid) {
+                    continue;
+                }
                 let before = index.checked_sub(1).and_then(|index| road.segment(index));
                 self.horizon.times().events(name, before, &mut |lsn, event| match event {
                     Event::End { xid: ended, .. } if *ended == xid && lsn >= stone.stop => found = Some(lsn),

@@ -176,6 +176,12 @@ impl Horizon {
         Ok(None)
     }
 
+    /// Finds out what these segments of a road tell, and the one before them.
+    pub fn look_at(&self, road: &Road, from: u64, to: u64) -> Result<()> {
+        let names: Vec<SegmentName> = (from.saturating_sub(1)..to).filter_map(|index| road.segment(index)).collect();
+        self.times.look_at(&names)
+    }
+
     fn times_at(&self, road: &Road, index: u64) -> Result<Arc<SegmentTimes>> {
         self.times.of(road.segment(index).ok_or_else(|| Error::new(format!("the road has no segment {index}")))?)
     }
@@ -200,6 +206,7 @@ impl Horizon {
     pub fn restore_points(&self, history: &TimelineHistory) -> Result<Vec<RestorePoint>> {
         let mut found: Vec<RestorePoint> = Vec::new();
         self.each_stretch(history, &mut |stone, road, from, to| {
+            self.look_at(road, from, to)?;
             for index in from..to {
                 let times = self.segment(road, index)?;
                 let points = times.restore_points().iter().filter(|point| Lsn(point.lsn) >= stone.stop);

@@ -69,6 +69,15 @@ impl Prefetcher {
         self.ask(view, node, from, to);
     }
 
+    /// Asks for all of a small file of `size` bytes, once.
+    pub fn whole(&self, view: &Arc<View>, node: NodeIndex, size: u64) {
+        let before = self.readers.lock().push(node, Reader { at: 0, window: 0, ahead: size });
+        if before.is_none_or(|(other, reader)| other != node || reader.ahead < size) {
+            // whoever really reads it meets a full queue, too
+            _ = self.queue.try_send((view.clone(), node, 0, size));
+        }
+    }
+
     /// Asks for a range.
     pub fn ask(&self, view: &Arc<View>, node: NodeIndex, mut from: u64, to: u64) {
         while from < to {

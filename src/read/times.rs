@@ -3,8 +3,11 @@
 
 use std::collections::HashMap;
 use std::os::unix::fs::DirBuilderExt;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -20,11 +23,17 @@ use crate::store::Listed;
 /// Segments whose times are kept in memory.
 const KEPT: usize = 100_000;
 
+/// Segments that are held at once, where many have to be looked at: in number, and in bytes if it is more than one.
+const AT_ONCE: u64 = 8;
+const AT_ONCE_BYTES: u64 = 256 * 1024 * 1024;
+
 /// What one segment tells.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SegmentTimes {
     /// the ends of transactions: the earliest and the latest time
     ends: Option<(i64, i64)>,
+    /// and the lowest and the highest number of one
+    ended: Option<(u32, u32)>,
     /// the latest time of anything else: a checkpoint, a restore point
     other: Option<i64>,
     /// restore points
@@ -83,9 +92,11 @@ impl SegmentTimes {
 
     fn add(&mut self, lsn: Lsn, event: &Event) {
         match event {
-            Event::End { time, .. } => {
+            Event::End { xid, time, .. } => {
                 let (first, last) = self.ends.unwrap_or((time.0, time.0));
                 self.ends = Some((first.min(time.0), last.max(time.0)));
+                let (low, high) = self.ended.unwrap_or((*xid, *xid));
+                self.ended = Some((low.min(*xid), high.max(*xid)));
             }
             Event::RestorePoint { name, time } => {
                 self.points.push(RestorePoint { name: name.clone(), lsn: lsn.0, time: time.0 });
@@ -118,6 +129,11 @@ impl SegmentTimes {
     /// The latest time at which a transaction ended in it.
     pub fn last_end(&self) -> Option<TimestampTz> {
         self.ends.map(|(_, last)| TimestampTz(last))
+    }
+
+    /// Whether the transaction `xid` may have ended in it.
+    pub fn may_end(&self, xid: u32) -> bool {
+        self.ended.is_some_and(|(low, high)| (low..=high).contains(&xid))
     }
 
     /// The earliest.
@@ -153,7 +169,7 @@ pub struct Times {
 impl Times {
     /// Those of `database`; what is found out is kept below `cache`, too.
     pub fn new(repository: &Repository, database: &Database, cache: Option<&Path>) -> Self {
-        let directory = cache.map(|cache| cache.join(format!("times/{}-{}", repository.stanza, database.system_id)));
+        let directory = cache.map(|cache| cache.join(format!("times-2/{}-{}", repository.stanza, database.system_id)));
         Self { repository: repository.clone(), database: database.clone(), directory, kept: Mutex::default() }
     }
 
@@ -164,12 +180,45 @@ impl Times {
 
     /// What a segment tells.
     pub fn of(&self, name: SegmentName) -> Result<Arc<SegmentTimes>> {
-        if let Some(times) = self.kept.lock().get(&name) {
-            return Ok(times.clone());
+        match self.kept(name) {
+            Some(times) => Ok(times),
+            None => self.of_object(name, &self.find(name)?),
         }
+    }
+
+    /// Finds out what each of these segments tells, which is faster than one by one.
+    pub fn look_at(&self, names: &[SegmentName]) -> Result<()> {
+        let mut unknown = Vec::new();
+        for names in names.chunk_by(|a, b| a.timeline() == b.timeline() && a < b) {
+            let names: Vec<SegmentName> = names.iter().copied().filter(|name| self.kept(*name).is_none()).collect();
+            let found = self.repository.archive(&self.database).segments(&names)?;
+            unknown.extend(names.into_iter().zip(found).filter_map(|(name, object)| Some((name, object?))));
+        }
+        let next = AtomicUsize::new(0);
+        let look = || {
+            while let Some((name, object)) = unknown.get(next.fetch_add(1, Ordering::Relaxed)) {
+                self.of_object(*name, object)?;
+            }
+            Ok(())
+        };
+        let at_once = (AT_ONCE_BYTES / self.database.wal_segment_size.max(1)).clamp(1, AT_ONCE);
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..at_once.min(unknown.len() as u64)).map(|_| scope.spawn(look)).collect();
+            threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        })
+    }
+
+    fn kept(&self, name: SegmentName) -> Option<Arc<SegmentTimes>> {
+        self.kept.lock().get(&name).cloned()
+    }
+
+    fn find(&self, name: SegmentName) -> Result<Listed> {
         let found = self.repository.archive(&self.database).find(&name.to_string())?;
-        let object = found.ok_or_else(|| Error::new(format!("the archive has no {name} any more")))?;
-        let file = self.file(&object);
+        found.ok_or_else(|| Error::new(format!("the archive has no {name} any more")))
+    }
+
+    fn of_object(&self, name: SegmentName, object: &Listed) -> Result<Arc<SegmentTimes>> {
+        let file = self.file(object);
         let times = match file.as_deref().and_then(load) {
             Some(times) => times,
             None => {
@@ -194,9 +243,7 @@ impl Times {
         before: Option<SegmentName>,
         each: &mut dyn FnMut(Lsn, &Event),
     ) -> Result<()> {
-        let found = self.repository.archive(&self.database).find(&name.to_string())?;
-        let object = found.ok_or_else(|| Error::new(format!("the archive has no {name} any more")))?;
-        let bytes = self.bytes(name, &object.key)?;
+        let bytes = self.bytes(name, &self.find(name)?.key)?;
         let mut events = Vec::new();
         let times =
             SegmentTimes::read(&self.database, name, &bytes, &mut |lsn, event| events.push((lsn, event.clone())))?;

@@ -14,6 +14,9 @@ use super::recovery::HIDDEN;
 use super::view::{Content, NodeIndex, View};
 use crate::error::Error;
 
+/// Bytes of WAL that are fetched ahead of who replays it; they fit into the memory for chunks.
+const WAL_AHEAD: u64 = 48 * 1024 * 1024;
+
 /// Who owns the files of a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Owner {
@@ -157,11 +160,12 @@ impl Tree for ViewTree {
             Ok(Content::Mapped { stat, .. }) => {
                 self.prefetcher.sequential(&self.view, number, stat.size, offset);
             }
+            // whoever replays WAL reads the next segments, too
             Ok(Content::Archived { size, .. }) => {
-                self.prefetcher.sequential(&self.view, number, *size, offset);
-                // whoever replays WAL reads the next segment, too
-                if let Ok(Content::Archived { size, .. }) = content(number + 1) {
-                    self.prefetcher.sequential(&self.view, number + 1, *size, 0);
+                let ahead = (WAL_AHEAD / size.max(&1)).max(1) as NodeIndex;
+                for number in number..=number.saturating_add(ahead) {
+                    let Ok(Content::Archived { size, .. }) = content(number) else { break };
+                    self.prefetcher.whole(&self.view, number, *size);
                 }
             }
             _ => {}

@@ -65,7 +65,7 @@ pub struct View {
     changes: Vec<StoredChanges>,
     fetcher: Arc<Fetcher>,
     leaves: Mutex<LeafCache>,
-    archived: Mutex<HashMap<NodeIndex, Arc<Vec<ChunkRef>>>>,
+    archived: Mutex<HashMap<NodeIndex, Arc<ArchivedChunks>>>,
     pg_manifest: OnceLock<std::result::Result<std::fs::File, String>>,
 }
 
@@ -160,6 +160,9 @@ pub(super) struct Window {
     /// chunk numbers by offset
     pub(super) chunks: Vec<u32>,
 }
+
+/// The chunks of an archived file, once they are known.
+type ArchivedChunks = Mutex<Option<Arc<Vec<ChunkRef>>>>;
 
 /// What a walk calls with path and number of each node.
 pub type Visit<'a, E> = dyn FnMut(&[u8], NodeIndex) -> std::result::Result<(), E> + 'a;
@@ -458,7 +461,10 @@ impl View {
     }
 
     fn archived(&self, node: NodeIndex, key: &str, stored: u64, size: u64) -> Result<Arc<Vec<ChunkRef>>> {
-        if let Some(chunks) = self.archived.lock().get(&node) {
+        // one looks, the others wait: to look at a small object is to fetch it
+        let of_node = self.archived.lock().entry(node).or_default().clone();
+        let mut known = of_node.lock();
+        if let Some(chunks) = &*known {
             return Ok(chunks.clone());
         }
         let chunks = wal::open(&self.fetcher, key, stored)?;
@@ -467,9 +473,7 @@ impl View {
             let name = String::from_utf8_lossy(&self.node(node)?.name).into_owned();
             check_first_bytes(&self.description.database, &name, &self.fetcher.chunk(first)?)?;
         }
-        let chunks = Arc::new(chunks);
-        self.archived.lock().insert(node, chunks.clone());
-        Ok(chunks)
+        Ok(known.insert(Arc::new(chunks)).clone())
     }
 
     fn pg_manifest(&self) -> Result<&std::fs::File> {

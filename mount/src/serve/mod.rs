@@ -23,6 +23,7 @@ use parking_lot::{Mutex, RwLock};
 
 use self::convert::{absent, caller, file_attr, file_type, time, ttl};
 use crate::fs::{Attr, Caching, Change, Fs, Inode, OpenFile, Space};
+use crate::mount::Writes;
 use crate::tree::Entry;
 
 /// Inodes are never reused, so every one is of the first generation.
@@ -50,6 +51,7 @@ struct Opens {
 /// The filesystem as fuser sees it.
 pub(crate) struct Server {
     fs: Arc<Fs>,
+    writes: Writes,
     /// own files may be handed to the kernel
     passthrough: AtomicBool,
     /// some were: the kernel's cache may be behind the backing files
@@ -78,9 +80,10 @@ fn guarded<T>(request: &'static str, work: impl FnOnce() -> io::Result<T>) -> Re
 }
 
 impl Server {
-    pub(crate) fn new(fs: Arc<Fs>, passthrough: bool) -> Self {
+    pub(crate) fn new(fs: Arc<Fs>, writes: Writes) -> Self {
         Self {
-            passthrough: AtomicBool::new(passthrough && fs.is_writable()),
+            writes,
+            passthrough: AtomicBool::new(false),
             passed: AtomicBool::new(false),
             opens: Mutex::default(),
             fs,
@@ -210,11 +213,17 @@ impl Filesystem for Server {
             let _ = config.add_capabilities(flag);
         }
         let _ = config.set_max_background(64);
-        // one level: backing files on a stacked filesystem are served through us
-        let can_pass =
-            config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() && config.set_max_stack_depth(1).is_ok();
-        if !can_pass {
-            *self.passthrough.get_mut() = false;
+        match self.writes {
+            _ if !self.fs.is_writable() => {}
+            Writes::Through => {}
+            // one level: backing files on a stacked filesystem are served through us
+            Writes::Passthrough => {
+                *self.passthrough.get_mut() = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
+                    && config.set_max_stack_depth(1).is_ok();
+            }
+            Writes::Back => {
+                let _ = config.add_capabilities(InitFlags::FUSE_WRITEBACK_CACHE);
+            }
         }
         Ok(())
     }

@@ -5,15 +5,18 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pgcairn_mount::{Mount, Options, Scratch, Tree, mountpoint};
+use pgcairn_mount::{Mount, Options, Scratch, Tree, Writes, mountpoint};
 
 pub(crate) mod tree;
 
 const MOUNTPOINT: &str = "PGCAIRN_TEST_MOUNTPOINT";
 const SCRATCH: &str = "PGCAIRN_TEST_SCRATCH";
-const PASSTHROUGH: &str = "PGCAIRN_TEST_PASSTHROUGH";
+const WRITES: &str = "PGCAIRN_TEST_WRITES";
 /// The name of the test that serves instead of testing.
 const HELPER: &str = "serve_for_another_test";
+
+/// Every way of writes.
+pub(crate) const ALL_WRITES: [Writes; 3] = [Writes::Through, Writes::Passthrough, Writes::Back];
 
 /// The body of the helper test: serves the sample tree until unmounted, if it was started by [`Daemon`].
 pub(crate) fn serve() {
@@ -21,7 +24,8 @@ pub(crate) fn serve() {
     let scratch = std::env::var_os(SCRATCH).map(|dir| Scratch::open(Path::new(&dir), "sample").unwrap());
     let mut options = Options::new(mountpoint);
     options.allow_other = true;
-    options.passthrough = std::env::var_os(PASSTHROUGH).is_some();
+    let writes = std::env::var(WRITES).unwrap();
+    options.writes = ALL_WRITES.into_iter().find(|one| format!("{one:?}") == writes).unwrap();
     let tree: Arc<dyn Tree> = Arc::new(tree::sample());
     Mount::new(tree, scratch, &options).unwrap().wait().unwrap();
 }
@@ -31,38 +35,38 @@ pub(crate) struct Daemon {
     child: Option<Child>,
     pub(crate) mountpoint: PathBuf,
     pub(crate) scratch: Option<PathBuf>,
-    passthrough: bool,
+    writes: Writes,
     dir: tempfile::TempDir,
 }
 
 impl Daemon {
     pub(crate) fn read_only() -> Self {
-        Self::new(false, false)
+        Self::new(false, Writes::Through)
     }
 
-    pub(crate) fn writable(passthrough: bool) -> Self {
-        Self::new(true, passthrough)
+    pub(crate) fn writable(writes: Writes) -> Self {
+        Self::new(true, writes)
     }
 
-    fn new(writable: bool, passthrough: bool) -> Self {
+    fn new(writable: bool, writes: Writes) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mountpoint = dir.path().join("mnt");
         std::fs::create_dir(&mountpoint).unwrap();
         let scratch = writable.then(|| dir.path().join("scratch"));
-        let mut daemon = Self { child: None, mountpoint, scratch, passthrough, dir };
+        let mut daemon = Self { child: None, mountpoint, scratch, writes, dir };
         daemon.start();
         daemon
     }
 
     pub(crate) fn start(&mut self) {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", HELPER, "--nocapture"]).env(MOUNTPOINT, &self.mountpoint);
+        command
+            .args(["--exact", HELPER, "--nocapture"])
+            .env(MOUNTPOINT, &self.mountpoint)
+            .env(WRITES, format!("{:?}", self.writes));
         command.stdin(Stdio::null()).stdout(Stdio::null());
         if let Some(scratch) = &self.scratch {
             command.env(SCRATCH, scratch);
-        }
-        if self.passthrough {
-            command.env(PASSTHROUGH, "1");
         }
         let mut child = command.spawn().unwrap();
         let began = Instant::now();
