@@ -69,11 +69,12 @@ def point(name):
 
 
 def from_s3(bench):
-    ours, peer = bench.ours, bench.peer
-    with s3.serving(bench, ours.repo, LATENCY_MS) as (arguments, env):
+    ours = bench.ours
+    with s3.both_serving(bench, LATENCY_MS) as (arguments, env, peer):
         sides = {"ours": lambda: on_clone(ours, NEAR, arguments, env), "peer": lambda: on_restored(peer, NEAR)}
         seconds = bench.in_turns(sides)
-    what = f"answer at a moment, {NEAR_SEGMENTS} segments, from S3, {LATENCY_MS} ms ({bench.cluster.bytes / 1e9:.1f} GB)"
+    size = f"{bench.cluster.bytes / 1e9:.1f} GB"
+    what = f"answer at a moment, {NEAR_SEGMENTS} segments, both from S3 with TLS, {LATENCY_MS} ms ({size})"
     bench.report.compare(what, seconds["ours"], seconds["peer"], "s", 3.0, faster=True)
 
 

@@ -10,7 +10,7 @@ STANZA = "bench"
 
 CONFIGURATION = """
 [global]
-repo1-path={repo}
+{repository}
 repo1-bundle=y
 repo1-retention-full=99
 compress-type=zst
@@ -89,12 +89,13 @@ class Pgcairn:
 class PgBackRest:
     name = "pgBackRest"
 
-    def __init__(self, bench, cluster, name="pgbackrest-repo"):
+    def __init__(self, bench, cluster, name="pgbackrest-repo", over=None):
+        """`over` are the settings of an S3 server that serves the repository."""
         self.bench, self.cluster = bench, cluster
         self.repo = bench.work / name
-        conf = bench.work / f"{name}.conf"
-        conf.write_text(CONFIGURATION.format(repo=self.repo, work=bench.work, stanza=STANZA, path=cluster.path,
-                                             port=cluster.port, socket=cluster.socket))
+        conf = bench.work / (f"{name}-s3.conf" if over else f"{name}.conf")
+        conf.write_text(CONFIGURATION.format(repository=over or f"repo1-path={self.repo}", work=bench.work, stanza=STANZA,
+                                             path=cluster.path, port=cluster.port, socket=cluster.socket))
         self.command = ["pgbackrest", f"--config={conf}", f"--stanza={STANZA}"]
         self.archive_command = " ".join(map(str, [*self.command, "archive-push", "%p"]))
         if not self.repo.exists():

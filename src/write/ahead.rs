@@ -10,17 +10,15 @@
 //! afterwards if it came at the same moment. Only what the second listing shows is called archived.
 
 use std::collections::BTreeMap;
-use std::fs::{self, Metadata};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 mod desk;
 
-use super::answer::{Content, Outcome};
+use super::answer::{About, Outcome, Stamp};
 use super::ask::ready;
 use super::push::{WalFile, not_listed, push, put};
 use crate::error::{Error, Result};
@@ -95,7 +93,7 @@ struct Job {
 /// A segment that was put, and must be listed before it counts.
 struct Put {
     segment: SegmentName,
-    content: Content,
+    about: About,
     key: String,
 }
 
@@ -215,40 +213,46 @@ impl Session<'_> {
     /// Pushes one file; `None` when its fate is known only after it was listed.
     fn push_one(&self, job: &Job, lines: &Lines) -> Result<Option<Outcome>> {
         let path = self.options.wal.join(&job.name);
-        let (file, content) = {
+        let Ok(segment) = job.name.parse::<SegmentName>() else {
+            // few and small; and a history file has a name that could be overwritten
+            return self.push_alone(&path).map(Some);
+        };
+        let (file, about) = {
             let _token = Token::take(&lines.tokens);
-            let before = stat(&path)?;
+            let before = Stamp::of(&path)?;
             let level = job.there.is_empty().then_some(self.options.level);
-            let (file, content) = WalFile::read_hashed(&self.repository, &path, level)?;
+            let (file, about) = if before.is_settled(SystemTime::now()) {
+                (WalFile::read_here(&self.repository, &path, level)?, About::File(before.clone()))
+            } else {
+                let (file, content) = WalFile::read_hashed(&self.repository, &path, level)?;
+                (file, About::content(content))
+            };
             // as long as it is to be archived, the server leaves it alone; after that it becomes another one under our hands
             let is_ready = ready(&self.options.wal, &job.name).exists();
-            if !is_ready || identity(&before) != identity(&stat(&path)?) {
+            if !is_ready || before != Stamp::of(&path)? {
                 return Err(changed(&path));
             }
-            (file, content)
+            (file, about)
         };
         file.check(&self.database)?;
-        let Some(segment) = file.segment() else {
-            // few and small; and a history file has a name that could be overwritten
-            return self.push_alone(&path, content).map(Some);
-        };
         match &job.there[..] {
             [] => {}
-            [there] => return file.compare(&self.repository, &there.key).map(|_| Some(Outcome::archived(content))),
+            [there] => return file.compare(&self.repository, &there.key).map(|_| Some(Outcome::Archived { about })),
             _ => return Err(twice(&job.name)),
         }
         let (key, stored) = (file.key(&self.repository, &self.database), file.pack());
         drop(file);
         put(&self.repository, &key, stored)?;
-        _ = lines.puts.send(Put { segment, content, key });
+        _ = lines.puts.send(Put { segment, about, key });
         Ok(None)
     }
 
     /// Archives what is no segment, and makes sure that what was archived is what was read here.
-    fn push_alone(&self, path: &Path, content: Content) -> Result<Outcome> {
+    fn push_alone(&self, path: &Path) -> Result<Outcome> {
+        let hash = || Ok::<_, Error>(WalFile::read_hashed(&self.repository, path, None)?.1);
+        let content = hash()?;
         push(&self.repository, path, self.options.level)?;
-        let (_, again) = WalFile::read_hashed(&self.repository, path, None)?;
-        if again == content { Ok(Outcome::archived(content)) } else { Err(changed(path)) }
+        if hash()? == content { Ok(Outcome::Archived { about: About::content(content) }) } else { Err(changed(path)) }
     }
 
     /// Lists what was put, as many at once as have come meanwhile, and says so.
@@ -276,7 +280,7 @@ impl Session<'_> {
 fn confirm(put: &Put, stored: &[Listed]) -> Outcome {
     let name = put.segment.to_string();
     match stored {
-        [one] if one.key == put.key => Outcome::archived(put.content),
+        [one] if one.key == put.key => Outcome::Archived { about: put.about.clone() },
         [] => Outcome::failed(&not_listed(&name)),
         _ => Outcome::failed(&twice(&name)),
     }
@@ -300,13 +304,4 @@ impl Drop for Token<'_> {
 
 fn changed(path: &Path) -> Error {
     Error::new(format!("{} changed while it was read", path.display()))
-}
-
-fn stat(path: &Path) -> Result<Metadata> {
-    fs::metadata(path).map_err(|error| Error::io("look at", path, error))
-}
-
-/// What no other file has, nor this one after it was written to.
-fn identity(meta: &Metadata) -> (u64, u64, u64, i64, i64, i64, i64) {
-    (meta.dev(), meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec())
 }

@@ -1,5 +1,9 @@
 //! What the worker that pushes ahead says of one WAL file, and for which bytes it says so.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -9,6 +13,47 @@ const SUFFIX: &str = ".answer";
 
 /// The hash of a file's content, as answers carry it: of all its bytes, so of the system identifier in its header, too.
 pub(super) type Content = blake3::Hash;
+
+/// Which bytes an answer is about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum About {
+    /// those of this very file, which nobody had touched for a while when they were read
+    File(Stamp),
+    /// those with this [`Content`], in hexadecimal
+    Content(String),
+}
+
+impl About {
+    pub(super) fn content(content: Content) -> Self {
+        Self::Content(content.to_hex().to_string())
+    }
+}
+
+/// What no other file has, nor this one after it was written to: device, inode, length, times of the last changes of content and
+/// of anything.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Stamp(u64, u64, u64, (i64, i64), (i64, i64));
+
+/// A file that was changed less than this ago may be changed once more without a new time: clocks of file systems tick slowly.
+const TICK_MAX: Duration = Duration::from_millis(500);
+
+impl Stamp {
+    pub(super) fn of(path: &Path) -> Result<Self> {
+        let meta = std::fs::metadata(path).map_err(|error| Error::io("look at", path, error))?;
+        let (content, any) = ((meta.mtime(), meta.mtime_nsec()), (meta.ctime(), meta.ctime_nsec()));
+        Ok(Self(meta.dev(), meta.ino(), meta.size(), content, any))
+    }
+
+    /// Whether any change from `now` on shows in the stamp.
+    pub(super) fn is_settled(&self, now: SystemTime) -> bool {
+        let changed = |(seconds, nanos): (i64, i64)| {
+            let since = Duration::new(u64::try_from(seconds).ok()?, u32::try_from(nanos).ok()?);
+            SystemTime::UNIX_EPOCH.checked_add(since)?.checked_add(TICK_MAX)
+        };
+        changed(self.4).is_some_and(|settled| settled <= now)
+    }
+}
 
 /// An answer in the spool. It counts while the run that gave it lives; see [`crate::spool`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -23,10 +68,10 @@ pub(super) struct Answer {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Outcome {
-    /// the store has confirmed a file of this name with this content
+    /// the store has confirmed a file of this name with these bytes
     Archived {
-        /// the [`Content`], in hexadecimal
-        content: String,
+        /// which
+        about: About,
     },
     /// it was not archived this time
     Failed {
@@ -38,10 +83,6 @@ pub(super) enum Outcome {
 }
 
 impl Outcome {
-    pub(super) fn archived(content: Content) -> Self {
-        Self::Archived { content: content.to_hex().to_string() }
-    }
-
     pub(super) fn failed(error: &Error) -> Self {
         let mut text = error.to_string();
         let mut cause = std::error::Error::source(error);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use super::answer::{Answer, Content, Outcome};
+use super::answer::{About, Answer, Content, Outcome, Stamp};
 use crate::error::{Error, Result};
 use crate::postgres::CONTROL_FILE;
 use crate::spool::Spool;
@@ -154,13 +154,11 @@ impl Call<'_> {
 
     fn look(&mut self, start: &dyn Fn() -> Result<Watch>) -> Result<Look> {
         match self.answer()? {
-            Some(Outcome::Archived { content }) => {
-                let ours = match self.content() {
-                    Ok(ours) => ours,
+            Some(Outcome::Archived { about }) => {
+                match self.is_ours(&about) {
+                    Ok(true) => return Ok(Look::Outcome(Outcome::Archived { about })),
+                    Ok(false) => {}
                     Err(error) => return Ok(Look::Changed(error)),
-                };
-                if ours.to_hex().as_str() == content {
-                    return Ok(Look::Outcome(Outcome::Archived { content }));
                 }
                 // it was for another file of this name, before a restore perhaps: the worker must look at this one
                 self.spool.remove(&Answer::file(self.name))?;
@@ -188,11 +186,14 @@ impl Call<'_> {
             return Err(Error::new("the worker that pushes ahead does not stay alive").hint("see its log"));
         }
         self.worker = Some(start()?);
-        // while it begins
-        if self.content.is_none() {
-            self.content = content_of(self.path).ok();
-        }
         Ok(())
+    }
+
+    fn is_ours(&mut self, about: &About) -> Result<bool> {
+        Ok(match about {
+            About::File(stamp) => Stamp::of(self.path)? == *stamp,
+            About::Content(content) => self.content()?.to_hex().as_str() == content,
+        })
     }
 
     fn content(&mut self) -> Result<Content> {

@@ -14,8 +14,8 @@ use crate::format::chunk::{ChunkId, Encoder, Keys, PackId};
 use crate::format::manifest::Database;
 use crate::format::pack::{PackKind, PackWriter};
 use crate::format::seal::SealKind;
+use crate::postgres::WalName;
 use crate::postgres::wal::header::LONG_PAGE_HEADER_BYTES;
-use crate::postgres::{SegmentName, WalName};
 use crate::repo::Repository;
 use crate::repo::wal::wal_identity;
 use crate::store::Body;
@@ -124,7 +124,12 @@ impl WalFile {
         })
     }
 
-    /// The same in this thread, with the hash of the whole content.
+    /// The same in this thread.
+    pub(super) fn read_here(repository: &Repository, path: &Path, level: Option<i32>) -> Result<Self> {
+        Self::read_with(repository, path, level, |source| source.read(0..source.chunks(), |_| ()))
+    }
+
+    /// The same, with the hash of the whole content.
     pub(super) fn read_hashed(repository: &Repository, path: &Path, level: Option<i32>) -> Result<(Self, Content)> {
         let mut hasher = blake3::Hasher::new();
         let file = Self::read_with(repository, path, level, |source| {
@@ -152,11 +157,6 @@ impl WalFile {
         let content = repository.keys.file(chunks.iter().map(|chunk| chunk.id));
         let seal = repository.keys.seal_kind();
         Ok(Self { name: name.to_owned(), kind, path: path.to_owned(), len, header, chunks, content, seal })
-    }
-
-    /// Which segment it is, if it is a whole one.
-    pub(super) fn segment(&self) -> Option<SegmentName> {
-        if let WalName::Segment(name) = self.kind { Some(name) } else { None }
     }
 
     /// Refuses what is not WAL of this cluster.

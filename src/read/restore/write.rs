@@ -46,7 +46,7 @@ pub(super) fn write_files(
             });
         }
         drop(pieces);
-        cut(files, |piece| queue.send(piece).is_ok());
+        cut(files, workers, |piece| queue.send(piece).is_ok());
         drop(queue);
     });
     match failure.into_inner() {
@@ -55,16 +55,27 @@ pub(super) fn write_files(
     }
 }
 
-fn cut(files: &[Target], send: impl Fn(Piece) -> bool) {
-    let (mut small, mut bytes) = (Vec::new(), 0);
-    for file in files {
-        if file.size > LEAF_BYTES {
-            let parts = file.size.div_ceil(LEAF_BYTES);
-            if !(0..parts).all(|part| send(Piece::Part(file.clone(), part))) {
+/// Sends all pieces, until `send` says that nobody takes them any more.
+fn cut(files: &[Target], workers: usize, send: impl Fn(Piece) -> bool) {
+    let is_large = |file: &&Target| file.size > LEAF_BYTES;
+    // parts of different files in turns: the kernel lets one thread at a time write to a file
+    let mut waiting = files.iter().filter(is_large);
+    let mut begun: Vec<(&Target, u64)> = Vec::new();
+    loop {
+        begun.extend(waiting.by_ref().take(workers - begun.len()).map(|file| (file, 0)));
+        if begun.is_empty() {
+            break;
+        }
+        for (file, part) in &mut begun {
+            if !send(Piece::Part((*file).clone(), *part)) {
                 return;
             }
-            continue;
+            *part += 1;
         }
+        begun.retain(|(file, part)| part * LEAF_BYTES < file.size);
+    }
+    let (mut small, mut bytes) = (Vec::new(), 0);
+    for file in files.iter().filter(|file| !is_large(file)) {
         bytes += file.size;
         small.push(file.clone());
         if bytes >= LEAF_BYTES / 4 || small.len() >= 256 {
