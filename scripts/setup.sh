@@ -8,7 +8,7 @@
 # $PGCAIRN_TEST_CACHE (/var/cache/pgcairn-test). Beside them, for a test: etcd from Debian's package, unpacked and not
 # installed, so that no service comes with it, and Patroni from PyPI in a virtual environment of its own.
 # --demo does without those, and with any PostgreSQL that is there.
-# --bench adds pgBackRest, the peer to measure against, and fio and python3, which measure.
+# --bench adds pgBackRest, the peer to measure against, fio and python3, which measure, and stunnel for TLS before S3.
 # Users other than root get fuse3, whose helper mounts for them.
 set -eu
 
@@ -197,7 +197,7 @@ fi
 # root mounts by itself; others need the setuid helper
 [ "$(id -u)" = 0 ] || command -v fusermount3 > /dev/null || apt_install fuse3
 if [ -n "$bench" ]; then
-    for program in pgbackrest fio python3 zstd; do
+    for program in pgbackrest fio python3 zstd openssl stunnel4; do
         command -v "$program" > /dev/null || apt_install "$program"
     done
 fi

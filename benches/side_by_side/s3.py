@@ -56,9 +56,9 @@ def encrypted(bench, arguments):
         port = free.getsockname()[1]
     place = bench.directory("tls")
     bench.run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", 2,
-              "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", place / "key", "-out", place / "certificate")
+              "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=critical,CA:FALSE", "-keyout", place / "key", "-out", place / "certificate")
     (place / "conf").write_text(f"""foreground = yes
-debug = err
+debug = crit
 pid =
 [s3]
 accept = 127.0.0.1:{port}
