@@ -44,8 +44,8 @@
 //! 6. **Every byte that leaves `read::fetch` was checked against its chunk's name**, or, from the disk cache, against the hashes
 //!    kept beside it. Where a restore passes the caches, what is stored was checked by its seal, which is bound to the name, and
 //!    what was written by the file's checksum; what a delta restore leaves where it is was compared with the hash of its grain, and
-//!    counts in that checksum. A WAL segment that `archive-get` delivers is proved by its seals, and by the checksum of every record when
-//!    it is replayed. A byte that cannot be had is EIO (mount) or an error (restore), never zeros and never old bytes.
+//!    counts in that checksum. A WAL segment that `archive-get` delivers or a mount shows is proved by its seals, and by the checksum of
+//!    every record when it is replayed. A byte that cannot be had is EIO (mount) or an error (restore), never zeros and never old bytes.
 //!    Held by [`format::chunk::Decoder`] and [`read::cache`]. Tests: theirs, and `read::fetch`'s `one_damaged_chunk_harms_only_itself`.
 //! 7. **Only what the manifest does not hold is "no such file".** A store that fails, and an object that is missing though
 //!    something names it, are I/O errors: PostgreSQL takes an absent relation segment for an empty one. Held by

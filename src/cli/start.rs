@@ -26,6 +26,9 @@ use crate::repo::Repository;
 const LOCK_FILE: &str = "postmaster.pid";
 const LOCK_FILE_STATUS: usize = 7;
 
+/// The least and the most `shared_buffers` of a clone.
+const SHARED_BUFFERS_MB: (u64, u64) = (128, 1024);
+
 /// A file that says that recovery has not ended.
 const RECOVERY_SIGNAL: &str = "recovery.signal";
 
@@ -337,7 +340,7 @@ impl Start {
             ("logging_collector", "off".into()),
             ("log_destination", "stderr".into()),
             ("autovacuum", "off".into()),
-            ("shared_buffers", "128MB".into()),
+            ("shared_buffers", format!("{}MB", shared_buffers_mb(clone, memory_available()))),
             ("huge_pages", "off".into()),
             ("ssl", "off".into()),
         ]
@@ -374,6 +377,22 @@ impl Start {
 /// pg_ctl hands its options to a shell.
 fn shell_quote(value: &str) -> String {
     format!("'{}'", value.replace('\'', r"'\''"))
+}
+
+/// Replay reads and writes the same pages again and again: what stays in the server's own memory costs nothing. Up to an eighth of
+/// what the machine has to give.
+fn shared_buffers_mb(clone: &Clone, available: u64) -> u64 {
+    match clone.recovery {
+        Some(_) => (available / 8 / 1024 / 1024).clamp(SHARED_BUFFERS_MB.0, SHARED_BUFFERS_MB.1),
+        None => SHARED_BUFFERS_MB.0,
+    }
+}
+
+/// Bytes of memory that could be had without swapping; none where the kernel does not say.
+fn memory_available() -> u64 {
+    let told = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = told.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or_default();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or_default() * 1024
 }
 
 /// The last setting of a name counts.

@@ -227,13 +227,35 @@ impl Header {
             let what = format!("a pack of kind {:?} where one of kind {kind:?} belongs", self.kind);
             return Err(FormatError::new(object, 10, what));
         }
-        let named = object.rsplit('/').next().and_then(|name| name.rsplit_once('-'));
-        match (kind, named) {
-            (PackKind::Wal, Some((_, content))) if content != self.id.to_string() => {
+        match (kind, WalKey::parse(object)) {
+            (PackKind::Wal, Some(key)) if key.content != self.id.to_string() => {
                 Err(FormatError::new(object, 16, format!("its content is named {}", self.id)))
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// What the key of an archived file says, unless it is a timeline history file's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WalKey<'k> {
+    /// the file's name in `pg_wal`
+    pub name: &'k str,
+    /// the hash of its content
+    pub content: &'k str,
+    /// a restore point may begin in it
+    pub point: bool,
+}
+
+/// What the keys of WAL end in, in which a restore point may begin.
+pub const POINT: &str = ".point";
+
+impl<'k> WalKey<'k> {
+    /// Takes a key apart.
+    pub fn parse(key: &'k str) -> Option<Self> {
+        let (name, rest) = key.rsplit('/').next()?.rsplit_once('-')?;
+        let content = rest.strip_suffix(POINT);
+        Some(Self { name, content: content.unwrap_or(rest), point: content.is_some() })
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use crate::error::{Error, Result};
 use crate::format::info::{ArchiveInfo, LockKind};
 use crate::format::manifest::Database;
-use crate::format::pack::PackKind;
+use crate::format::pack::{PackKind, WalKey};
 use crate::postgres::{LongPageHeader, SegmentName};
 use crate::repo::{Repository, keys};
 
@@ -84,8 +84,8 @@ fn rebuild_archive_info(repository: &Repository, labels: &[String], done: &mut V
 fn from_wal(repository: &Repository, id: u32, version: u32) -> Result<Option<Database>> {
     let page = repository.store.list(&keys::archive(&repository.stanza, version, id), None)?;
     for object in page.objects {
-        let name = object.key.rsplit('/').next().and_then(|name| name.rsplit_once('-')).map(|(name, _)| name);
-        if name.is_none_or(|name| name.parse::<SegmentName>().is_err()) {
+        let is_segment = |key: WalKey<'_>| key.name.parse::<SegmentName>().is_ok();
+        if !WalKey::parse(&object.key).is_some_and(is_segment) {
             continue;
         }
         let mut first = None;

@@ -198,7 +198,12 @@ impl Fetcher {
         if let Some(disk) = &self.disk {
             disk.write(chunk, &decoded);
         }
-        let plain = Arc::new(decoded.plain);
+        self.keep_in_memory(chunk, decoded.plain)
+    }
+
+    /// Keeps plaintext in memory alone.
+    pub fn keep_in_memory(&self, chunk: &ChunkRef, plain: Vec<u8>) -> Plain {
+        let plain = Arc::new(plain);
         self.memory.lock().insert(chunk.id, plain.clone());
         plain
     }
@@ -282,6 +287,13 @@ impl Fetcher {
     /// Checks stored bytes against the chunk's name.
     pub fn decode(&self, key: &str, chunk: &ChunkRef, stored: &[u8]) -> Result<Decoded> {
         with_decoder(|decoder| Ok(decoder.decode(&self.repository.keys, key, chunk, stored)?))
+    }
+
+    /// The plaintext of stored bytes that are proved by their seal, see [`Self::sealed`].
+    pub fn open(&self, key: &str, chunk: &ChunkRef, stored: &[u8]) -> Result<Vec<u8>> {
+        let mut plain = Vec::new();
+        with_decoder(|decoder| Ok(decoder.decode_sealed(&self.repository.keys, key, chunk, stored, &mut plain)?))?;
+        Ok(plain)
     }
 
     fn key(&self, pack: PackId) -> String {

@@ -1,5 +1,6 @@
 //! Which moments can be reached: the backups of a cluster, the WAL behind each, and the times in it.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -7,6 +8,7 @@ use super::times::{RestorePoint, SegmentTimes, Times};
 use crate::error::{Context, Error, Result};
 use crate::format::info::BackupSummary;
 use crate::format::manifest::Database;
+use crate::format::pack::WalKey;
 use crate::postgres::wal::coverage::{Coverage, Road, RoadEnd};
 use crate::postgres::wal::records::Event;
 use crate::postgres::{Lsn, SegmentName, SegmentSize, Timeline, TimelineHistory, TimestampTz, WalName};
@@ -49,6 +51,8 @@ pub struct Horizon {
     repository: Repository,
     stones: Vec<Stone>,
     coverage: Coverage,
+    /// segments in which a restore point may begin, by their keys
+    points: HashSet<SegmentName>,
     times: Times,
 }
 
@@ -66,8 +70,10 @@ impl Horizon {
         let database = database.ok_or_else(|| Error::new("archive.info names no cluster"))?;
         let of_database = backups.iter().filter(|(_, of)| of.database_id == database.id);
         let stones = of_database.map(|(label, of)| Stone::new(label, of)).collect::<Result<Vec<_>>>()?;
+        let (coverage, points) = coverage(repository, database)?;
         Ok(Self {
-            coverage: coverage(repository, database)?,
+            coverage,
+            points,
             times: Times::new(repository, database, cache),
             repository: repository.clone(),
             stones,
@@ -206,8 +212,12 @@ impl Horizon {
     pub fn restore_points(&self, history: &TimelineHistory) -> Result<Vec<RestorePoint>> {
         let mut found: Vec<RestorePoint> = Vec::new();
         self.each_stretch(history, &mut |stone, road, from, to| {
-            self.look_at(road, from, to)?;
-            for index in from..to {
+            // its record may end in the next segment, and is told there
+            let begins = |index: u64| road.segment(index).is_some_and(|name| self.points.contains(&name));
+            let telling: Vec<u64> = (from..to).filter(|index| begins(*index) || (*index > 0 && begins(index - 1))).collect();
+            let names = telling.iter().flat_map(|index| index.saturating_sub(1)..=*index);
+            self.times.look_at(&names.filter_map(|index| road.segment(index)).collect::<Vec<_>>())?;
+            for index in telling {
                 let times = self.segment(road, index)?;
                 let points = times.restore_points().iter().filter(|point| Lsn(point.lsn) >= stone.stop);
                 found.extend(points.cloned());
@@ -304,14 +314,17 @@ impl Stone {
     }
 }
 
-/// Lists an archive and reads its history files.
-fn coverage(repository: &Repository, database: &Database) -> Result<Coverage> {
+/// Lists an archive and reads its history files; and the segments in which a restore point may begin.
+fn coverage(repository: &Repository, database: &Database) -> Result<(Coverage, HashSet<SegmentName>)> {
     let size = SegmentSize::new(database.wal_segment_size).context(|| "archive.info".into())?;
     let mut coverage = Coverage::new(size);
     let archive = repository.archive(database);
-    let mut histories = Vec::new();
+    let (mut histories, mut points) = (Vec::new(), HashSet::new());
     archive.files(|name, object| match WalName::parse(name) {
-        Ok(WalName::Segment(segment)) => coverage.add(segment),
+        Ok(WalName::Segment(segment)) => {
+            coverage.add(segment);
+            points.extend(WalKey::parse(&object.key).filter(|key| key.point).map(|_| segment));
+        }
         Ok(WalName::History(timeline)) => histories.push((timeline, object.key.clone())),
         _ => {}
     })?;
@@ -322,5 +335,5 @@ fn coverage(repository: &Repository, database: &Database) -> Result<Coverage> {
             Err(error) => tracing::warn!(%error, "a history file cannot be read; its timeline is left out"),
         }
     }
-    Ok(coverage)
+    Ok((coverage, points))
 }

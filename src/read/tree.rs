@@ -14,8 +14,8 @@ use super::recovery::HIDDEN;
 use super::view::{Content, NodeIndex, View};
 use crate::error::Error;
 
-/// Bytes of WAL that are fetched ahead of who replays it; they fit into the memory for chunks.
-const WAL_AHEAD: u64 = 48 * 1024 * 1024;
+/// Bytes of WAL that are fetched ahead of who replays it; twice as much fits into the memory for chunks.
+const WAL_AHEAD: u64 = 32 * 1024 * 1024;
 
 /// Who owns the files of a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

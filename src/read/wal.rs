@@ -10,16 +10,17 @@ use super::fetch::Fetcher;
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::{ChunkRef, Decoder};
 use crate::format::manifest::Database;
-use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer};
+use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer, WalKey};
 use crate::format::{CHUNK, FormatError};
-use crate::postgres::WalName;
+use crate::postgres::{SegmentName, WalName};
 use crate::repo::Repository;
 use crate::repo::wal::check_first_bytes;
 
 /// An archived object up to this size is fetched whole: its footer alone would cost as many requests.
 const WHOLE_BYTES: u64 = 4 * 1024 * 1024;
 
-/// The chunks of an archived file in file order, one for each [`CHUNK`]. A small object is fetched whole and its chunks are kept.
+/// The chunks of an archived file in file order, one for each [`CHUNK`]. A small object is fetched whole and its chunks are kept
+/// in memory: whoever replays WAL reads it once.
 pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
     let store = &fetcher.repository().store;
     if size <= WHOLE_BYTES {
@@ -28,9 +29,12 @@ pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
         let pack = Pack::parse(key, &bytes)?;
         pack.header.expect(key, PackKind::Wal, fetcher.repository().keys.seal_kind())?;
         fetcher.locate(pack.header.id, key);
+        let is_segment = WalKey::parse(key).is_some_and(|key| key.name.parse::<SegmentName>().is_ok());
         for chunk in &pack.chunks {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
-            fetcher.keep(chunk, fetcher.decode(key, chunk, stored)?);
+            // see `write` below
+            let plain = if is_segment { fetcher.open(key, chunk, stored)? } else { fetcher.decode(key, chunk, stored)?.plain };
+            fetcher.keep_in_memory(chunk, plain);
         }
         return Ok(pack.chunks);
     }

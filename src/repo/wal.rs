@@ -3,7 +3,8 @@
 use super::{Repository, keys};
 use crate::error::{Context, Error, Result};
 use crate::format::manifest::Database;
-use crate::format::pack::PackKind;
+use crate::format::chunk::PackId;
+use crate::format::pack::{POINT, PackKind, WalKey};
 use crate::postgres::{Major, SegmentName, SegmentSize, WalIdentity, WalName};
 use crate::store::Listed;
 
@@ -81,10 +82,11 @@ impl Archive<'_> {
         }
     }
 
-    /// Where a file with this content goes.
-    pub fn key(&self, name: &str, content: crate::format::chunk::PackId) -> String {
+    /// Where a file with this content goes; `point`: a restore point may begin in it.
+    pub fn key(&self, name: &str, content: PackId, point: bool) -> String {
         let prefix = keys::wal_prefix(&self.prefix, name);
-        if name.ends_with(".history") { prefix } else { format!("{prefix}{content}") }
+        let point = if point { POINT } else { "" };
+        if name.ends_with(".history") { prefix } else { format!("{prefix}{content}{point}") }
     }
 
     /// Every archived file, in name order within its timeline; calls `each` with name and object.
@@ -112,7 +114,7 @@ impl Archive<'_> {
         let (Some(first), Some(last)) = (directories.first(), directories.last()) else { return Ok(None) };
         let names = |directory: &str| -> Result<Vec<String>> {
             let mut names = self.repository.store.names(&format!("{}{directory}/", self.prefix))?;
-            names.retain_mut(|name| match name.rsplit_once('-').map(|(name, _)| name.to_owned()) {
+            names.retain_mut(|name| match WalKey::parse(name).map(|key| key.name.to_owned()) {
                 Some(bare) if segment(&bare.as_str()) => {
                     *name = bare;
                     true
@@ -127,7 +129,7 @@ impl Archive<'_> {
 
     fn name_of<'k>(&self, key: &'k str) -> Option<&'k str> {
         let name = key.rsplit('/').next()?;
-        if name.ends_with(".history") { Some(name) } else { Some(name.rsplit_once('-')?.0) }
+        if name.ends_with(".history") { Some(name) } else { Some(WalKey::parse(name)?.name) }
     }
 }
 

@@ -12,10 +12,11 @@ use crate::error::{Context, Error, Result};
 use crate::format::CHUNK;
 use crate::format::chunk::{ChunkId, Encoder, Keys, PackId};
 use crate::format::manifest::Database;
-use crate::format::pack::{PackKind, PackWriter};
+use crate::format::pack::{PackKind, PackWriter, WalKey};
 use crate::format::seal::SealKind;
 use crate::postgres::WalName;
-use crate::postgres::wal::header::LONG_PAGE_HEADER_BYTES;
+use crate::postgres::wal::header::{LONG_PAGE_HEADER_BYTES, LongPageHeader};
+use crate::postgres::wal::records::may_begin_restore_point;
 use crate::repo::Repository;
 use crate::repo::wal::wal_identity;
 use crate::store::Body;
@@ -96,6 +97,8 @@ pub(super) struct WalFile {
 
 struct Chunk {
     id: ChunkId,
+    /// a restore point may begin in it
+    point: bool,
     plain_len: usize,
     /// empty unless it was to be compressed
     stored: Vec<u8>,
@@ -151,8 +154,11 @@ impl WalFile {
             return Err(Error::new(format!("{} has {len} bytes, more than any WAL segment", path.display())));
         }
         let mut header = vec![0; LONG_PAGE_HEADER_BYTES.min(len as usize)];
-        let source = Source { file, path, len, keys: &repository.keys, level };
+        let mut source = Source { file, path, len, page: None, keys: &repository.keys, level };
         source.read_at(&mut header, 0)?;
+        if matches!(kind, WalName::Segment(_) | WalName::Partial(_)) {
+            source.page = LongPageHeader::parse(&header).map(|header| header.page_bytes as usize);
+        }
         let chunks = read(&source)?;
         let content = repository.keys.file(chunks.iter().map(|chunk| chunk.id));
         let seal = repository.keys.seal_kind();
@@ -187,7 +193,7 @@ impl WalFile {
             })?;
             there == std::fs::read(&self.path).map_err(|error| Error::io("read", &self.path, error))?
         } else {
-            key.ends_with(&self.content.to_string())
+            WalKey::parse(key).is_some_and(|there| there.content == self.content.to_string())
         };
         match same {
             true => Ok(Pushed::AlreadyThere),
@@ -198,7 +204,8 @@ impl WalFile {
 
     /// Where its object goes. The name is to be looked for before it is put, and again after, see [`push`].
     pub(super) fn key(&self, repository: &Repository, database: &Database) -> String {
-        repository.archive(database).key(&self.name, self.content)
+        let point = self.chunks.iter().any(|chunk| chunk.point);
+        repository.archive(database).key(&self.name, self.content, point)
     }
 
     /// Its object, if it was compressed.
@@ -216,6 +223,8 @@ struct Source<'a> {
     file: File,
     path: &'a Path,
     len: u64,
+    /// bytes of a page of WAL, where it is WAL
+    page: Option<usize>,
     keys: &'a Keys,
     level: Option<i32>,
 }
@@ -243,10 +252,11 @@ impl Source<'_> {
             each(&plain);
             stored.clear();
             let id = self.keys.digest(&plain).id;
+            let point = self.page.is_some_and(|page| may_begin_restore_point(&plain, page));
             if let Some(encoder) = &mut encoder {
                 encoder.encode(self.keys, &id, &plain, &mut stored).context(|| "cannot compress".into())?;
             }
-            chunks.push(Chunk { id, plain_len: plain.len(), stored: stored.to_vec() });
+            chunks.push(Chunk { id, point, plain_len: plain.len(), stored: stored.to_vec() });
         }
         Ok(chunks)
     }

@@ -329,7 +329,7 @@ impl Made {
         for plain in bytes.chunks(CHUNK) {
             self.chunk(&mut pack, plain);
         }
-        let key = self.repository.archive(&database()).key(name, content);
+        let key = self.repository.archive(&database()).key(name, content, false);
         self.repository.store.put(&key, Body::Bytes(pack.finish().into())).unwrap();
     }
 

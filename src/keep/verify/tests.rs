@@ -213,7 +213,7 @@ fn a_timeline_must_join_the_one_before() {
     // archived: 1 to 3 on timeline 1, which was left in segment 5
     made.archive_file(&segment(2, 5).to_string(), segment(2, 5));
     let history = |made: &Made, text: &str| {
-        let key = made.repository.archive(&database()).key("00000002.history", PackId([0; 16]));
+        let key = made.repository.archive(&database()).key("00000002.history", PackId([0; 16]), false);
         let digest = made.repository.keys.digest(text.as_bytes());
         let content = made.repository.keys.file([digest.id]);
         let mut pack = PackWriter::new(PackKind::Wal, SealKind::Hashed, content, 0);

@@ -124,11 +124,18 @@ impl CutRecord {
         self.head.len() < RECORD_HEADER_BYTES || tells(&self.head)
     }
 
-    /// Whether it can be a restore point.
-    pub fn may_be_restore_point(&self) -> bool {
-        let of_its_length = u32_at(&self.head, 0) == Some(RESTORE_POINT_BYTES);
-        of_its_length && (self.head.len() < RECORD_HEADER_BYTES || is_restore_point(&self.head))
-    }
+}
+
+/// Whether a restore point may begin in these whole pages of WAL. Where none begins the answer is mostly, but not always, no.
+pub fn may_begin_restore_point(bytes: &[u8], page: usize) -> bool {
+    let length = RESTORE_POINT_BYTES.to_le_bytes();
+    let starts = bytes.chunks_exact(8).enumerate().filter(|(_, eight)| eight[..4] == length);
+    starts.map(|(number, _)| number * 8).any(|at| {
+        let in_page = page.checked_sub(at % page.max(1)).unwrap_or_default();
+        let head = &bytes[at..bytes.len().min(at + in_page.min(RECORD_HEADER_BYTES))];
+        // a page's end may cut the header
+        head.len() < RECORD_HEADER_BYTES || is_restore_point(head)
+    })
 }
 
 /// Walks through a segment and hands each event to `each`, with the position of its record and one past that record's end.

@@ -159,7 +159,8 @@ fn a_record_that_two_segments_share_is_found_from_both() {
         let (found, walk) = events(2, &segments[1]);
         let Stop::Cut(cut) = before_walk.stop else { panic!("{left} bytes left: {before_walk:?}") };
         assert_eq!((cut.lsn, cut.written), (point, left as u32));
-        assert!(cut.may_be_restore_point() && cut.may_tell());
+        assert!(may_begin_restore_point(&segments[0], PAGE) && cut.may_tell());
+        assert!(!may_begin_restore_point(&segments[1], PAGE), "{left} bytes left");
         let expected = Event::RestorePoint { name: "cut".into(), time: TimestampTz(5) };
         assert_eq!(cut.joined(&walk.rest, identity().major), Some(expected));
         let longer = Rest { len: walk.rest.len + 8, ..walk.rest.clone() };
