@@ -8,11 +8,12 @@ import subprocess
 from . import data
 from .bench import POSTGRES_BIN, Failed
 
+SHARED_BUFFERS = "128MB"
 SETTINGS = """
 unix_socket_directories = '{socket}'
 listen_addresses = ''
 port = {port}
-shared_buffers = 128MB
+shared_buffers = {memory}
 max_wal_size = 2GB
 checkpoint_timeout = 30min
 autovacuum = off
@@ -38,7 +39,7 @@ class Cluster:
             bench.say(f"building a cluster of {gb:g} GB")
             bench.directory(name)
             bench.run(POSTGRES_BIN / "initdb", "-k", "-N", "-A", "trust", "-U", "postgres", "-D", cluster.path)
-            settings = SETTINGS.format(socket=cluster.socket, port=cluster.port)
+            settings = SETTINGS.format(socket=cluster.socket, port=cluster.port, memory=SHARED_BUFFERS)
             with (cluster.path / "postgresql.conf").open("a") as conf:
                 conf.write(settings)
             cluster.start(FILLING)

@@ -214,7 +214,8 @@ impl Horizon {
         self.each_stretch(history, &mut |stone, road, from, to| {
             // its record may end in the next segment, and is told there
             let begins = |index: u64| road.segment(index).is_some_and(|name| self.points.contains(&name));
-            let telling: Vec<u64> = (from..to).filter(|index| begins(*index) || (*index > 0 && begins(index - 1))).collect();
+            let telling: Vec<u64> =
+                (from..to).filter(|index| begins(*index) || (*index > 0 && begins(index - 1))).collect();
             let names = telling.iter().flat_map(|index| index.saturating_sub(1)..=*index);
             self.times.look_at(&names.filter_map(|index| road.segment(index)).collect::<Vec<_>>())?;
             for index in telling {

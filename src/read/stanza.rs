@@ -367,7 +367,7 @@ impl Tree for StanzaTree {
             STATUS => self.attributes_of(Kind::File, 0o444, self.status().len() as u64, true),
             node if node.0 >= WAL_FIRST => {
                 let (object, size) = self.archived_size(node)?;
-                let mut attributes = self.attributes_of(Kind::File, 0o400, size, false);
+                let mut attributes = self.attributes_of(Kind::File, 0o600, size, false);
                 attributes.mtime += Duration::from_secs(object.modified.max(0) as u64);
                 attributes
             }

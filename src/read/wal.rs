@@ -33,7 +33,8 @@ pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
         for chunk in &pack.chunks {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
             // see `write` below
-            let plain = if is_segment { fetcher.open(key, chunk, stored)? } else { fetcher.decode(key, chunk, stored)?.plain };
+            let plain =
+                if is_segment { fetcher.open(key, chunk, stored)? } else { fetcher.decode(key, chunk, stored)?.plain };
             fetcher.keep_in_memory(chunk, plain);
         }
         return Ok(pack.chunks);

@@ -2,8 +2,8 @@
 
 use super::{Repository, keys};
 use crate::error::{Context, Error, Result};
-use crate::format::manifest::Database;
 use crate::format::chunk::PackId;
+use crate::format::manifest::Database;
 use crate::format::pack::{POINT, PackKind, WalKey};
 use crate::postgres::{Major, SegmentName, SegmentSize, WalIdentity, WalName};
 use crate::store::Listed;

@@ -123,7 +123,6 @@ impl CutRecord {
     pub fn may_tell(&self) -> bool {
         self.head.len() < RECORD_HEADER_BYTES || tells(&self.head)
     }
-
 }
 
 /// Whether a restore point may begin in these whole pages of WAL. Where none begins the answer is mostly, but not always, no.
