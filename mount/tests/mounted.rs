@@ -280,7 +280,12 @@ fn compare(there: &Path, here: &Path) {
 /// Writes that fsync acknowledged are there after kill -9, whenever it comes.
 #[test]
 fn acknowledged_writes_survive_a_killed_daemon() {
-    let mut daemon = Daemon::writable(Writes::Passthrough);
+    for writes in [Writes::Passthrough, Writes::Back] {
+        acknowledged_writes_survive(Daemon::writable(writes));
+    }
+}
+
+fn acknowledged_writes_survive(mut daemon: Daemon) {
     let tree = support::tree::sample();
     let node = tree.lookup(pgcairn_mount::ROOT, "c".as_ref()).unwrap().unwrap();
     let mut expected = tree.content(node);
@@ -338,17 +343,43 @@ fn acknowledged(old: &Path, new: &Path, round: u64, count: &AtomicU64) -> Vec<(u
     done
 }
 
-/// A full disk is reported, survived, and over when something was deleted.
-#[test]
-fn a_full_disk_is_survived() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut daemon = Daemon::writable(Writes::Through);
+/// A daemon whose scratch is on a disk of 4 MB.
+fn on_a_small_disk(writes: Writes, dir: &Path) -> (Daemon, Disk) {
+    let mut daemon = Daemon::writable(writes);
     daemon.unmount();
-    let disk = Disk(dir.path().to_owned());
+    let disk = Disk(dir.to_owned());
     let flags = nix::mount::MsFlags::empty();
     nix::mount::mount(Some("none"), &disk.0, Some("tmpfs"), flags, Some("size=4m")).unwrap();
     daemon.scratch = Some(disk.0.join("scratch"));
     daemon.start();
+    (daemon, disk)
+}
+
+/// Where the kernel collects writes, a full disk is reported by the fsync, and what was synced before stays.
+#[test]
+fn a_full_disk_fails_the_fsync_of_collected_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut daemon, _disk) = on_a_small_disk(Writes::Back, dir.path());
+    let old = OpenOptions::new().write(true).open(daemon.path("c")).unwrap();
+    old.write_all_at(&noise(2, 8192), 8192).unwrap();
+    old.sync_data().unwrap();
+    let mut big = File::create(daemon.path("big")).unwrap();
+    big.write_all(&noise(1, 8_000_000)).unwrap();
+    assert_eq!(code(big.sync_data()), libc::ENOSPC);
+    drop((big, old));
+    fs::remove_file(daemon.path("big")).unwrap();
+    daemon.remount();
+    let mut expected = noise(300_001, 300_000);
+    expected[8192..16384].copy_from_slice(&noise(2, 8192));
+    assert_eq!(fs::read(daemon.path("c")).unwrap(), expected);
+    daemon.unmount();
+}
+
+/// A full disk is reported, survived, and over when something was deleted.
+#[test]
+fn a_full_disk_is_survived() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut daemon, _disk) = on_a_small_disk(Writes::Through, dir.path());
     fs::write(daemon.path("small"), b"before").unwrap();
     let mut big = File::create(daemon.path("big")).unwrap();
     let full = loop {

@@ -117,3 +117,38 @@ impl Answer {
         Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::fs::{self, OpenOptions};
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn a_stamp_tells_a_file_from_every_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("000000010000000000000001");
+        fs::write(&path, [1; 8192]).unwrap();
+        let modified = fs::metadata(&path).unwrap().modified().unwrap();
+        let stamp = Stamp::of(&path).unwrap();
+        assert!(!stamp.is_settled(SystemTime::now()), "it was written just now");
+        assert!(stamp.is_settled(SystemTime::now() + TICK_MAX));
+        std::thread::sleep(TICK_MAX);
+        fs::read(&path).unwrap();
+        assert_eq!(Stamp::of(&path).unwrap(), stamp, "reading changes nothing");
+
+        // one byte, with the old time put back
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(&[2], 5000).unwrap();
+        file.set_modified(modified).unwrap();
+        assert_ne!(Stamp::of(&path).unwrap(), stamp);
+
+        // another file with the same bytes in its place
+        let (changed, other) = (Stamp::of(&path).unwrap(), dir.path().join("other"));
+        fs::copy(&path, &other).unwrap();
+        fs::rename(&other, &path).unwrap();
+        assert_ne!(Stamp::of(&path).unwrap(), changed);
+    }
+}
