@@ -134,6 +134,14 @@ impl Layout {
         }
     }
 
+    /// The directory of a database in a tablespace, relative to PGDATA.
+    pub fn database_directory(&self, tablespace: u32, database: u32) -> String {
+        match tablespace {
+            DEFAULT_TABLESPACE => format!("base/{database}"),
+            tablespace => format!("pg_tblspc/{tablespace}/{}/{database}", self.tablespace_directory),
+        }
+    }
+
     fn in_tablespace(&self, tablespace: u32, version: &str, db: Option<&str>, file: Option<&str>) -> FileClass {
         if TablespaceDirectory::parse(version) != Ok(self.tablespace_directory) {
             return FileClass::Skip(SkipReason::OfOtherVersion);

@@ -102,15 +102,19 @@ impl ManifestCursor {
         Ok(self.entries.pop_front())
     }
 
-    /// The same manifest, from its beginning, by path.
-    pub fn by_path(mut self) -> Result<ManifestIndex> {
-        let (mut reader, mut blocks) = (ManifestReader::new(&self.object.key), Vec::new());
-        for number in 0..self.object.chunks.len() {
+    /// The same manifest, from its beginning, by path. `each` sees every entry, in path order.
+    pub fn by_path(&self, mut each: impl FnMut(&Entry)) -> Result<ManifestIndex> {
+        let mut object = self.object.again()?;
+        let (mut reader, mut blocks) = (ManifestReader::new(&object.key), Vec::new());
+        for number in 0..object.chunks.len() {
             let mut first = None;
-            reader.chunk(&self.object.plain(number)?, |entry| _ = first.get_or_insert(entry.path))?;
+            reader.chunk(&object.plain(number)?, |entry| {
+                each(&entry);
+                first.get_or_insert(entry.path);
+            })?;
             blocks.extend(first.map(|path| (path, number)));
         }
-        Ok(ManifestIndex { object: self.object, blocks, read: LruCache::new(BLOCKS_DECODED) })
+        Ok(ManifestIndex { object, blocks, read: LruCache::new(BLOCKS_DECODED) })
     }
 
     /// The name by which entries refer to chunks that lie in the manifest itself.
@@ -166,6 +170,19 @@ impl Object {
         let chunks = trailer.footer(&key, header.id, &bytes[footer as usize..footer_end])?;
         let decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
         Ok(Some(Self { key, pack: header.id, bytes, from, chunks, decoder, keys: repository.keys.clone() }))
+    }
+
+    /// The same bytes, for who reads elsewhere in them.
+    fn again(&self) -> Result<Self> {
+        Ok(Self {
+            key: self.key.clone(),
+            pack: self.pack,
+            bytes: self.bytes.clone(),
+            from: self.from,
+            chunks: self.chunks.clone(),
+            decoder: Decoder::new().context(|| "cannot set up zstd".into())?,
+            keys: self.keys.clone(),
+        })
     }
 
     fn plain(&mut self, number: usize) -> Result<Vec<u8>> {

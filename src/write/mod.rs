@@ -31,4 +31,5 @@ mod sorter;
 pub mod source;
 pub mod standby;
 mod stream;
+mod twin;
 pub mod weights;

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::scan::Scanned;
+use super::twin::Twins;
 use super::weights::Weights;
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkRef, GrainHash, PackId};
@@ -16,7 +17,7 @@ use crate::format::map::{
 use crate::format::{GRAIN, INLINE_BYTES, LEAF_BYTES, SLOT};
 use crate::repo::Repository;
 use crate::repo::chunks::ChunkReader;
-use crate::repo::manifest::{ManifestCursor, ManifestIndex};
+use crate::repo::manifest::ManifestCursor;
 
 /// A file is taken over unread only if it was last changed this many seconds before its backup began to look at files: clocks
 /// are not exact, and those of file servers are others.
@@ -61,6 +62,8 @@ pub struct ParentFiles {
     label: String,
     cursor: ManifestCursor,
     ahead: Option<Entry>,
+    /// made when the first file is met that may have one
+    twins: Option<Twins>,
     unread: bool,
     settled_before: i64,
 }
@@ -69,15 +72,15 @@ pub struct ParentFiles {
 #[derive(Debug)]
 pub struct ParentIndex {
     label: String,
-    index: ManifestIndex,
+    twins: Twins,
 }
 
-/// What the parent has under a file's path.
+/// What the parent has under a file's path, or of its twin.
 #[derive(Clone, Debug)]
 pub enum Known {
     /// nothing
     New,
-    /// another state of it, or perhaps the same
+    /// another state of it, or of its twin, or perhaps the same
     Changed(Arc<File>),
     /// the same: it need not be read
     Same(Arc<File>),
@@ -151,7 +154,14 @@ impl Parent {
         let reuse = Reuse { unread: reuse.unread && harmed.is_empty(), ..reuse };
         let (label, description) = (label.to_owned(), cursor.description.clone());
         let settled_before = description.start_time - SETTLED_SECONDS;
-        let files = ParentFiles { label: label.clone(), cursor, ahead: None, unread: reuse.unread, settled_before };
+        let files = ParentFiles {
+            label: label.clone(),
+            cursor,
+            ahead: None,
+            twins: None,
+            unread: reuse.unread,
+            settled_before,
+        };
         Ok((description, files, Self { label, chunks: ChunkReader::new(repository)?, packs, harmed, reuse }))
     }
 
@@ -248,25 +258,34 @@ impl Parent {
 }
 
 impl ParentIndex {
-    /// What the parent has under this path; never [`Known::Same`].
-    pub fn find(&mut self, path: &[u8]) -> Result<Known> {
-        let entry = self.index.find(path).map_err(|error| unusable(&self.label, error))?;
-        Ok(match entry.map(|entry| entry.node) {
-            Some(Node::File(file)) => Known::Changed(Arc::new(file)),
-            _ => Known::New,
-        })
+    /// What `found` is compared with; never [`Known::Same`].
+    pub fn find(&mut self, found: &Scanned) -> Result<Known> {
+        let file = match self.twins.at(&found.path) {
+            Ok(None) if may_have_twin(found) => self.twins.find(&found.path, found.size),
+            other => other,
+        };
+        let file = file.map_err(|error| unusable(&self.label, error))?;
+        Ok(file.map_or(Known::New, |file| Known::Changed(Arc::new(file))))
     }
 }
 
 impl ParentFiles {
     /// All of them, by path.
     pub fn by_path(self) -> Result<ParentIndex> {
-        let index = self.cursor.by_path().map_err(|error| unusable(&self.label, error))?;
-        Ok(ParentIndex { label: self.label, index })
+        let twins = Twins::of(&self.cursor).map_err(|error| unusable(&self.label, error))?;
+        Ok(ParentIndex { label: self.label, twins })
     }
 
-    /// What the parent has under the path of `found`; paths must be asked for in ascending order. `now` is the present second.
+    /// What `found` is compared with; paths must be asked for in ascending order. `now` is the present second.
     pub fn find(&mut self, found: &Scanned, now: i64) -> Result<Known> {
+        match self.at_path(found, now)? {
+            Known::New if may_have_twin(found) => self.twin(found).map_err(|error| unusable(&self.label, error)),
+            known => Ok(known),
+        }
+    }
+
+    /// What the parent has under the path of `found`.
+    fn at_path(&mut self, found: &Scanned, now: i64) -> Result<Known> {
         loop {
             if self.ahead.is_none() {
                 self.ahead = self.cursor.next().map_err(|error| unusable(&self.label, error))?;
@@ -286,6 +305,21 @@ impl ParentFiles {
         let file = Arc::new(file);
         Ok(if same { Known::Same(file) } else { Known::Changed(file) })
     }
+
+    /// The twin of what the parent does not have: to be compared with, whatever its size and time say.
+    fn twin(&mut self, found: &Scanned) -> Result<Known> {
+        let twins = match &mut self.twins {
+            Some(twins) => twins,
+            none => none.insert(Twins::of(&self.cursor)?),
+        };
+        let twin = twins.find(&found.path, found.size)?;
+        Ok(twin.map_or(Known::New, |file| Known::Changed(Arc::new(file))))
+    }
+}
+
+/// Who has no twin need not be looked for in all of the parent.
+fn may_have_twin(found: &Scanned) -> bool {
+    found.first_block.is_some() && found.size > 0
 }
 
 impl OldSlots {

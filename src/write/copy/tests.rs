@@ -100,7 +100,7 @@ pub(crate) fn now_s() -> i64 {
 }
 
 /// Reads every file of a backup by the format's own rules, not through the view.
-fn read_back(repository: &Repository, label: &str) -> BTreeMap<Vec<u8>, (Vec<u8>, u32)> {
+pub(crate) fn read_back(repository: &Repository, label: &str) -> BTreeMap<Vec<u8>, (Vec<u8>, u32)> {
     let mut manifest = repository.open_manifest(label).unwrap();
     let own = (manifest.pack(), manifest.key().to_owned());
     let mut chunks = Chunks { repository, own, known: BTreeMap::new() };
@@ -174,7 +174,7 @@ impl Chunks<'_> {
     }
 }
 
-fn data_directory() -> tempfile::TempDir {
+pub(crate) fn data_directory() -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();
     for directory in ["global", "base/1", "base/5", "pg_wal/archive_status", "pg_tblspc"] {
         fs::create_dir_all(root.path().join(directory)).unwrap();
@@ -196,7 +196,7 @@ pub(crate) fn content(seed: u64, len: usize) -> Vec<u8> {
     (0..len).map(|at| if (at / GRAIN).is_multiple_of(2) { (at / 512) as u8 ^ seed as u8 } else { next() }).collect()
 }
 
-fn assert_same(root: &Path, found: &BTreeMap<Vec<u8>, (Vec<u8>, u32)>, expected: usize) {
+pub(crate) fn assert_same(root: &Path, found: &BTreeMap<Vec<u8>, (Vec<u8>, u32)>, expected: usize) {
     assert_eq!(found.len(), expected);
     for (path, (bytes, crc)) in found {
         let source = fs::read(root.join(std::str::from_utf8(path).unwrap())).unwrap();

@@ -187,7 +187,7 @@ impl Incoming<'_> {
 
     fn file(&mut self, found: Scanned, segment: Option<SegmentName>, jobs: &mut Jobs) -> Result<bool> {
         let known = match (&mut self.parent, segment) {
-            (Some(parent), None) => parent.find(&found.path)?,
+            (Some(parent), None) => parent.find(&found)?,
             _ => Known::New,
         };
         let size = found.size;

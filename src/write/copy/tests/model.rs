@@ -14,6 +14,10 @@ enum Op {
     /// another file under the same name
     Replace(usize, usize, u8),
     Remove(usize),
+    /// the file is there in the other database too, with its time
+    Copy(usize),
+    /// the file goes to the other database, with its time
+    Move(usize),
     /// a backup, compared with the newest or with the first
     Backup(Kind),
 }
@@ -25,16 +29,20 @@ enum Kind {
     Incr,
 }
 
+/// Files in each of two databases, in which they have the same names.
 const NAMES: usize = 5;
+const FILES: usize = 2 * NAMES;
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
     let size = || prop_oneof![0..3 * GRAIN, 0..10 * SLOT, Just(INLINE_BYTES as usize + 1), Just(4 << 20)];
     let op = prop_oneof![
-        6 => (0..NAMES, 0..600usize, any::<u8>()).prop_map(|(file, grain, byte)| Op::WriteGrain(file, grain, byte)),
-        2 => (0..NAMES, size()).prop_map(|(file, size)| Op::Resize(file, size)),
-        1 => (0..NAMES, any::<u8>()).prop_map(|(file, byte)| Op::Refill(file, byte)),
-        1 => (0..NAMES, size(), any::<u8>()).prop_map(|(file, size, byte)| Op::Replace(file, size, byte)),
-        1 => (0..NAMES).prop_map(Op::Remove),
+        6 => (0..FILES, 0..600usize, any::<u8>()).prop_map(|(file, grain, byte)| Op::WriteGrain(file, grain, byte)),
+        2 => (0..FILES, size()).prop_map(|(file, size)| Op::Resize(file, size)),
+        1 => (0..FILES, any::<u8>()).prop_map(|(file, byte)| Op::Refill(file, byte)),
+        1 => (0..FILES, size(), any::<u8>()).prop_map(|(file, size, byte)| Op::Replace(file, size, byte)),
+        1 => (0..FILES).prop_map(Op::Remove),
+        2 => (0..FILES).prop_map(Op::Copy),
+        2 => (0..FILES).prop_map(Op::Move),
         3 => prop_oneof![Just(Kind::Full), Just(Kind::Diff), Just(Kind::Incr)].prop_map(Op::Backup),
     ];
     prop::collection::vec(op, 10..40)
@@ -48,7 +56,7 @@ struct World {
 
 impl World {
     fn path(&self, file: usize) -> std::path::PathBuf {
-        self.root.path().join(format!("base/5/{}", 20_000 + file))
+        self.root.path().join(name(file))
     }
 
     fn change(&mut self, file: usize, change: impl FnOnce(&Path)) {
@@ -85,14 +93,31 @@ impl World {
                 fs::write(path, content(u64::from(byte) + 2, size)).unwrap();
             }),
             Op::Remove(file) => self.change(file, |path| _ = fs::remove_file(path)),
+            Op::Copy(file) => self.copy(file),
+            Op::Move(file) => {
+                self.copy(file);
+                _ = fs::remove_file(self.path(file));
+            }
             Op::Backup(_) => self.clock += 60,
         }
     }
 
-    fn files(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
-        let read = |file| Some((format!("base/5/{}", 20_000 + file).into_bytes(), fs::read(self.path(file)).ok()?));
-        (0..NAMES).filter_map(read).collect()
+    fn copy(&self, file: usize) {
+        let (from, to) = (self.path(file), self.path((file + NAMES) % FILES));
+        if fs::copy(&from, &to).is_ok() {
+            let time = fs::metadata(&from).unwrap().modified().unwrap();
+            fs::File::options().write(true).open(&to).unwrap().set_modified(time).unwrap();
+        }
     }
+
+    fn files(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
+        let read = |file| Some((name(file).into_bytes(), fs::read(self.path(file)).ok()?));
+        (0..FILES).filter_map(read).collect()
+    }
+}
+
+fn name(file: usize) -> String {
+    format!("base/{}/{}", if file < NAMES { 5 } else { 1 }, 20_000 + file % NAMES)
 }
 
 proptest! {
