@@ -1,5 +1,6 @@
 //! One file of `pg_wal` into the archive: success means that the store has confirmed it.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -218,6 +219,11 @@ impl WalFile {
     }
 }
 
+thread_local! {
+    /// The compression contexts of this thread, with their level: fresh ones for each segment cost a tenth of compressing it.
+    static ENCODER: RefCell<Option<(i32, Encoder)>> = const { RefCell::new(None) };
+}
+
 /// A file being read.
 struct Source<'a> {
     file: File,
@@ -239,9 +245,22 @@ impl Source<'_> {
     }
 
     /// Reads these chunks in order; `each` sees the plain bytes.
-    fn read(&self, numbers: Range<usize>, mut each: impl FnMut(&[u8])) -> Result<Vec<Chunk>> {
-        let encoder = self.level.map(Encoder::new).transpose();
-        let mut encoder = encoder.context(|| "cannot set up zstd".into())?;
+    fn read(&self, numbers: Range<usize>, each: impl FnMut(&[u8])) -> Result<Vec<Chunk>> {
+        let Some(level) = self.level else { return self.read_with(None, numbers, each) };
+        ENCODER.with_borrow_mut(|kept| {
+            if kept.as_ref().is_none_or(|(of, _)| *of != level) {
+                *kept = Some((level, Encoder::new(level).context(|| "cannot set up zstd".into())?));
+            }
+            self.read_with(kept.as_mut().map(|(_, encoder)| encoder), numbers, each)
+        })
+    }
+
+    fn read_with(
+        &self,
+        mut encoder: Option<&mut Encoder>,
+        numbers: Range<usize>,
+        mut each: impl FnMut(&[u8]),
+    ) -> Result<Vec<Chunk>> {
         // one buffer each for all chunks: fresh ones would cost more than compressing
         let (mut plain, mut stored) = (vec![0; CHUNK], Vec::new());
         let mut chunks = Vec::with_capacity(numbers.len());
