@@ -174,7 +174,7 @@ impl Chunks<'_> {
     }
 }
 
-fn data_directory() -> tempfile::TempDir {
+pub(crate) fn data_directory() -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();
     for directory in ["global", "base/1", "base/5", "pg_wal/archive_status", "pg_tblspc"] {
         fs::create_dir_all(root.path().join(directory)).unwrap();
@@ -311,4 +311,4 @@ fn what_a_copy_left_that_died_is_not_stored_again() {
     assert_same(root.path(), &read_back(&repository, LABEL), 302);
 }
 
-mod model;
+pub(crate) mod model;

@@ -4,7 +4,7 @@
 use super::*;
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(crate) enum Op {
     /// one grain of a file gets other bytes
     WriteGrain(usize, usize, u8),
     /// the file gets another length
@@ -19,13 +19,13 @@ enum Op {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Kind {
+pub(crate) enum Kind {
     Full,
     Diff,
     Incr,
 }
 
-const NAMES: usize = 5;
+pub(crate) const NAMES: usize = 5;
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
     let size = || prop_oneof![0..3 * GRAIN, 0..10 * SLOT, Just(INLINE_BYTES as usize + 1), Just(4 << 20)];
@@ -41,9 +41,9 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
 }
 
 /// Clocks stand still in a test: each change gets a second of its own, each backup comes long after.
-struct World {
-    root: tempfile::TempDir,
-    clock: i64,
+pub(crate) struct World {
+    pub(crate) root: tempfile::TempDir,
+    pub(crate) clock: i64,
 }
 
 impl World {
@@ -61,7 +61,7 @@ impl World {
         }
     }
 
-    fn apply(&mut self, op: &Op) {
+    pub(crate) fn apply(&mut self, op: &Op) {
         match *op {
             Op::WriteGrain(file, grain, byte) => self.change(file, |path| {
                 let Ok(open) = fs::File::options().write(true).open(path) else { return };
@@ -89,7 +89,7 @@ impl World {
         }
     }
 
-    fn files(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
+    pub(crate) fn files(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
         let read = |file| Some((format!("base/5/{}", 20_000 + file).into_bytes(), fs::read(self.path(file)).ok()?));
         (0..NAMES).filter_map(read).collect()
     }
