@@ -6,11 +6,13 @@ use super::check::check_files;
 use super::model::Moment;
 use super::steps::open;
 use super::world::World;
-use crate::format::chunk::PackId;
+use crate::format::chunk::{Decoder, PackId};
+use crate::format::map::changes_base;
 use crate::keep::verify::Report;
 use crate::postgres::BackupKind::{Diff, Full, Incr};
 use crate::repo::keys;
 use crate::store::Body;
+use crate::write::copy::tests::model::Op;
 
 /// What happened to a pack.
 #[derive(Clone, Copy, Debug)]
@@ -97,6 +99,39 @@ impl World {
         let report = self.verify(false);
         assert!(!unsound(&report).contains(&&label), "{report:#?}");
         self.check_backup(&label);
+    }
+}
+
+/// An incremental's changes of a large file may say only what is different from those of the backup before it.
+#[test]
+fn changes_that_others_are_derived_from_are_missed_where_they_are_needed() {
+    let mut world = World::new(1);
+    for _ in 0..2 {
+        let files = Arc::new(world.files());
+        world.backup_to_be(Incr)().unwrap();
+        world.settle_backup(files);
+        world.pass(60);
+        world.data.clock = world.now();
+        world.data.apply(&Op::WriteGrain(0, 7, 9));
+    }
+    let labels: Vec<&String> = world.model.backups.keys().collect();
+    let bases = |label: &String| {
+        let (mut decoder, mut bases) = (Decoder::new().unwrap(), Vec::new());
+        for chunk in &world.model.backups[label].chunks {
+            let plain = world.repository.fetch_chunk(&mut decoder, chunk).unwrap();
+            bases.extend(changes_base("changes", &plain).ok().flatten());
+        }
+        bases
+    };
+    let base = bases(labels[1]).pop().unwrap();
+    let key = keys::pack("main", base.pack);
+    let mut spoilt = world.repository.store.get(&key).unwrap().to_vec();
+    spoilt[base.offset as usize + 5] ^= 1;
+    world.repository.store.put(&key, Body::Bytes(spoilt.into())).unwrap();
+    assert_eq!(unsound(&world.verify(false)), labels);
+    world.repository.store.delete(&[key]).unwrap();
+    for quick in [true, false] {
+        assert_eq!(unsound(&world.verify(quick)), labels);
     }
 }
 

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use world::World;
 
 /// Stories of every run.
-const SEEDS: Range<u64> = 0..12;
+const SEEDS: Range<u64> = 0..10;
 /// Steps of each.
 const STEPS: usize = 30;
 

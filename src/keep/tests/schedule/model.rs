@@ -121,7 +121,8 @@ impl Model {
             gone.extend(self.backups.keys().filter(|label| set_of(label) < first_kept.as_str()).cloned());
         }
         if let Some(count) = options.retention.diff {
-            let counted = self.backups.iter().filter(|(label, of)| of.kind != BackupKind::Incr && !gone.contains(*label));
+            let counted =
+                self.backups.iter().filter(|(label, of)| of.kind != BackupKind::Incr && !gone.contains(*label));
             let counted: Vec<(&String, &Moment)> = counted.collect();
             let old = counted.len().saturating_sub(count.max(1) as usize);
             for (label, _) in counted[..old].iter().filter(|(_, of)| of.kind == BackupKind::Diff) {

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use super::check::chunks_of;
 use super::model::{Files, Moment, Taken, WalLeft};
-use super::world::{Death, Mount, World};
+use super::world::{Death, Leaving, Mount, World};
 use crate::error::Result;
 use crate::keep::expire::{ExpireOptions, Report, expire};
 use crate::keep::policy::{FullType, Retention};
@@ -18,6 +18,7 @@ use crate::postgres::{SegmentName, SegmentSize};
 use crate::progress::Silent;
 use crate::read::fetch::{FetchOptions, Fetcher};
 use crate::read::view::{View, ViewOptions};
+use crate::repo::keys;
 use crate::store::{Effect, Operation};
 
 const HOUR: i64 = 3600;
@@ -75,8 +76,7 @@ impl World {
 
     /// Whether an error says no more than that somebody seems to work who died elsewhere.
     fn is_locked_out<T>(&self, outcome: &Result<T>) -> bool {
-        self.now() <= self.foreign_until
-            && outcome.as_ref().is_err_and(|error| error.to_string().contains("is locked"))
+        self.now() <= self.foreign_until && outcome.as_ref().is_err_and(|error| error.to_string().contains("is locked"))
     }
 
     fn backup(&mut self, trouble: &Trouble) {
@@ -119,7 +119,8 @@ impl World {
                 None
             }
             Trouble::Meanwhile(number) => {
-                let options = ExpireOptions { dry_run: false, ..self.expire_options() };
+                // a backup that is taken on top of one that a person removes is of a set that is no more
+                let options = ExpireOptions { dry_run: false, set: None, ..self.expire_options() };
                 let (repository, left) = (self.repository.clone(), Arc::new(Mutex::new(None)));
                 let leave = left.clone();
                 self.between(*number, move || {
@@ -266,8 +267,12 @@ impl World {
             assert!(taken.iter().flatten().any(|taken| taken.backups == named), "{named:?} went, not {taken:?}");
         }
         self.model.wal.retain(|number| taken.iter().flatten().all(|taken| taken.wal.has(*number)));
-        self.model.backups.retain(|label, _| !gone.contains(label));
         let (now, grace) = (self.now(), options.grace.as_secs() as i64);
+        for (label, of) in self.model.backups.extract_if(.., |label, _| gone.contains(label)) {
+            let packs = of.chunks.iter().map(|chunk| keys::pack("main", chunk.pack)).collect();
+            self.leaving.push(Leaving { label, gone: now, packs });
+        }
+        self.leaving.retain(|leaving| now - leaving.gone < grace);
         for mount in &mut self.mounts {
             if gone.contains(&mount.label) {
                 mount.gone = Some(now);
@@ -298,10 +303,8 @@ impl World {
         // the first marks, the second sweeps
         self.expire_long_after(&options);
         // by age, another one may go only now
-        let options = ExpireOptions {
-            retention: Retention { full_type: FullType::Count, ..options.retention },
-            ..options
-        };
+        let options =
+            ExpireOptions { retention: Retention { full_type: FullType::Count, ..options.retention }, ..options };
         self.expire_long_after(&options);
         let wal = self.expire_long_after(&options);
         self.check_nothing_is_left_over(&wal);

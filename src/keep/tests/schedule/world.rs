@@ -1,5 +1,6 @@
 //! A data directory that changes, a store whose clock the story sets, and who reads.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -34,6 +35,13 @@ pub(super) struct Mount {
     pub(super) doubtful: bool,
 }
 
+/// A backup that was removed within the grace period.
+pub(super) struct Leaving {
+    pub(super) label: String,
+    pub(super) gone: i64,
+    pub(super) packs: BTreeSet<String>,
+}
+
 pub(super) struct World {
     pub(super) random: Random,
     pub(super) repository: Repository,
@@ -42,6 +50,7 @@ pub(super) struct World {
     pub(super) wal: Arc<Wal>,
     pub(super) model: Model,
     pub(super) mounts: Vec<Mount>,
+    pub(super) leaving: Vec<Leaving>,
     /// until then a lock of a dead process on another machine may be obeyed
     pub(super) foreign_until: i64,
     /// store calls of the last backup and of the last expire
@@ -80,6 +89,7 @@ impl World {
             wal: Arc::new(Wal { directory: tempfile::tempdir().unwrap(), next: Mutex::new(1) }),
             model: Model::default(),
             mounts: Vec::new(),
+            leaving: Vec::new(),
             foreign_until: 0,
             calls: (40, 40),
             seed,
@@ -139,7 +149,10 @@ impl World {
     }
 
     /// A backup of what there is now, to be taken now or in the middle of something else.
-    pub(super) fn backup_to_be(&self, kind: BackupKind) -> impl Fn() -> crate::error::Result<String> + Send + Sync + 'static {
+    pub(super) fn backup_to_be(
+        &self,
+        kind: BackupKind,
+    ) -> impl Fn() -> crate::error::Result<String> + Send + Sync + 'static {
         let (repository, wal, now) = (self.repository.clone(), self.wal.clone(), self.now());
         let root: PathBuf = self.data.root.path().into();
         move || {
