@@ -23,9 +23,7 @@ pub(crate) struct Directory<'a> {
 /// Takes a backup of a directory, as [`backup`] does of a server.
 pub(crate) fn backup_directory(repository: &Repository, of: &mut Directory<'_>) -> Result<Description> {
     match attempt_directory(repository, of, of.kind, true) {
-        Err(error) if error.find::<Unusable>().is_some() => {
-            attempt_directory(repository, of, BackupKind::Full, false)
-        }
+        Err(error) if error.find::<Unusable>().is_some() => attempt_directory(repository, of, BackupKind::Full, false),
         other => other,
     }
 }
