@@ -9,6 +9,7 @@
 mod check;
 mod damage;
 mod model;
+mod overlap;
 mod steps;
 mod world;
 
@@ -18,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use world::World;
 
 /// Stories of every run.
-const SEEDS: Range<u64> = 0..10;
+const SEEDS: Range<u64> = 0..24;
 /// Steps of each.
 const STEPS: usize = 30;
 

@@ -24,7 +24,7 @@ use crate::store::{Effect, Operation};
 const HOUR: i64 = 3600;
 
 /// What comes in between.
-enum Trouble {
+pub(super) enum Trouble {
     None,
     /// it dies at this call
     Dies(u64, Death),
@@ -37,7 +37,7 @@ impl World {
         let pause = self.random.below(15) as i64;
         self.pass(pause);
         let mut thorough = self.random.once_in(6);
-        match self.random.below(20) {
+        match self.random.below(21) {
             0..3 => self.change(),
             3..6 => self.backup(&Trouble::None),
             6..9 => {
@@ -59,8 +59,9 @@ impl World {
                 let number = 1 + self.random.below(self.calls.1);
                 self.expire(&Trouble::Meanwhile(number));
             }
-            16 => self.mount(),
-            17 => self.damage(),
+            16 => self.overlap(),
+            17 => self.mount(),
+            18 => self.damage(),
             _ => {
                 let seconds = self.random.pick(&[60, 700, HOUR, 12 * HOUR, 25 * HOUR]);
                 self.pass(seconds);
@@ -75,7 +76,7 @@ impl World {
     }
 
     /// Whether an error says no more than that somebody seems to work who died elsewhere.
-    fn is_locked_out<T>(&self, outcome: &Result<T>) -> bool {
+    pub(super) fn is_locked_out<T>(&self, outcome: &Result<T>) -> bool {
         self.now() <= self.foreign_until && outcome.as_ref().is_err_and(|error| error.to_string().contains("is locked"))
     }
 
@@ -146,7 +147,7 @@ impl World {
         self.plan.add(comes, Effect::Delay(Duration::ZERO));
     }
 
-    fn after(&mut self, trouble: &Trouble) {
+    pub(super) fn after(&mut self, trouble: &Trouble) {
         self.sync_wal();
         if let Trouble::Dies(..) = trouble
             && self.random.once_in(3)
@@ -246,7 +247,7 @@ impl World {
     }
 
     /// Notes what went, which must be no more than what may by one of `taken`, and as much as the report says.
-    fn settle_expire(&mut self, options: &ExpireOptions, taken: &[Option<Taken>], outcome: &Result<Report>) {
+    pub(super) fn settle_expire(&mut self, options: &ExpireOptions, taken: &[Option<Taken>], outcome: &Result<Report>) {
         self.sync_wal();
         if options.dry_run {
             return;
@@ -337,7 +338,7 @@ fn tell(trouble: &Trouble) -> String {
     }
 }
 
-fn told<T: std::fmt::Debug>(outcome: &Result<T>) -> String {
+pub(super) fn told<T: std::fmt::Debug>(outcome: &Result<T>) -> String {
     match outcome {
         Ok(done) => format!("{done:?}"),
         Err(error) => format!("failed: {error}"),
