@@ -23,6 +23,15 @@ struct Crossing {
     calls: AtomicU64,
 }
 
+/// When the backup goes on.
+#[derive(Clone, Copy, Debug)]
+enum When {
+    /// the expire has come so many calls further than to the first manifest it removes
+    Calls(u64),
+    /// it has seen which packs nobody needs, and is about to mark them
+    Marks,
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
     #[default]
@@ -48,7 +57,7 @@ impl Crossing {
     }
 
     /// Sees every call before it is made: of the two only one makes any while the other waits. Nobody waits for a lock.
-    fn sees(&self, call: &Call, number: u64) {
+    fn sees(&self, call: &Call, when: When) {
         let stage = *self.stage.lock();
         let is_manifest = call.key.ends_with("backup.manifest");
         match (stage, call.operation) {
@@ -57,8 +66,15 @@ impl Crossing {
                 self.wait(Stage::GoesOn);
             }
             (Stage::Waits, operation) if !call.key.starts_with("lock/") => {
-                let began = self.calls.load(Ordering::SeqCst) > 0 || operation == Operation::Delete && is_manifest;
-                if began && self.calls.fetch_add(1, Ordering::SeqCst) == number {
+                let is_time = match when {
+                    When::Marks => operation == Operation::Put && call.key.starts_with("mark/"),
+                    When::Calls(number) => {
+                        let began =
+                            self.calls.load(Ordering::SeqCst) > 0 || operation == Operation::Delete && is_manifest;
+                        began && self.calls.fetch_add(1, Ordering::SeqCst) == number
+                    }
+                };
+                if is_time {
                     self.reach(Stage::GoesOn);
                     self.wait(Stage::Ended);
                 }
@@ -73,11 +89,12 @@ impl World {
         self.change();
         let kind = self.random.pick(&[Full, Diff, Incr, Incr]);
         let options = self.options_against(kind);
-        let (number, files) = (1 + self.random.below(16), Arc::new(self.files()));
+        let files = Arc::new(self.files());
+        let when = if self.random.once_in(2) { When::Marks } else { When::Calls(1 + self.random.below(40)) };
         let (take, crossing) = (self.backup_to_be(kind), Arc::new(Crossing::default()));
         let watching = crossing.clone();
         let watch = move |call: &Call| {
-            watching.sees(call, number);
+            watching.sees(call, when);
             false
         };
         self.plan.add(watch, Effect::Delay(Duration::ZERO));
@@ -93,17 +110,13 @@ impl World {
             (backup.join().unwrap(), outcome)
         });
         self.plan.clear();
-        self.say(format!(
-            "{kind:?} backup: {}, across call {number} of {options:?}: {}",
-            told(&backup),
-            told(&outcome)
-        ));
+        self.say(format!("{kind:?} backup: {}, across {when:?} of {options:?}: {}", told(&backup), told(&outcome)));
         let taken = self.model.expired(&options, self.now());
         assert!(backup.is_ok() || self.is_locked_out(&backup), "{backup:?}");
         assert!(outcome.is_ok() || taken.is_none() || self.is_locked_out(&outcome), "{outcome:?}");
         assert_eq!(self.settle_backup(files), backup.ok());
         self.settle_expire(&options, &[taken], &outcome);
-        self.after(&Trouble::Meanwhile(number));
+        self.after(&Trouble::None);
     }
 
     /// An expire that is likely to take what a backup is compared with.
