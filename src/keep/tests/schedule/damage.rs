@@ -25,7 +25,7 @@ struct Damage {
 impl Damage {
     fn harms(&self, of: &Moment) -> bool {
         of.chunks.iter().any(|chunk| {
-            let (from, end) = (u64::from(chunk.offset), u64::from(chunk.end()));
+            let (from, end) = (u64::from(chunk.offset), chunk.end());
             chunk.pack == self.pack && self.byte.is_none_or(|byte| (from..end).contains(&byte))
         })
     }

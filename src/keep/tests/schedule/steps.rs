@@ -23,6 +23,9 @@ use crate::store::{Effect, Operation};
 
 const HOUR: i64 = 3600;
 
+/// Where an expire that runs in the middle of something leaves what it did.
+type Left = Arc<Mutex<Option<(ExpireOptions, Result<Report>)>>>;
+
 /// What comes in between.
 pub(super) enum Trouble {
     None,
@@ -112,7 +115,7 @@ impl World {
     }
 
     /// Makes what comes in between happen; an expire that comes leaves what it did.
-    fn prepare(&mut self, trouble: &Trouble) -> Option<Arc<Mutex<Option<(ExpireOptions, Result<Report>)>>>> {
+    fn prepare(&mut self, trouble: &Trouble) -> Option<Left> {
         match trouble {
             Trouble::None => None,
             Trouble::Dies(number, death) => {
@@ -206,10 +209,9 @@ impl World {
     }
 
     fn expire(&mut self, trouble: &Trouble) {
-        let options = self.expire_options();
+        let mut options = self.expire_options();
         let kind = self.random.pick(&[Full, Diff, Incr]);
         let (files, committed) = (Arc::new(self.files()), Arc::new(Mutex::new(None)));
-        let mut options = options;
         if let Trouble::Meanwhile(_) = trouble {
             // it would go with the one that it was taken on, or would not
             options.set = None;
