@@ -40,7 +40,7 @@
 //! 5. **Only [`keep`] deletes objects.** (A lock is taken away by its holder, or when that is dead; the demo removes the stanza
 //!    that it made.) Test: `tests/architecture.rs`. It deletes a pack only while no backup runs, when no manifest refers to it,
 //!    and a grace period after that was first seen; a manifest that cannot be read stops it. Held by `keep::sweep`; tests:
-//!    [`keep::expire`]'s, with a store that fails at every call.
+//!    [`keep::expire`]'s, with a store that fails at every call, and `src/keep/tests/schedule`, with everything at once in random order.
 //! 6. **Every byte that leaves `read::fetch` was checked against its chunk's name**, or, from the disk cache, against the hashes
 //!    kept beside it. Where a restore passes the caches, what is stored was checked by its seal, which is bound to the name, and
 //!    what was written by the file's checksum; what a delta restore leaves where it is was compared with the hash of its grain, and

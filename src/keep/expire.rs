@@ -230,6 +230,8 @@ fn remove_backups(repository: &Repository, lock: Option<&Lock>, decision: &Decis
     let gone = decision.backups.iter().rev().filter(|fate| !fate.keep);
     let gone: Vec<String> = gone.map(|fate| keys::manifest(&repository.stanza, &fate.label.to_string())).collect();
     let Some(lock) = lock else { return Ok(gone.len()) };
+    let labels = decision.backups.iter().filter(|fate| !fate.keep).map(|fate| fate.label.to_string());
+    mark::forget(repository, lock, &labels.collect::<Vec<_>>())?;
     for batch in gone.chunks(BATCH) {
         lock.check()?;
         repository.store.delete(batch)?;

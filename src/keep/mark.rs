@@ -8,10 +8,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
+use super::sweep::BATCH;
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::PackId;
 use crate::format::info::Mark;
 use crate::progress::Monitor;
+use crate::repo::lock::Lock;
 use crate::repo::{Repository, keys};
 use crate::store::{Body, Listed};
 
@@ -98,6 +100,36 @@ pub(super) fn marks(repository: &Repository) -> Result<Vec<Marked>> {
         Ok(())
     })?;
     Ok(marks)
+}
+
+/// Takes back the marks of packs that these backups need, which are about to go. A backup may have taken up packs that nobody
+/// needed, as those of one that died: that nobody needs them counts from its end on, not from before it.
+pub(super) fn forget(repository: &Repository, lock: &Lock, labels: &[String]) -> Result<()> {
+    let mut stale = if labels.is_empty() { Vec::new() } else { marks(repository)? };
+    if stale.is_empty() {
+        return Ok(());
+    }
+    let mut needed = HashSet::new();
+    for label in labels {
+        match repository.manifest_packs(label) {
+            Ok(uses) => needed.extend(uses.iter().map(|of| of.pack)),
+            // nobody knows what it needs: every mark may be of that
+            Err(error) if error.is_damage() => return take_away(repository, lock, &stale),
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    stale.retain(|mark| mark.packs.iter().any(|pack| needed.contains(pack)));
+    take_away(repository, lock, &stale)
+}
+
+fn take_away(repository: &Repository, lock: &Lock, marks: &[Marked]) -> Result<()> {
+    let keys: Vec<String> = marks.iter().map(|mark| mark.key.clone()).collect();
+    for batch in keys.chunks(BATCH) {
+        lock.check()?;
+        repository.store.delete(batch)?;
+    }
+    Ok(())
 }
 
 /// What a look at all packs found.

@@ -59,6 +59,8 @@ pub struct Fetcher {
     flights: Mutex<HashMap<ChunkId, Arc<Flight>>>,
     /// objects that hold chunks but are not packs below `chunk/`: files of the WAL archive
     elsewhere: Mutex<HashMap<PackId, String>>,
+    /// stored bytes of chunks that lie in manifests: these may go while their backups are read
+    held: Mutex<HashMap<(PackId, u32), Bytes>>,
     /// what was read from where
     pub counters: Counters,
 }
@@ -104,6 +106,7 @@ impl Fetcher {
             disk: options.disk,
             flights: Mutex::default(),
             elsewhere: Mutex::default(),
+            held: Mutex::default(),
             counters: Counters::default(),
         }
     }
@@ -116,6 +119,11 @@ impl Fetcher {
     /// Says which object holds the chunks of `pack`, where that is not a pack below `chunk/`.
     pub fn locate(&self, pack: PackId, key: &str) {
         self.elsewhere.lock().insert(pack, key.to_owned());
+    }
+
+    /// Keeps the stored bytes of a chunk for good: the object that it lies in may go.
+    pub fn hold(&self, chunk: &ChunkRef, stored: Bytes) {
+        self.held.lock().insert((chunk.pack, chunk.offset), stored);
     }
 
     /// Counts a request that got `bytes`.
@@ -279,6 +287,10 @@ impl Fetcher {
         let first = &chunks[0];
         let key = self.key(first.pack);
         let (from, to) = (u64::from(first.offset), chunks.iter().map(ChunkRef::end).max().unwrap_or_default());
+        let held = self.held.lock().get(&(first.pack, first.offset)).cloned();
+        if let Some(bytes) = held.filter(|bytes| bytes.len() as u64 == to - from) {
+            return Ok((key, from, bytes));
+        }
         let bytes = self.repository.store.get_range(&key, from, to - from).map_err(|error| missing(&key, error))?;
         self.count(to - from);
         Ok((key, from, bytes))

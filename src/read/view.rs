@@ -199,6 +199,10 @@ impl View {
         while let Some(entry) = manifest.next()? {
             builder.stored(entry);
         }
+        // its own chunks stay readable when the backup is removed, as its packs do for the grace period
+        for chunk in builder.chunks.iter().filter(|chunk| chunk.pack == manifest.pack()) {
+            manifest.stored(chunk).into_iter().for_each(|stored| fetcher.hold(chunk, stored));
+        }
         let description = manifest.description;
         fetcher.count(0);
         recovery::complete(&mut builder, &repository, &description, options)?;

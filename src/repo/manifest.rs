@@ -127,6 +127,12 @@ impl ManifestCursor {
         &self.object.key
     }
 
+    /// The stored bytes of a chunk that lies in the manifest itself.
+    pub fn stored(&self, chunk: &ChunkRef) -> Option<Bytes> {
+        // a copy: a slice would keep the whole manifest
+        Some(Bytes::copy_from_slice(self.object.bytes.get(chunk.offset as usize..chunk.end() as usize)?))
+    }
+
     /// The packs the backup needs, ascending by name.
     pub fn packs(&mut self) -> Result<Vec<PackUse>> {
         self.object.whole_packs()

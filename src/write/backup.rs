@@ -433,3 +433,6 @@ pub(super) fn now_s() -> i64 {
 pub(super) fn seconds(time: std::time::SystemTime) -> i64 {
     time.duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -195,6 +195,31 @@ fn a_pack_that_was_taken_up_again_is_not_deleted() {
 }
 
 #[test]
+fn packs_that_were_marked_before_a_backup_took_them_up_stay_for_the_grace_period_after_it() {
+    let mut made = Made::new();
+    made.backup(Full);
+    let label = made.labels().remove(0);
+    let uses = made.repository.manifest_packs(&label).unwrap();
+    let needs: Vec<String> = uses.iter().map(|of| keys::pack("main", of.pack)).collect();
+    // as if another backup had died with these packs, and they had been marked before this one took them over
+    mark::mark(&made.repository, &uses.iter().map(|of| (of.pack, of.size)).collect(), &[]).unwrap();
+    made.pass(2 * DAY);
+    made.backup(Full);
+    made.pass(1);
+    let there = |made: &Made| {
+        let keys = made.keys("chunk/");
+        needs.iter().filter(|key| keys.contains(key)).count()
+    };
+    // the run that removes the backup: who reads it has a day to end
+    assert_eq!(run(&made, &keep_full(1)).backups.iter().filter(|backup| !backup.keep).count(), 1);
+    assert_eq!(there(&made), needs.len());
+    made.pass(DAY);
+    assert!(run(&made, &keep_full(1)).packs.unwrap().deleted > 0);
+    assert!(there(&made) < needs.len());
+    made.assert_sound();
+}
+
+#[test]
 fn a_backup_that_commits_while_the_sweep_begins_loses_nothing() {
     let mut made = made(&[Full, Full]);
     let first = made.labels()[0].clone();

@@ -20,6 +20,8 @@ use crate::postgres::{BackupKind, Label, SegmentName, SegmentSize, Timeline};
 use crate::repo::{Repository, keys};
 use crate::store::{Body, Fault, FaultPlan, MemoryStore, Page, Result, Store};
 
+mod schedule;
+
 pub(super) const DAY: i64 = 86_400;
 /// 2024-01-01 00:00:00 UTC
 pub(super) const START: i64 = 1_704_067_200;

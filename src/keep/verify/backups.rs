@@ -10,7 +10,7 @@ use crate::error::{Context, Error, Result};
 use crate::format::LEAF_BYTES;
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
 use crate::format::manifest::{Description, File, Node, Place};
-use crate::format::map::{Leaf, LeafRef, decode_index};
+use crate::format::map::{Leaf, LeafRef, changes_base, decode_index};
 use crate::repo::{Repository, keys};
 
 /// What the manifests that can be read say.
@@ -133,7 +133,7 @@ impl Follower<'_> {
 
     fn leaves(&mut self, path: &[u8], size: u64, first: u64, leaves: &[LeafRef]) -> Result<()> {
         for (number, leaf) in (first..).zip(leaves) {
-            self.chunk(path, &leaf.changes)?;
+            self.changes(path, &leaf.changes)?;
             let known = self.leaves.lock().get(&leaf.map).cloned();
             let harms = match known {
                 Some(harms) => harms,
@@ -149,6 +149,21 @@ impl Follower<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The changes of a leaf, and those that they were derived from. These are found only by reading, which is done when some
+    /// pack is harmed.
+    fn changes(&mut self, path: &[u8], chunk: &ChunkRef) -> Result<()> {
+        self.chunk(path, chunk)?;
+        if self.found.is_sound() {
+            return Ok(());
+        }
+        match self.read(chunk).and_then(|plain| Ok(changes_base(&self.key(chunk.pack), &plain)?)) {
+            Ok(Some(base)) => self.chunk(path, &base),
+            Ok(None) => Ok(()),
+            // that was told just now
+            Err(error) => finding(error, "").map(drop),
+        }
     }
 
     /// What is wrong with one leaf of a file map and what it names, each pack once.

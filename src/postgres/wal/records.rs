@@ -130,7 +130,7 @@ pub fn may_begin_restore_point(bytes: &[u8], page: usize) -> bool {
     let length = RESTORE_POINT_BYTES.to_le_bytes();
     let starts = bytes.chunks_exact(8).enumerate().filter(|(_, eight)| eight[..4] == length);
     starts.map(|(number, _)| number * 8).any(|at| {
-        let in_page = page.checked_sub(at % page.max(1)).unwrap_or_default();
+        let in_page = page.saturating_sub(at % page.max(1));
         let head = &bytes[at..bytes.len().min(at + in_page.min(RECORD_HEADER_BYTES))];
         // a page's end may cut the header
         head.len() < RECORD_HEADER_BYTES || is_restore_point(head)

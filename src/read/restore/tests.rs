@@ -383,3 +383,15 @@ fn a_database_that_is_left_out_is_zeros_until_it_is_wanted() {
     assert!(error.hint_text().unwrap().contains("give the oid, one of 1, 5"), "{error:?}");
     fixture.assert_equal("copy", "fresh");
 }
+
+/// pg_control lies in the manifest, and is what a restore writes last.
+#[test]
+fn a_view_reads_on_when_its_backup_is_removed() {
+    let fixture = Fixture::new(b"");
+    let view = fixture.view();
+    let manifest = crate::repo::keys::manifest("main", LABEL);
+    fixture.repository.store.delete(&[manifest]).unwrap();
+    restore(&view, &fixture.path("copy"), &fixture.options("copy", false), &Silent).unwrap();
+    let control = fs::read(fixture.path("copy").join("global/pg_control")).unwrap();
+    assert_eq!(control, CONTROL);
+}

@@ -311,4 +311,4 @@ fn what_a_copy_left_that_died_is_not_stored_again() {
     assert_same(root.path(), &read_back(&repository, LABEL), 302);
 }
 
-mod model;
+pub(crate) mod model;

@@ -4,7 +4,7 @@
 use super::*;
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(crate) enum Op {
     /// one grain of a file gets other bytes
     WriteGrain(usize, usize, u8),
     /// the file gets another length
@@ -23,14 +23,14 @@ enum Op {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Kind {
+pub(crate) enum Kind {
     Full,
     Diff,
     Incr,
 }
 
 /// Files in each of two databases, in which they have the same names.
-const NAMES: usize = 5;
+pub(crate) const NAMES: usize = 5;
 const FILES: usize = 2 * NAMES;
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -49,9 +49,9 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
 }
 
 /// Clocks stand still in a test: each change gets a second of its own, each backup comes long after.
-struct World {
-    root: tempfile::TempDir,
-    clock: i64,
+pub(crate) struct World {
+    pub(crate) root: tempfile::TempDir,
+    pub(crate) clock: i64,
 }
 
 impl World {
@@ -69,7 +69,7 @@ impl World {
         }
     }
 
-    fn apply(&mut self, op: &Op) {
+    pub(crate) fn apply(&mut self, op: &Op) {
         match *op {
             Op::WriteGrain(file, grain, byte) => self.change(file, |path| {
                 let Ok(open) = fs::File::options().write(true).open(path) else { return };
@@ -110,7 +110,7 @@ impl World {
         }
     }
 
-    fn files(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
+    pub(crate) fn files(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
         let read = |file| Some((name(file).into_bytes(), fs::read(self.path(file)).ok()?));
         (0..FILES).filter_map(read).collect()
     }
