@@ -25,6 +25,9 @@ use crate::repo::Repository;
 const SERVE_THREADS: usize = 16;
 /// How long `--recovered` waits for its server, in seconds: for recovery, then for the shutdown.
 const RECOVER_SECONDS: u64 = 86_400;
+/// How far the kernel reads ahead of who replays WAL: requests for more than one part of it are under way, so that none is waited
+/// for while the processors are busy.
+const REPLAY_AHEAD_KIB: u32 = 4096;
 /// Threads that fetch ahead of sequential readers.
 const PREFETCH_THREADS: usize = 8;
 
@@ -190,6 +193,7 @@ impl Mount {
         options.read_only = self.discard.is_some();
         if self.write_back {
             options.writes = Writes::Back;
+            options.read_ahead_kib = REPLAY_AHEAD_KIB;
         }
         pgcairn_mount::Mount::new(tree, scratch, &options).map_err(mount_error)
     }
