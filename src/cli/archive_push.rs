@@ -6,6 +6,7 @@ use clap::Args;
 use super::archive_worker::{self, Staging};
 use super::options::{Common, YesNo};
 use crate::error::{Error, Result};
+use crate::format::chunk::WAL_LEVEL;
 use crate::spool::Spool;
 use crate::write::ask::{Asked, Place, ask};
 use crate::write::push::{Pushed, push};
@@ -19,7 +20,7 @@ pub(super) struct ArchivePush {
     /// Path of the file (%p)
     path: PathBuf,
     /// zstd level
-    #[arg(long, env = "PGCAIRN_COMPRESS_LEVEL", value_name = "LEVEL", default_value_t = 3, allow_hyphen_values = true)]
+    #[arg(long, env = "PGCAIRN_COMPRESS_LEVEL", value_name = "LEVEL", default_value_t = WAL_LEVEL, allow_hyphen_values = true)]
     compress_level: i32,
     /// Let a worker in the background push all that is ready, in parallel (y); its success is still the repository's
     #[arg(long, env = "PGCAIRN_ARCHIVE_ASYNC", value_name = "y|n", default_value = "n")]

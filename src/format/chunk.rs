@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use zstd::zstd_safe::CParameter;
+
 use super::seal::{InfoSeal, Seal, SealKind};
 use super::wire::{Reader, put_varint};
 use super::{CHUNK, FormatError, GRAIN, Result};
@@ -171,6 +173,14 @@ const FAST_LEVEL: i32 = 1;
 const TRIAL_BYTES: usize = 64 * 1024;
 /// Large chunks that follow the outcome of one trial.
 const TRIAL_EVERY: usize = 6;
+/// Level for WAL, unless another is asked for: level 1 is a fifth faster and stores a sixth more.
+pub const WAL_LEVEL: i32 = 3;
+/// Size of the larger of that level's two tables of positions, by its logarithm. zstd's own choice does not fit into the cache
+/// of a core: it stores 1 % less of pgbench's WAL in 7 % more time.
+const WAL_HASH_LOG: u32 = 15;
+/// One byte less than the size from which on zstd looks for the best places to split blocks: that stores 0.1 % less in 9 % more
+/// time.
+const WAL_BLOCK_BYTES: u32 = (128 << 10) - 1;
 /// A higher level pays where it saves at least this much of every thousand bytes that level 1 stores.
 const PAYS_PERMILLE: usize = 40;
 
@@ -181,6 +191,17 @@ impl Encoder {
         let thorough = if level > FAST_LEVEL { Some(compressor(level)?) } else { None };
         let fast = compressor(level.min(FAST_LEVEL))?;
         Ok(Self { fast, thorough, pays: true, untried: 0, packed: Vec::new() })
+    }
+
+    /// The same for WAL, which a server may make faster than a core can compress it.
+    pub fn of_wal(level: i32) -> io::Result<Self> {
+        let mut encoder = Self::new(level)?;
+        if let (WAL_LEVEL, Some(thorough)) = (level, &mut encoder.thorough) {
+            thorough.set_parameter(CParameter::HashLog(WAL_HASH_LOG))?;
+            thorough.set_parameter(CParameter::ChainLog(WAL_HASH_LOG - 1))?;
+            thorough.set_parameter(CParameter::MaxBlockSize(WAL_BLOCK_BYTES))?;
+        }
+        Ok(encoder)
     }
 
     /// Appends the stored form of the chunk `id` to `out`; incompressible plaintext is kept raw.
@@ -194,6 +215,7 @@ impl Encoder {
         };
         let written = compressor.compress_to_buffer(plain, &mut self.packed[..])?;
         let (codec, payload) = if written < plain.len() { (ZSTD, &self.packed[..written]) } else { (RAW, plain) };
+        out.reserve(ChunkRef::MAX_STORED as usize - CHUNK + payload.len());
         out.push(codec);
         out.extend_from_slice(payload);
         keys.seal.close(id, out, start)

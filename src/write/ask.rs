@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::postgres::CONTROL_FILE;
 use crate::spool::Spool;
 
-/// The first and the longest pause between two looks into the spool.
+/// The shortest and the longest pause between two looks into the spool; between them, a quarter of the time waited so far.
 const LOOK_EVERY: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
 
 /// How many workers may fail under one call, before it does the work itself.
@@ -94,7 +94,6 @@ pub fn ask(
 ) -> Result<Asked> {
     let mut call = Call { spool, name, path, content: None, failures: 0, worker: None };
     let begun = Instant::now();
-    let mut pause = LOOK_EVERY.0;
     // an answer "failed" of an earlier call is not one to this: without it, the worker tries at once
     match call.answer() {
         Ok(Some(Outcome::Failed { .. })) => {
@@ -122,8 +121,7 @@ pub fn ask(
                 "PostgreSQL keeps the file and asks again; is the repository slow or away? see --archive-timeout",
             ));
         }
-        sleep(pause);
-        pause = (pause * 2).min(LOOK_EVERY.1);
+        sleep((begun.elapsed() / 4).clamp(LOOK_EVERY.0, LOOK_EVERY.1));
     }
 }
 

@@ -10,10 +10,10 @@ use std::thread;
 
 use super::answer::Content;
 use crate::error::{Context, Error, Result};
-use crate::format::CHUNK;
+use crate::format::{CHUNK, GRAIN};
 use crate::format::chunk::{ChunkId, Encoder, Keys, PackId};
 use crate::format::manifest::Database;
-use crate::format::pack::{PackKind, PackWriter, WalKey};
+use crate::format::pack::{ENTRY_LEN, HEADER_LEN, PackKind, PackWriter, TRAILER_LEN, WalKey};
 use crate::format::seal::SealKind;
 use crate::postgres::WalName;
 use crate::postgres::wal::header::{LONG_PAGE_HEADER_BYTES, LongPageHeader};
@@ -24,6 +24,9 @@ use crate::store::Body;
 
 /// The largest WAL segment there can be.
 const SEGMENT_BYTES_MAX: u64 = 1 << 30;
+
+/// Bytes that are read and hashed at a time, so that they are hashed out of the processor's cache. Whole pages of any size.
+const READ_BYTES: usize = 64 << 10;
 
 /// Threads that read and compress one file. More than a few are done before the last one has begun.
 const THREADS_MAX: usize = 4;
@@ -211,7 +214,9 @@ impl WalFile {
 
     /// Its object, if it was compressed.
     pub(super) fn pack(&self) -> Vec<u8> {
-        let mut pack = PackWriter::new(PackKind::Wal, self.seal, self.content, 0);
+        let stored: usize = self.chunks.iter().map(|chunk| chunk.stored.len() + ENTRY_LEN).sum();
+        let capacity = HEADER_LEN + stored + TRAILER_LEN;
+        let mut pack = PackWriter::new(PackKind::Wal, self.seal, self.content, capacity);
         for chunk in &self.chunks {
             pack.add(chunk.id, chunk.plain_len, &chunk.stored);
         }
@@ -249,7 +254,7 @@ impl Source<'_> {
         let Some(level) = self.level else { return self.read_with(None, numbers, each) };
         ENCODER.with_borrow_mut(|kept| {
             if kept.as_ref().is_none_or(|(of, _)| *of != level) {
-                *kept = Some((level, Encoder::new(level).context(|| "cannot set up zstd".into())?));
+                *kept = Some((level, Encoder::of_wal(level).context(|| "cannot set up zstd".into())?));
             }
             self.read_with(kept.as_mut().map(|(_, encoder)| encoder), numbers, each)
         })
@@ -261,21 +266,26 @@ impl Source<'_> {
         numbers: Range<usize>,
         mut each: impl FnMut(&[u8]),
     ) -> Result<Vec<Chunk>> {
-        // one buffer each for all chunks: fresh ones would cost more than compressing
-        let (mut plain, mut stored) = (vec![0; CHUNK], Vec::new());
+        // one buffer for all chunks: fresh ones would cost more than compressing
+        let (mut plain, mut grains) = (vec![0; CHUNK], Vec::new());
         let mut chunks = Vec::with_capacity(numbers.len());
         for number in numbers {
             let offset = number as u64 * CHUNK as u64;
             plain.resize((self.len - offset).min(CHUNK as u64) as usize, 0);
-            self.read_at(&mut plain, offset)?;
-            each(&plain);
-            stored.clear();
-            let id = self.keys.digest(&plain).id;
-            let point = self.page.is_some_and(|page| may_begin_restore_point(&plain, page));
+            grains.clear();
+            let mut point = false;
+            for (number, part) in plain.chunks_mut(READ_BYTES).enumerate() {
+                self.read_at(part, offset + (number * READ_BYTES) as u64)?;
+                each(part);
+                grains.extend(part.chunks(GRAIN).map(|grain| self.keys.grain_digest(grain)));
+                point |= self.page.is_some_and(|page| may_begin_restore_point(part, page));
+            }
+            let id = self.keys.name(plain.len(), &grains);
+            let mut stored = Vec::new();
             if let Some(encoder) = &mut encoder {
                 encoder.encode(self.keys, &id, &plain, &mut stored).context(|| "cannot compress".into())?;
             }
-            chunks.push(Chunk { id, point, plain_len: plain.len(), stored: stored.to_vec() });
+            chunks.push(Chunk { id, point, plain_len: plain.len(), stored });
         }
         Ok(chunks)
     }
