@@ -120,6 +120,14 @@ impl Spool {
         Ok(Some(id))
     }
 
+    /// Fails for a run whose spool was removed or replaced: another worker may be in what is there now.
+    pub fn check(&self, run: &Run) -> Result<()> {
+        match self.live_run()? {
+            Some(live) if live == run.id => Ok(()),
+            _ => Err(Error::new(format!("the spool {} was removed under its worker", self.directory.display()))),
+        }
+    }
+
     /// Writes a file, which appears whole or not at all.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let (temporary, path) = (self.file(&format!("{TEMPORARY}{name}")), self.file(name));
@@ -176,6 +184,7 @@ mod tests {
         let run = spool.begin("").unwrap().unwrap();
         assert_eq!(spool.live_run().unwrap(), Some(run.id.clone()));
         assert!(spool.begin("").unwrap().is_none(), "two workers in one spool");
+        spool.check(&run).unwrap();
         spool.write("name", b"what").unwrap();
         assert_eq!(spool.read("name").unwrap().as_deref(), Some(&b"what"[..]));
         let first = run.id.clone();
@@ -185,6 +194,13 @@ mod tests {
         assert_ne!(run.id, first);
         assert!(spool.names().unwrap().is_empty(), "an answer of a dead run is left");
         assert_eq!(spool.read("name").unwrap(), None);
+        // a directory that is put in its place is another spool
+        fs::rename(&spool.directory, place.path().join("aside")).unwrap();
+        fs::create_dir(&spool.directory).unwrap();
+        spool.check(&run).unwrap_err();
+        let other = spool.begin("").unwrap().unwrap();
+        spool.check(&other).unwrap();
+        spool.check(&run).unwrap_err();
     }
 
     #[test]

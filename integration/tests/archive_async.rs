@@ -4,6 +4,7 @@
 mod library;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -337,6 +338,28 @@ fn other_content_is_refused_and_no_answer_is_taken_for_another() {
     fs::rename(&repo, repo.with_extension("aside")).unwrap();
     let away = setup.stanza.run_as_server_user(["archive-push", "--archive-timeout=2", path.to_str().unwrap()]);
     away.fails(1, "error: ");
+}
+
+/// Somebody tidies up: the spool goes, with a worker in it, and another takes its place.
+#[test]
+fn a_spool_that_is_removed_under_its_worker_holds_nothing_up() {
+    let setup = Setup::new();
+    setup.load(2);
+    setup.settle();
+    let worker = setup.worker().unwrap();
+    let spool = setup.spools().remove(0);
+    fs::rename(&spool, spool.with_extension("aside")).unwrap();
+    fs::create_dir(&spool).unwrap();
+    install::give_to_server_user(&spool);
+    fs::set_permissions(&spool, fs::Permissions::from_mode(0o700)).unwrap();
+    setup.load(2);
+    let last = setup.cluster.psql("SELECT pg_walfile_name(pg_switch_wal());");
+    // long before the old worker would end for want of work
+    wait_until(LONG / 4, "the archiver", || setup.archiver("last_archived_wal") >= last);
+    wait_until(LONG / 4, "the end of the old worker", || !Path::new(&format!("/proc/{worker}")).exists());
+    assert!(setup.worker().is_some());
+    assert_eq!(setup.archiver("failed_count"), "0", "{}", setup.cluster.log());
+    setup.assert_archived();
 }
 
 #[test]

@@ -28,9 +28,10 @@ mod stop;
 mod umount;
 mod verify;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::{Error, Result};
 
@@ -79,15 +80,13 @@ pub fn main() -> ExitCode {
     // to PostgreSQL, whatever goes wrong in a restore_command must look different from the end of WAL
     let is_archive_get = arguments.iter().any(|argument| argument == "archive-get");
     let code = |code| if is_archive_get { archive_get::FAILED } else { code };
-    let command = cipher::refuse_secrets(&arguments).and_then(|()| config::with_defaults(Cli::command(), &arguments));
-    let command = match command {
-        Ok(command) => command,
-        Err(error) => return fail(&error, code(2)),
-    };
-    let parsed = command.try_get_matches_from(arguments).and_then(|matches| Cli::from_arg_matches(&matches));
-    let cli = match parsed {
+    if let Err(error) = cipher::refuse_secrets(&arguments) {
+        return fail(&error, code(2));
+    }
+    let cli = match Cli::short(&arguments).map_or_else(|| Cli::whole(&arguments), Ok) {
         Ok(cli) => cli,
-        Err(error) => {
+        Err(Misuse::Configuration(error)) => return fail(&error, code(2)),
+        Err(Misuse::Arguments(error)) => {
             _ = error.print();
             return ExitCode::from(if error.use_stderr() { code(2) } else { 0 });
         }
@@ -100,7 +99,35 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// What is wrong with a command line.
+enum Misuse {
+    Configuration(Error),
+    Arguments(clap::Error),
+}
+
+/// Verbs that a server calls for each file of WAL. A call that finds its file archived ahead would spend a fifth of its time on
+/// learning the options of all the others.
+const SHORT: [(&str, fn(Command) -> Command); 2] =
+    [("archive-push", archive_push::ArchivePush::augment_args), ("archive-get", archive_get::ArchiveGet::augment_args)];
+
 impl Cli {
+    fn whole(arguments: &[OsString]) -> std::result::Result<Self, Misuse> {
+        Self::parsed(Self::command(), arguments)
+    }
+
+    /// A call of a verb of [`SHORT`] in which nothing is unclear: what is, the whole command line has to tell.
+    fn short(arguments: &[OsString]) -> Option<Self> {
+        let (verb, with_options) = SHORT.iter().find(|(verb, _)| arguments.iter().any(|argument| argument == verb))?;
+        let command = options::Common::augment_args(Command::new("pgcairn"));
+        Self::parsed(command.subcommand(with_options(Command::new(*verb))), arguments).ok()
+    }
+
+    fn parsed(command: Command, arguments: &[OsString]) -> std::result::Result<Self, Misuse> {
+        let command = config::with_defaults(command, arguments).map_err(Misuse::Configuration)?;
+        let matches = command.try_get_matches_from(arguments).map_err(Misuse::Arguments)?;
+        Self::from_arg_matches(&matches).map_err(Misuse::Arguments)
+    }
+
     fn run(self) -> Result<ExitCode> {
         let common = &self.common;
         match self.verb {

@@ -25,8 +25,16 @@ pub(super) struct Common {
     /// Name of the cluster in the repository
     #[arg(long, global = true, env = "PGCAIRN_STANZA", value_name = "NAME", help_heading = "Common options")]
     pub(super) stanza: Option<String>,
-    /// What to log: error, warn, info, debug, trace
-    #[arg(long, global = true, env = "PGCAIRN_LOG_LEVEL", default_value = "warn", help_heading = "Common options")]
+    /// What to log
+    #[arg(
+        long,
+        global = true,
+        env = "PGCAIRN_LOG_LEVEL",
+        value_name = "LEVEL",
+        default_value = "warn",
+        help_heading = "Common options"
+    )]
+    #[arg(value_parser = ["off", "error", "warn", "info", "debug", "trace"])]
     pub(super) log_level: String,
     #[command(flatten)]
     pub(super) s3: S3,

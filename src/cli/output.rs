@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use parking_lot::Mutex;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use super::options::Common;
 use crate::error::Error;
@@ -43,15 +46,17 @@ pub(super) fn error(error: &Error) {
 
 /// Begins logging to standard error.
 pub(super) fn start_log(common: &Common) {
-    let filter =
-        EnvFilter::try_new(format!("{0},aws_config=error,aws_smithy_runtime=error,hyper=warn", common.log_level));
-    let filter = filter.unwrap_or_else(|_| EnvFilter::new("warn"));
-    _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let level: LevelFilter = common.log_level.parse().unwrap_or(LevelFilter::WARN);
+    let filter = Targets::new()
+        .with_default(level)
+        .with_target("aws_config", LevelFilter::ERROR)
+        .with_target("aws_smithy_runtime", LevelFilter::ERROR)
+        .with_target("hyper", level.min(LevelFilter::WARN));
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .try_init();
+        .with_target(false);
+    _ = tracing_subscriber::registry().with(lines.with_filter(filter)).try_init();
 }
 
 /// Bytes for people.

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::format::manifest::Database;
 use crate::postgres::{SegmentName, SegmentSize};
 use crate::repo::Repository;
-use crate::spool::Spool;
+use crate::spool::{Run, Spool};
 use crate::store::Listed;
 
 /// Holds the name of the segment that was last asked for.
@@ -134,7 +134,7 @@ pub fn fetch_ahead(spool: &Spool, options: &AheadOptions, open: &dyn Fn() -> Res
         }
         let mut window = Window {
             spool,
-            run: &run.id,
+            run: &run,
             repository: &repository,
             database: &database,
             size,
@@ -184,7 +184,7 @@ struct Job {
 /// The segments after the one last asked for.
 struct Window<'a> {
     spool: &'a Spool,
-    run: &'a str,
+    run: &'a Run,
     repository: &'a Repository,
     database: &'a Database,
     size: SegmentSize,
@@ -224,6 +224,7 @@ impl Window<'_> {
                     return Ok(());
                 }
             }
+            self.spool.check(self.run)?;
             self.fill(jobs)?;
             if active.elapsed() >= options.idle || !options.wal.exists() {
                 return Ok(());
@@ -279,7 +280,8 @@ impl Window<'_> {
         let window = self.following(self.depth);
         let mut here = HashSet::new();
         for file in self.spool.names()? {
-            let Some(name) = file.strip_suffix(self.run).and_then(|name| name.strip_suffix('.')?.parse().ok()) else {
+            let Some(name) = file.strip_suffix(&self.run.id).and_then(|name| name.strip_suffix('.')?.parse().ok())
+            else {
                 continue;
             };
             // the one asked for is about to be taken
@@ -297,7 +299,7 @@ impl Window<'_> {
             if self.busy.len() == self.depth {
                 break;
             }
-            if let Err(error) = self.spool.write(&mark(name, self.run), b"") {
+            if let Err(error) = self.spool.write(&mark(name, &self.run.id), b"") {
                 tracing::warn!(%error, "the spool takes nothing");
                 self.failed.insert(name);
                 continue;

@@ -146,8 +146,12 @@ impl Call<'_> {
     fn answer(&self) -> Result<Option<Outcome>> {
         // the answer first: it counts if its run lives after it was read
         let Some(answer) = Answer::read(self.spool, self.name)? else { return Ok(None) };
-        let live = self.spool.live_run()?;
-        Ok((live.as_ref() == Some(&answer.run)).then_some(answer.outcome))
+        match self.spool.live_run()? {
+            Some(live) if live == answer.run => Ok(Some(answer.outcome)),
+            // of a worker whose spool this once was: the one that lives must not take it for its own
+            Some(_) => self.spool.remove(&Answer::file(self.name)).map(|()| None),
+            None => Ok(None),
+        }
     }
 
     fn look(&mut self, start: &dyn Fn() -> Result<Watch>) -> Result<Look> {
@@ -211,4 +215,30 @@ fn content_of(path: &Path) -> Result<Content> {
     let mut hasher = blake3::Hasher::new();
     hasher.update_reader(file).map_err(|error| Error::io("read", path, error))?;
     Ok(hasher.finalize())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Or the worker that lives would take it for its own, and never look at the file.
+    #[test]
+    fn an_answer_of_another_run_is_taken_away() {
+        let place = tempfile::tempdir().unwrap();
+        let spool = Spool::open(place.path(), "main", &[]).unwrap();
+        let (name, path) = ("000000010000000000000001", place.path().join("000000010000000000000001"));
+        std::fs::write(&path, b"what").unwrap();
+        let answer = |run: &str| {
+            let about = About::content(content_of(&path).unwrap());
+            Answer { run: run.to_owned(), outcome: Outcome::Archived { about } }.write(&spool, name).unwrap();
+        };
+        let asked = || ask(&spool, name, &path, Duration::ZERO, &|| panic!("there is a worker"));
+        let run = spool.begin("").unwrap().unwrap();
+        answer("another");
+        asked().unwrap_err();
+        assert_eq!(spool.read(&Answer::file(name)).unwrap(), None);
+        answer(&run.id);
+        assert!(matches!(asked(), Ok(Asked::Archived)));
+    }
 }

@@ -10,11 +10,11 @@ use std::thread;
 
 use super::answer::Content;
 use crate::error::{Context, Error, Result};
-use crate::format::{CHUNK, GRAIN};
 use crate::format::chunk::{ChunkId, Encoder, Keys, PackId};
 use crate::format::manifest::Database;
 use crate::format::pack::{ENTRY_LEN, HEADER_LEN, PackKind, PackWriter, TRAILER_LEN, WalKey};
 use crate::format::seal::SealKind;
+use crate::format::{CHUNK, GRAIN};
 use crate::postgres::WalName;
 use crate::postgres::wal::header::{LONG_PAGE_HEADER_BYTES, LongPageHeader};
 use crate::postgres::wal::records::may_begin_restore_point;

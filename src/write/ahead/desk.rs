@@ -78,6 +78,7 @@ impl<'a> Desk<'a> {
 
     /// Names that wait, in the order in which the server asks for them. Takes answers away that nobody needs any more.
     pub(super) fn todo(&mut self) -> Result<Vec<String>> {
+        self.spool.check(self.run)?;
         // answers first: what is answered now was ready before
         let files = self.spool.names()?;
         let answered: HashSet<&str> = files.iter().filter_map(|file| Answer::name(file)).collect();
