@@ -6,7 +6,7 @@ import sys
 from .bench import Bench, Failed
 
 TOPICS = ["backup", "restore", "delta", "first_query", "pgbench", "reads", "small_files", "incremental", "schedule", "verify", "archive",
-          "moment", "encryption"]
+          "moment", "encryption", "many_backups"]
 
 
 def main(asked):

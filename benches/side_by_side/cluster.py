@@ -1,5 +1,6 @@
 """A PostgreSQL server on this machine, and what is done with it."""
 
+import contextlib
 import multiprocessing
 import pathlib
 import shutil
@@ -29,6 +30,7 @@ class Cluster:
     def __init__(self, bench, path, port=5497):
         self.bench, self.path, self.port = bench, pathlib.Path(path), port
         self.socket = bench.work
+        self.log = pathlib.Path(f"{path}.log")
 
     @classmethod
     def built(cls, bench, name, gb, filling=data.fill, port=5497):
@@ -60,7 +62,7 @@ class Cluster:
     def start(self, options=""):
         self.bench.undo.callback(self.stop)
         self.bench.run(POSTGRES_BIN / "pg_ctl", "start", "-s", "-w", "-t", 600, "-D", self.path,
-                       "-l", f"{self.path}.log", "-o", options)
+                       "-l", self.log, "-o", options)
 
     def stop(self):
         if (self.path / "postmaster.pid").exists():
@@ -91,3 +93,15 @@ class Cluster:
 
     def archive_with(self, command):
         self.psql(f"ALTER SYSTEM SET archive_command = '{command}';\nSELECT pg_reload_conf();")
+
+
+@contextlib.contextmanager
+def five_times(bench):
+    """A cluster five times as large, which runs instead of the other."""
+    bench.cluster.stop()
+    cluster = Cluster.built(bench, "cluster-five", 5 * bench.gb, lambda at, gb: at.pgbench("-i", "-q", "-s", int(gb * 66)), 5496)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+        bench.cluster.start()

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 from . import s3
-from .cluster import Cluster
+from .cluster import Cluster, five_times
 from .tools import Clone, Pgcairn, PgBackRest
 
 LATENCY_MS = 20
@@ -39,16 +39,13 @@ def one_size(bench, ours, peer, suffix, size):
 
 def five(bench, small):
     """The same on a database five times as large."""
-    bench.cluster.stop()
-    cluster = Cluster.built(bench, "cluster-five", 5 * bench.gb, lambda at, gb: at.pgbench("-i", "-q", "-s", int(gb * 66)), 5496)
-    ours, peer = Pgcairn(bench, cluster, "pgcairn-repo-five"), PgBackRest(bench, cluster, "pgbackrest-repo-five")
-    ours.ensure()
-    peer.ensure()
-    large, _, _ = one_size(bench, ours, peer, ", 5 x", cluster.bytes)
+    with five_times(bench) as cluster:
+        ours, peer = Pgcairn(bench, cluster, "pgcairn-repo-five"), PgBackRest(bench, cluster, "pgbackrest-repo-five")
+        ours.ensure()
+        peer.ensure()
+        large, _, _ = one_size(bench, ours, peer, ", 5 x", cluster.bytes)
     growth = statistics.median(large) / statistics.median(small)
     bench.report.at_most("  5 x the size takes", [growth], "x", 1.2)
-    cluster.stop()
-    bench.cluster.start()
 
 
 def on_clone(ours, arguments, env):

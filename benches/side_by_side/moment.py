@@ -2,11 +2,12 @@
 
 import re
 import shutil
+import statistics
 import time
 
 from . import s3
-from .cluster import SHARED_BUFFERS, Cluster
-from .tools import Clone
+from .cluster import SHARED_BUFFERS, Cluster, five_times
+from .tools import Clone, Pgcairn, PgBackRest
 
 LATENCY_MS = 20
 SEGMENT = 16 << 20
@@ -21,15 +22,17 @@ UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def measure(bench):
-    write_history(bench)
-    from_s3(bench)
+    ours, peer = bench.ours, bench.peer
+    write_history(bench.cluster, ours, peer, [(NEAR, NEAR_SEGMENTS, small_changes), (FAR, FAR_SEGMENTS, large_changes)])
+    small = from_s3(bench.cluster, ours, peer)
     replay(bench)
     one_table(bench)
+    if bench.five:
+        five(bench, small)
 
 
-def write_history(bench):
-    """Both tools back the cluster up and archive the same WAL, in which the two restore points are."""
-    ours, peer, cluster = bench.ours, bench.peer, bench.cluster
+def write_history(cluster, ours, peer, marks):
+    """Both tools back the cluster up and archive the same WAL, in which the restore points `marks` are."""
     cluster.psql(f"""DROP TABLE IF EXISTS small;
         CREATE TABLE small AS SELECT i AS id, md5(i::text) AS text FROM generate_series(1, {SMALL_ROWS}) AS i;""")
     alone = ours.archive_command, peer.archive_command
@@ -39,11 +42,11 @@ def write_history(bench):
     ours.archive_command, peer.archive_command = alone
     start = position(cluster)
     turn = 0
-    for name, segments, work in [(NEAR, NEAR_SEGMENTS, small_changes), (FAR, FAR_SEGMENTS, large_changes)]:
+    for name, segments, work in marks:
         while position(cluster) - start < segments * SEGMENT:
             work(cluster, turn)
             turn += 1
-        bench.say(f"{(position(cluster) - start) // SEGMENT} segments up to the restore point {name}")
+        cluster.bench.say(f"{(position(cluster) - start) // SEGMENT} segments up to the restore point {name}")
         mark(cluster, name)
 
 
@@ -70,36 +73,57 @@ def point(name):
     return ["--type=name", f"--target={name}"]
 
 
-def from_s3(bench):
-    ours = bench.ours
-    with s3.both_serving(bench, LATENCY_MS) as (arguments, env, peer):
-        sides = {"ours": lambda: on_clone(ours, NEAR, arguments, env), "peer": lambda: on_restored(peer, NEAR)}
+def from_s3(cluster, ours, peer):
+    """Gives our seconds."""
+    bench = cluster.bench
+    with s3.both_serving(ours, peer, LATENCY_MS) as (arguments, env, from_s3):
+        sides = {"ours": lambda: on_clone(ours, NEAR, arguments, env)[0], "peer": lambda: on_restored(from_s3, NEAR)}
         seconds = bench.in_turns(sides)
-    size = f"{bench.cluster.bytes / 1e9:.1f} GB"
+    size = f"{cluster.bytes / 1e9:.1f} GB"
     what = f"answer at a moment, {NEAR_SEGMENTS} segments, both from S3 with TLS, {LATENCY_MS} ms ({size})"
     bench.report.compare(what, seconds["ours"], seconds["peer"], "s", 3.0, faster=True)
+    return seconds["ours"]
+
+
+def five(bench, small):
+    """The same on a database five times as large."""
+    with five_times(bench) as cluster:
+        ours, peer = Pgcairn(bench, cluster, "pgcairn-repo-five"), PgBackRest(bench, cluster, "pgbackrest-repo-five")
+        write_history(cluster, ours, peer, [(NEAR, NEAR_SEGMENTS, small_changes)])
+        large = from_s3(cluster, ours, peer)
+    growth = statistics.median(large) / statistics.median(small)
+    bench.report.at_most("  5 x the size takes", [growth], "x", 1.2, digits=2)
 
 
 def replay(bench):
+    """What replay takes by the server's own log, and from nothing to the answer."""
     ours, peer = bench.ours, bench.peer
     sides = {"mount": lambda: on_clone(ours, FAR), "native": lambda: on_copy(ours, MEMORY),
-             "small": lambda: on_copy(ours, SHARED_BUFFERS), "peer": lambda: on_restored(peer, FAR)}
-    seconds = bench.in_turns(sides)
-    report = bench.report
-    report.compare(f"replay of {FAR_SEGMENTS} segments through the mount (against local files, shared_buffers {MEMORY} as there)",
-                   seconds["mount"], seconds["native"], "s", 0.91, faster=True)
-    report.compare(f"  against local files with the cluster's {SHARED_BUFFERS}", seconds["mount"], seconds["small"], "s", None, faster=True)
-    report.compare("  against pgBackRest's restore and archive-get", seconds["mount"], seconds["peer"], "s", 2.0, faster=True)
+             "small": lambda: on_copy(ours, SHARED_BUFFERS), "peer": lambda: (on_restored(peer, FAR), None)}
+    values = bench.in_turns(sides)
+    whole, redo = ({side: [value[what] for value in values[side]] for side in sides} for what in (0, 1))
+    compare = bench.report.compare
+    compare(f"replay of {FAR_SEGMENTS} segments through the mount, by the server's log (against a local pg_wal, shared_buffers {MEMORY} as there)",
+            redo["mount"], redo["native"], "s", 0.91, faster=True)
+    compare(f"  against a local pg_wal with the cluster's {SHARED_BUFFERS}", redo["mount"], redo["small"], "s", None, faster=True)
+    compare("  from nothing to the answer, against the start of a copy that is there", whole["mount"], whole["native"], "s", None, faster=True)
+    compare("  from nothing to the answer, against pgBackRest's restore and archive-get", whole["mount"], whole["peer"], "s", 2.0, faster=True)
 
 
 def on_clone(ours, name, arguments=None, env=None):
-    """From nothing to a promoted server at the restore point."""
+    """From nothing to a promoted server at the restore point; and the seconds of replay."""
     ours.bench.settle(cold=True)
     started = time.monotonic()
     clone = Clone(ours, "moment", arguments, env, point=point(name))
     seconds = time.monotonic() - started
+    replayed = redo_seconds(clone.socket / "postgresql.log")
     clone.stop()
-    return seconds
+    return seconds, replayed
+
+
+def redo_seconds(log):
+    """The last replay of a server, as it has measured it itself."""
+    return float(re.findall(r"redo done at .* elapsed: ([\d.]+) s", log.read_text())[-1])
 
 
 def on_restored(peer, name):
@@ -114,7 +138,7 @@ def on_restored(peer, name):
 
 
 def on_copy(ours, memory):
-    """From the start of a server to its promotion, on a local copy with all WAL in its pg_wal."""
+    """From the start of a server to its promotion, on a local copy with all WAL in its pg_wal; and the seconds of replay."""
     bench, path, mounted = ours.bench, ours.bench.directory("restored"), ours.bench.directory("wal-of-it")
     ours.restore(path, *point(FAR), "--target-action=promote")
     ours("mount", mounted, user="root")
@@ -122,19 +146,21 @@ def on_copy(ours, memory):
     ours("umount", mounted, user="root")
     bench.settle(cold=True)
     started = time.monotonic()
-    promoted(bench, path, f"-c restore_command=/bin/false -c shared_buffers={memory}")
+    log = promoted(bench, path, f"-c restore_command=/bin/false -c shared_buffers={memory}")
     seconds = time.monotonic() - started
     shutil.rmtree(path)
-    return seconds
+    return seconds, redo_seconds(log)
 
 
 def promoted(bench, path, options=""):
-    """Starts a server on a copy, and stops it when it has come to its target."""
+    """Starts a server on a copy, and stops it when it has come to its target; gives its log."""
     copy = Cluster(bench, path, port=5498)
+    copy.log.unlink(missing_ok=True)
     copy.start(f"-c port=5498 {options}")
     while copy.psql("SELECT pg_is_in_recovery()") != "f":
         time.sleep(0.01)
     copy.stop()
+    return copy.log
 
 
 def one_table(bench):

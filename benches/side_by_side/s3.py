@@ -26,10 +26,10 @@ def serving(bench, repo, latency_ms):
 
 
 @contextlib.contextmanager
-def both_serving(bench, latency_ms):
+def both_serving(ours, peer, latency_ms):
     """Serves both tools' repositories the same way: over TLS, which pgBackRest demands. Gives pgcairn's arguments and
     environment, and a pgBackRest that reads from there."""
-    ours, peer = bench.ours, bench.peer
+    bench = ours.bench
     with serving(bench, ours.repo, latency_ms) as (arguments, env), encrypted(bench, arguments) as (port, certificate):
         arguments = list(arguments)
         arguments[arguments.index("--repo-s3-endpoint") + 1] = f"https://localhost:{port}"
@@ -45,7 +45,7 @@ repo1-s3-uri-style=path
 repo1-s3-region=us-east-1
 repo1-s3-key={KEY["AWS_ACCESS_KEY_ID"]}
 repo1-s3-key-secret={KEY["AWS_SECRET_ACCESS_KEY"]}"""
-        yield arguments, env, PgBackRest(bench, bench.cluster, over=over)
+        yield arguments, env, PgBackRest(bench, peer.cluster, over=over)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A cluster of 200,000 small files, in memory: peak memory of its backup, and how long it takes to mount."""
+"""A cluster of 200,000 small files, in memory: peak memory of its backups, and how long one takes to mount."""
 
 import os
 import random
@@ -27,6 +27,11 @@ def measure(bench):
         mount.unmount()
     bench.report.at_most(f"  its mount ({listed} in one directory)", seconds, "s", 2)
     bench.report.at_most("  peak memory of that mount, cache 64 MB", [peak], "MB", 64 + 150, digits=0)
+    write(cluster, FILES // 100, seed=4)
+    for what, options in [(f"incremental of {FILES} files, {FILES // 100} of them changed", []), ("  the same, every file read", ["--checksum"])]:
+        ran = ours("backup", "--type", "incr", "--process-max", 2, *options, *ours.server)
+        bench.report.at_most(what, [ran.seconds], "s")
+        bench.report.at_most("  its peak memory", [ran.rss_max_mb], "MB", 300, digits=0)
     cluster.stop()
 
 
@@ -44,8 +49,12 @@ def memory_disk(bench):
 def many_files(cluster, _gb):
     """Files of one page, each of its own content."""
     cluster.stop()
-    chance = random.Random(3)
-    for number in range(FILES):
+    write(cluster, FILES, seed=3)
+    cluster.bench.run("chown", "-R", "postgres:", cluster.path, user="root")
+
+
+def write(cluster, count, seed):
+    chance = random.Random(seed)
+    for number in range(count):
         page = chance.randbytes(64) * 4 + bytes(8192 - 256)
         (cluster.path / f"base/1/small{number}").write_bytes(page)
-    cluster.bench.run("chown", "-R", "postgres:", cluster.path, user="root")

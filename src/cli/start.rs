@@ -15,7 +15,7 @@ use super::point::{self, PointOptions};
 use super::{output, pg};
 use crate::error::{Error, Result};
 use crate::format::manifest::Description;
-use crate::postgres::{CONTROL_FILE, ControlFile, SegmentName};
+use crate::postgres::{AUTO_CONF, CONTROL_FILE, ControlFile, RECOVERY_SIGNAL, SegmentName};
 use crate::read::course::Bound;
 use crate::read::point::{Action, Target};
 use crate::read::recovery::Prepared;
@@ -28,12 +28,6 @@ const LOCK_FILE_STATUS: usize = 7;
 
 /// The least and the most `shared_buffers` of a clone.
 const SHARED_BUFFERS_MB: (u64, u64) = (128, 1024);
-
-/// A file that says that recovery has not ended.
-const RECOVERY_SIGNAL: &str = "recovery.signal";
-
-/// Where ALTER SYSTEM and we set things.
-const AUTO_CONF: &str = "postgresql.auto.conf";
 
 /// A `restore_command` where `pg_wal` has everything.
 const NOTHING_TO_RESTORE: &str = "false";
@@ -294,7 +288,7 @@ impl Start {
         };
         loop {
             // before that it would refuse, once more in its log for each time it was asked
-            let error = match server_accepts(place, clone.read_only).then(is_there) {
+            let error = match server_accepts(place).then(is_there) {
                 Some(Ok(true)) => return Ok(()),
                 Some(Err(error)) => Some(error),
                 Some(Ok(false)) | None => None,
@@ -402,11 +396,10 @@ fn set_restore_command(place: &Place, command: &str) -> Result<()> {
     writeln!(file, "restore_command = '{command}'").map_err(|error| Error::io("write", &path, error))
 }
 
-/// Whether the server takes connections, by the last line of its lock file: "ready", or where it replays "standby".
-fn server_accepts(place: &Place, in_recovery: bool) -> bool {
+/// Whether the server takes connections, by the last line of its lock file.
+fn server_accepts(place: &Place) -> bool {
     let lock = fs::read_to_string(place.mount().join(LOCK_FILE)).unwrap_or_default();
-    let status = lock.lines().nth(LOCK_FILE_STATUS).unwrap_or_default().trim();
-    status == "ready" || (in_recovery && status == "standby")
+    lock.lines().nth(LOCK_FILE_STATUS).is_some_and(|status| status.trim() == "ready")
 }
 
 /// Removes the lock file of a server that ended together with its mount. Nobody can be running on a mount this new, but

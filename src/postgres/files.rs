@@ -10,6 +10,12 @@ use super::version::TablespaceDirectory;
 pub const DEFAULT_TABLESPACE: u32 = 1663;
 /// The tablespace `pg_global`, whose files lie in `global/`.
 pub const GLOBAL_TABLESPACE: u32 = 1664;
+/// Its presence makes a server recover to its target.
+pub const RECOVERY_SIGNAL: &str = "recovery.signal";
+/// Its presence makes a server recover without an end.
+pub const STANDBY_SIGNAL: &str = "standby.signal";
+/// The file that ALTER SYSTEM writes, read after every other.
+pub const AUTO_CONF: &str = "postgresql.auto.conf";
 /// Where the control file lies.
 pub const CONTROL_FILE: &str = "global/pg_control";
 
@@ -28,8 +34,8 @@ const LEFT_OUT: [&str; 10] = [
     "backup_manifest",
     "postmaster.pid",
     "postmaster.opts",
-    "recovery.signal",
-    "standby.signal",
+    RECOVERY_SIGNAL,
+    STANDBY_SIGNAL,
 ];
 
 /// Why a file is not in a backup.

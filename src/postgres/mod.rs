@@ -32,7 +32,10 @@ pub mod wal;
 
 pub use backup_label::{BackupLabel, BackupLabelError, BackupSource, TablespaceLink, TablespaceMapError};
 pub use control::{Checkpoint, ClusterState, ControlError, ControlFile, WalLevel};
-pub use files::{CONTROL_FILE, FileClass, Fork, Layout, RelationFile, SkipReason, UnloggedRelations};
+pub use files::{
+    AUTO_CONF, CONTROL_FILE, FileClass, Fork, Layout, RECOVERY_SIGNAL, RelationFile, STANDBY_SIGNAL, SkipReason,
+    UnloggedRelations,
+};
 pub use label::{BackupKind, Label, LabelError};
 pub use lsn::{Lsn, LsnError, Timeline, TimelineError};
 pub use page::Verdict;

@@ -184,7 +184,11 @@ impl Horizon {
 
     /// Finds out what these segments of a road tell, and the one before them.
     pub fn look_at(&self, road: &Road, from: u64, to: u64) -> Result<()> {
-        let names: Vec<SegmentName> = (from.saturating_sub(1)..to).filter_map(|index| road.segment(index)).collect();
+        self.look_at_all(road, from.saturating_sub(1)..to)
+    }
+
+    fn look_at_all(&self, road: &Road, indexes: impl IntoIterator<Item = u64>) -> Result<()> {
+        let names: Vec<SegmentName> = indexes.into_iter().filter_map(|index| road.segment(index)).collect();
         self.times.look_at(&names)
     }
 
@@ -216,8 +220,7 @@ impl Horizon {
             let begins = |index: u64| road.segment(index).is_some_and(|name| self.points.contains(&name));
             let telling: Vec<u64> =
                 (from..to).filter(|index| begins(*index) || (*index > 0 && begins(index - 1))).collect();
-            let names = telling.iter().flat_map(|index| index.saturating_sub(1)..=*index);
-            self.times.look_at(&names.filter_map(|index| road.segment(index)).collect::<Vec<_>>())?;
+            self.look_at_all(road, telling.iter().flat_map(|index| index.saturating_sub(1)..=*index))?;
             for index in telling {
                 let times = self.segment(road, index)?;
                 let points = times.restore_points().iter().filter(|point| Lsn(point.lsn) >= stone.stop);

@@ -10,7 +10,7 @@ use super::view::{Content, ViewOptions};
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::Decoder;
 use crate::format::manifest::Description;
-use crate::postgres::{SegmentName, SegmentSize, Timeline, WalName, conf};
+use crate::postgres::{AUTO_CONF, RECOVERY_SIGNAL, STANDBY_SIGNAL, SegmentName, SegmentSize, Timeline, WalName, conf};
 use crate::repo::{Repository, keys};
 
 /// Answers questions about the mount; hidden from listings.
@@ -19,10 +19,7 @@ pub const HIDDEN: &[u8] = b".pgcairn";
 const TABLESPACES: &[u8] = b".pgcairn/tablespaces/";
 /// Where a data directory links to its tablespaces.
 const LINKS: &[u8] = b"pg_tblspc/";
-/// The file that ALTER SYSTEM writes, read after every other.
-const AUTO_CONF: &[u8] = b"postgresql.auto.conf";
-
-/// And the one before it, where people write.
+/// Where people write settings; [`AUTO_CONF`] is read after it.
 const CONF: &[u8] = b"postgresql.conf";
 
 /// A recovery as a data directory is prepared for it.
@@ -77,8 +74,8 @@ pub fn complete(builder: &mut Builder, repository: &Repository, of: &Description
 
 /// The signal that makes a server recover, and the WAL it needs for that.
 fn recovery(builder: &mut Builder, repository: &Repository, of: &Description, prepared: &Prepared) -> Result<()> {
-    let signal: &[u8] = if prepared.recovery.standby { b"standby.signal" } else { b"recovery.signal" };
-    builder.add(signal, 0o600, of.stop_time, Content::Text(Bytes::new()));
+    let signal = if prepared.recovery.standby { STANDBY_SIGNAL } else { RECOVERY_SIGNAL };
+    builder.add(signal.as_bytes(), 0o600, of.stop_time, Content::Text(Bytes::new()));
     if !prepared.presents_wal {
         return Ok(());
     }
@@ -114,7 +111,7 @@ fn tablespaces(builder: &mut Builder, of: &Description) {
 /// Appends settings to `postgresql.auto.conf`, which PostgreSQL reads last. A recovery's target must be the only one: those
 /// that some file has already become comments.
 fn settings(builder: &mut Builder, repository: &Repository, of: &Description, options: &ViewOptions) -> Result<()> {
-    let mut conf = read_stored(builder, repository, AUTO_CONF)?;
+    let mut conf = read_stored(builder, repository, AUTO_CONF.as_bytes())?;
     let mut settings: Vec<_> = options.settings.iter().map(|(name, value)| (*name, value.as_str())).collect();
     if let Some(prepared) = &options.recovery {
         conf = conf::comment_out(&conf, conf::is_recovery_target);
@@ -128,8 +125,8 @@ fn settings(builder: &mut Builder, repository: &Repository, of: &Description, op
         }
     }
     let comment = format!("written by pgcairn for a copy of backup {}", of.label);
-    conf::append(&mut conf, &comment, &settings).context(|| "postgresql.auto.conf".into())?;
-    builder.add(AUTO_CONF, 0o600, of.stop_time, Content::Text(Bytes::from(conf)));
+    conf::append(&mut conf, &comment, &settings).context(|| AUTO_CONF.into())?;
+    builder.add(AUTO_CONF.as_bytes(), 0o600, of.stop_time, Content::Text(Bytes::from(conf)));
     Ok(())
 }
 

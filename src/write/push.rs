@@ -251,16 +251,16 @@ impl Source<'_> {
 
     /// Reads these chunks in order; `each` sees the plain bytes.
     fn read(&self, numbers: Range<usize>, each: impl FnMut(&[u8])) -> Result<Vec<Chunk>> {
-        let Some(level) = self.level else { return self.read_with(None, numbers, each) };
+        let Some(level) = self.level else { return self.read_encoded(None, numbers, each) };
         ENCODER.with_borrow_mut(|kept| {
             if kept.as_ref().is_none_or(|(of, _)| *of != level) {
                 *kept = Some((level, Encoder::of_wal(level).context(|| "cannot set up zstd".into())?));
             }
-            self.read_with(kept.as_mut().map(|(_, encoder)| encoder), numbers, each)
+            self.read_encoded(kept.as_mut().map(|(_, encoder)| encoder), numbers, each)
         })
     }
 
-    fn read_with(
+    fn read_encoded(
         &self,
         mut encoder: Option<&mut Encoder>,
         numbers: Range<usize>,
