@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 
-use zstd::zstd_safe::{CParameter, Strategy};
+use zstd::zstd_safe::{self, CParameter};
 
 use super::seal::{InfoSeal, Seal, SealKind};
 use super::wire::{Reader, put_varint};
@@ -180,10 +180,10 @@ pub const WAL_LEVEL: i32 = 3;
 /// 3 in two thirds to nine tenths of the time.
 const WAL_SETTINGS: [CParameter; 5] = [
     CParameter::CompressionLevel(WAL_LEVEL),
-    CParameter::Strategy(Strategy::ZSTD_fast),
+    CParameter::Strategy(zstd_safe::Strategy::ZSTD_fast),
     CParameter::HashLog(14),
     CParameter::MinMatch(5),
-    // a byte less than the size from which on zstd looks for better places to begin a block: 0.1 % for a tenth of the time
+    // a byte less than the size from which on zstd looks for better places to begin a block: 0.1 % for a thirtieth of the time
     CParameter::MaxBlockSize((128 << 10) - 1),
 ];
 /// A higher level pays where it saves at least this much of every thousand bytes that level 1 stores.
@@ -245,7 +245,7 @@ impl Encoder {
     }
 
     fn room_for(&mut self, plain_len: usize) {
-        let room = zstd::zstd_safe::compress_bound(plain_len);
+        let room = zstd_safe::compress_bound(plain_len);
         if self.packed.len() < room {
             self.packed.resize(room, 0);
         }

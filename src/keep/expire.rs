@@ -13,7 +13,7 @@ use super::sweep::{BATCH, Swept, due, sweep};
 use crate::error::{Context, Error, Result};
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, LockKind};
 use crate::format::manifest::Database;
-use crate::postgres::{Label, WalName};
+use crate::postgres::{BackupKind, Label, WalName};
 use crate::progress::Monitor;
 use crate::repo::lock::{Lock, Other};
 use crate::repo::{Repository, keys};
@@ -112,6 +112,7 @@ pub fn expire(repository: &Repository, options: &ExpireOptions, monitor: &dyn Mo
     let moment = moment(repository, lock.as_ref())?;
     let backup_info = repository.backup_info()?;
     let decision = decision(repository, options, &archive_info, &backup_info, moment.now)?;
+    refuse_while_built_on(options, &decision, &moment)?;
     let mut report = Report {
         dry_run: options.dry_run,
         backups: decision.backups.iter().map(BackupReport::from).collect(),
@@ -135,6 +136,22 @@ pub fn expire(repository: &Repository, options: &ExpireOptions, monitor: &dyn Mo
     }
 }
 
+/// A person may name a full backup on which one is being built right now, whose label will begin with that of the full one. The
+/// retention never removes the newest.
+fn refuse_while_built_on(options: &ExpireOptions, decision: &Decision, moment: &Moment) -> Result<()> {
+    let Some(set) = &options.set else { return Ok(()) };
+    let takes_full = decision.backups.iter().any(|of| !of.keep && of.label.kind() == BackupKind::Full);
+    match moment.others.iter().find(|other| takes_full && is_live_backup(other)) {
+        Some(other) => Err(Error::new(format!("{set} is not removed: {}", other.describe()))
+            .hint("it may build on this full backup; run the command again when it has ended")),
+        None => Ok(()),
+    }
+}
+
+fn is_live_backup(other: &Other) -> bool {
+    !other.dead && other.kind().is_none_or(|kind| kind == LockKind::Backup)
+}
+
 fn is_dead_backup(other: &Other) -> bool {
     other.dead && other.kind().is_none_or(|kind| kind == LockKind::Backup)
 }
@@ -147,7 +164,7 @@ fn moment(repository: &Repository, lock: Option<&Lock>) -> Result<Moment> {
             (now, repository.locks()?)
         }
     };
-    let works = others.iter().filter(|other| !other.dead && other.kind().is_none_or(|kind| kind == LockKind::Backup));
+    let works = others.iter().filter(|other| is_live_backup(other));
     let since = works.map(|other| other.since().unwrap_or(other.modified).min(other.modified));
     let own = lock.map_or(now, Lock::since);
     Ok(Moment { now, horizon: since.fold(own, i64::min), others })
