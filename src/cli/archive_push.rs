@@ -19,7 +19,7 @@ use crate::write::push::{Pushed, push};
 pub(super) struct ArchivePush {
     /// Path of the file (%p)
     path: PathBuf,
-    /// zstd level
+    /// zstd level; the default stands for settings that suit WAL
     #[arg(long, env = "PGCAIRN_COMPRESS_LEVEL", value_name = "LEVEL", default_value_t = WAL_LEVEL, allow_hyphen_values = true)]
     compress_level: i32,
     /// Let a worker in the background push all that is ready, in parallel (y); its success is still the repository's

@@ -12,18 +12,30 @@ use crate::error::{Context, Error, Result};
 /// Read when no other file is named, and only if it exists.
 const DEFAULT_PATH: &str = "/etc/pgcairn.toml";
 
-/// The command with the file's values as defaults: what stands on the command line or in the environment wins.
-pub(super) fn with_defaults(command: Command, arguments: &[OsString]) -> Result<Command> {
-    let named = named(arguments, "--config").or_else(|| std::env::var_os("PGCAIRN_CONFIG"));
-    let path = named.clone().map_or_else(|| PathBuf::from(DEFAULT_PATH), PathBuf::from);
-    let text = match std::fs::read_to_string(&path) {
-        Ok(text) => text,
-        Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => return Ok(command),
-        Err(error) => return Err(Error::io("read the configuration file", &path, error)),
-    };
-    let stanza = named_stanza(arguments);
-    let values = parse(&text, &path, stanza.as_deref())?;
-    apply(command, values, &path)
+/// What a configuration file says, for one stanza.
+pub(super) struct Configuration {
+    values: HashMap<String, String>,
+    path: PathBuf,
+}
+
+impl Configuration {
+    /// Reads the file that the command line or the environment names, or the default one; `None` where there is none.
+    pub(super) fn read(arguments: &[OsString]) -> Result<Option<Self>> {
+        let named = named(arguments, "--config").or_else(|| std::env::var_os("PGCAIRN_CONFIG"));
+        let path = named.clone().map_or_else(|| PathBuf::from(DEFAULT_PATH), PathBuf::from);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io("read the configuration file", &path, error)),
+        };
+        let values = parse(&text, &path, named_stanza(arguments).as_deref())?;
+        Ok(Some(Self { values, path }))
+    }
+
+    /// The command with these values as defaults: what stands on the command line or in the environment wins.
+    pub(super) fn defaults_of(self, command: Command) -> Result<Command> {
+        apply(command, self.values, &self.path)
+    }
 }
 
 /// The value an option has on the command line, before it is parsed for good.

@@ -80,10 +80,8 @@ pub fn main() -> ExitCode {
     // to PostgreSQL, whatever goes wrong in a restore_command must look different from the end of WAL
     let is_archive_get = arguments.iter().any(|argument| argument == "archive-get");
     let code = |code| if is_archive_get { archive_get::FAILED } else { code };
-    if let Err(error) = cipher::refuse_secrets(&arguments) {
-        return fail(&error, code(2));
-    }
-    let cli = match Cli::short(&arguments).map_or_else(|| Cli::whole(&arguments), Ok) {
+    let read = cipher::refuse_secrets(&arguments).and_then(|()| config::Configuration::read(&arguments));
+    let cli = match read.map_err(Misuse::Configuration).and_then(|configuration| Cli::of(&arguments, configuration)) {
         Ok(cli) => cli,
         Err(Misuse::Configuration(error)) => return fail(&error, code(2)),
         Err(Misuse::Arguments(error)) => {
@@ -105,14 +103,27 @@ enum Misuse {
     Arguments(clap::Error),
 }
 
+/// Adds a verb's options.
+type WithOptions = fn(Command) -> Command;
+
 /// Verbs that a server calls for each file of WAL. A call that finds its file archived ahead would spend a fifth of its time on
 /// learning the options of all the others.
-const SHORT: [(&str, fn(Command) -> Command); 2] =
+const SHORT: [(&str, WithOptions); 2] =
     [("archive-push", archive_push::ArchivePush::augment_args), ("archive-get", archive_get::ArchiveGet::augment_args)];
 
 impl Cli {
-    fn whole(arguments: &[OsString]) -> std::result::Result<Self, Misuse> {
-        Self::parsed(Self::command(), arguments)
+    fn of(arguments: &[OsString], configuration: Option<config::Configuration>) -> std::result::Result<Self, Misuse> {
+        // a configuration has keys of all verbs
+        if configuration.is_none()
+            && let Some(cli) = Self::short(arguments)
+        {
+            return Ok(cli);
+        }
+        let command = match configuration {
+            Some(configuration) => configuration.defaults_of(Self::command()).map_err(Misuse::Configuration)?,
+            None => Self::command(),
+        };
+        Self::parsed(command, arguments).map_err(Misuse::Arguments)
     }
 
     /// A call of a verb of [`SHORT`] in which nothing is unclear: what is, the whole command line has to tell.
@@ -122,10 +133,8 @@ impl Cli {
         Self::parsed(command.subcommand(with_options(Command::new(*verb))), arguments).ok()
     }
 
-    fn parsed(command: Command, arguments: &[OsString]) -> std::result::Result<Self, Misuse> {
-        let command = config::with_defaults(command, arguments).map_err(Misuse::Configuration)?;
-        let matches = command.try_get_matches_from(arguments).map_err(Misuse::Arguments)?;
-        Self::from_arg_matches(&matches).map_err(Misuse::Arguments)
+    fn parsed(command: Command, arguments: &[OsString]) -> std::result::Result<Self, clap::Error> {
+        Self::from_arg_matches(&command.try_get_matches_from(arguments)?)
     }
 
     fn run(self) -> Result<ExitCode> {
@@ -164,10 +173,30 @@ fn fail(error: &Error, code: u8) -> ExitCode {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
-        super::Cli::command().debug_assert();
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_short_way_understands_what_the_whole_one_does() {
+        for (line, is_short) in [
+            ("pgcairn --repo /r --stanza main archive-push --archive-async=y pg_wal/000000010000000000000001", true),
+            ("pgcairn archive-get 00000002.history x --repo /r --stanza main --log-level INFO", true),
+            ("pgcairn --stanza archive-push archive-get 00000002.history x", false),
+            ("pgcairn --stanza archive-push info", false),
+            ("pgcairn archive-push", false),
+            ("pgcairn archive-push --no-such-option x", false),
+            ("pgcairn archive-get --help", false),
+            ("pgcairn help archive-push", false),
+        ] {
+            let arguments: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            let short = Cli::short(&arguments).map(|cli| format!("{cli:?}"));
+            assert_eq!(short.is_some(), is_short, "{line}");
+            let whole = Cli::parsed(Cli::command(), &arguments).ok().map(|cli| format!("{cli:?}"));
+            assert!(short.is_none() || short == whole, "{line}");
+        }
     }
 }

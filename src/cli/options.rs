@@ -34,7 +34,7 @@ pub(super) struct Common {
         default_value = "warn",
         help_heading = "Common options"
     )]
-    #[arg(value_parser = ["off", "error", "warn", "info", "debug", "trace"])]
+    #[arg(value_parser = ["off", "error", "warn", "info", "debug", "trace"], ignore_case = true)]
     pub(super) log_level: String,
     #[command(flatten)]
     pub(super) s3: S3,

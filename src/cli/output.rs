@@ -49,8 +49,8 @@ pub(super) fn start_log(common: &Common) {
     let level: LevelFilter = common.log_level.parse().unwrap_or(LevelFilter::WARN);
     let filter = Targets::new()
         .with_default(level)
-        .with_target("aws_config", LevelFilter::ERROR)
-        .with_target("aws_smithy_runtime", LevelFilter::ERROR)
+        .with_target("aws_config", level.min(LevelFilter::ERROR))
+        .with_target("aws_smithy_runtime", level.min(LevelFilter::ERROR))
         .with_target("hyper", level.min(LevelFilter::WARN));
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)

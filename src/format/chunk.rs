@@ -500,11 +500,13 @@ mod tests {
             ],
             flip in any::<prop::sample::Index>(),
             encrypted: bool,
+            is_wal: bool,
         ) {
             let keys = Keys::new(if encrypted { b"secret" } else { b"" });
             let (mut stored, mut unpacked) = (Vec::new(), Vec::new());
             let digest = keys.digest(&plain);
-            Encoder::new(3).unwrap().encode(&keys, &digest.id, &plain, &mut stored).unwrap();
+            let encoder = if is_wal { Encoder::of_wal(WAL_LEVEL) } else { Encoder::new(3) };
+            encoder.unwrap().encode(&keys, &digest.id, &plain, &mut stored).unwrap();
             let at = reference(&keys, &plain, stored.len());
             let mut decoder = Decoder::new().unwrap();
             let decoded = Decoded { plain: plain.clone(), grains: digest.grains };

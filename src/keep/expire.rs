@@ -15,7 +15,7 @@ use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, LockKind};
 use crate::format::manifest::Database;
 use crate::postgres::{BackupKind, Label, WalName};
 use crate::progress::Monitor;
-use crate::repo::lock::{Lock, Other};
+use crate::repo::lock::{Attempt, Lock, Other, Timing};
 use crate::repo::{Repository, keys};
 
 /// How long a pack that nobody needs stays, unless said otherwise: longer than any reader or writer that knows it.
@@ -108,11 +108,11 @@ struct Moment {
 pub fn expire(repository: &Repository, options: &ExpireOptions, monitor: &dyn Monitor) -> Result<Report> {
     let archive_info = repository.archive_info()?;
     let lock = if options.dry_run { None } else { Some(repository.lock(LockKind::Expire, "")?) };
+    let alone = without_backups(repository, options)?;
     // first who works, then what there is: a backup that commits in between is in one of the two
     let moment = moment(repository, lock.as_ref())?;
     let backup_info = repository.backup_info()?;
     let decision = decision(repository, options, &archive_info, &backup_info, moment.now)?;
-    refuse_while_built_on(options, &decision, &moment)?;
     let mut report = Report {
         dry_run: options.dry_run,
         backups: decision.backups.iter().map(BackupReport::from).collect(),
@@ -122,6 +122,7 @@ pub fn expire(repository: &Repository, options: &ExpireOptions, monitor: &dyn Mo
         report.notes.push("no retention is set: backups and WAL stay (see --repo-retention-full)".into());
     }
     let gone = remove_backups(repository, lock.as_ref(), &decision)?;
+    drop(alone);
     let mut failure = None;
     for database in &archive_info.history {
         match expire_wal(repository, lock.as_ref(), database, &decision, moment.horizon) {
@@ -136,15 +137,18 @@ pub fn expire(repository: &Repository, options: &ExpireOptions, monitor: &dyn Mo
     }
 }
 
-/// A person may name a full backup on which one is being built right now, whose label will begin with that of the full one. The
-/// retention never removes the newest.
-fn refuse_while_built_on(options: &ExpireOptions, decision: &Decision, moment: &Moment) -> Result<()> {
-    let Some(set) = &options.set else { return Ok(()) };
-    let takes_full = decision.backups.iter().any(|of| !of.keep && of.label.kind() == BackupKind::Full);
-    match moment.others.iter().find(|other| takes_full && is_live_backup(other)) {
-        Some(other) => Err(Error::new(format!("{set} is not removed: {}", other.describe()))
+/// A person may name a full backup on which one is being built right now, whose label begins with that of the full one. So none
+/// runs, nor begins, while it is taken away. The retention never removes the newest.
+fn without_backups(repository: &Repository, options: &ExpireOptions) -> Result<Option<Lock>> {
+    let Some(set) = options.set.as_ref().filter(|_| !options.dry_run) else { return Ok(None) };
+    let label: Label = repository.resolve(set)?.parse().context(|| "a label".into())?;
+    if label.kind() != BackupKind::Full {
+        return Ok(None);
+    }
+    match repository.try_lock(LockKind::Sweep, "", Timing::default())? {
+        Attempt::Held(lock) => Ok(Some(lock)),
+        Attempt::Busy(other) => Err(Error::new(format!("backup {label} is not removed: {}", other.describe()))
             .hint("it may build on this full backup; run the command again when it has ended")),
-        None => Ok(()),
     }
 }
 

@@ -149,10 +149,10 @@ pub fn fetch_ahead(spool: &Spool, options: &AheadOptions, open: &dyn Fn() -> Res
         drop(jobs);
         followed
     });
-    for name in spool.names()? {
-        spool.remove(&name)?;
-    }
-    fetched
+    fetched?;
+    // a spool that is another's by now is none of our business
+    spool.check(&run)?;
+    spool.names()?.iter().try_for_each(|name| spool.remove(name))
 }
 
 fn fetch_all(

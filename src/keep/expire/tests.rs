@@ -164,14 +164,15 @@ fn packs_of_a_running_backup_stay_and_none_is_deleted_meanwhile() {
 
 #[test]
 fn a_full_backup_that_may_be_built_on_is_not_removed_by_name() {
-    let mut made = made(&[Full, Incr, Full, Incr]);
+    let made = made(&[Full, Incr, Full, Incr]);
     let labels = made.labels();
     let named = |label: &String| ExpireOptions { set: Some(label.clone()), ..keep_full(9) };
     write_lock(&made, &lock_of(&made, false));
     let error = expire(&made.repository, &named(&labels[2]), &Silent).unwrap_err();
     assert!(error.to_string().contains("postgres@elsewhere"), "{error}");
     assert_eq!(made.labels(), labels);
-    // nobody builds on the set of a name but on its full one
+    assert_eq!(made.keys("lock/"), ["lock/main/backup"]);
+    // an incremental may go, whoever builds on it: its label is in no other
     run(&made, &named(&labels[3]));
     // the backup has died
     made.pass(3600);

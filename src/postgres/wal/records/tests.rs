@@ -227,6 +227,34 @@ fn a_prepared_transaction_is_known_by_its_own_number() {
     }
 }
 
+/// One place after the other.
+fn begins_restore_point(bytes: &[u8], page: usize) -> bool {
+    (0..bytes.len() / 8).map(|eight| eight * 8).any(|at| {
+        let end = bytes.len().min(at + (page - at % page).min(RECORD_HEADER_BYTES));
+        let head = &bytes[at..end];
+        head[..4] == RESTORE_POINT_BYTES.to_le_bytes() && (head.len() < RECORD_HEADER_BYTES || is_restore_point(head))
+    })
+}
+
+proptest! {
+    #[test]
+    fn a_glance_misses_no_restore_point(
+        pages in 1..20usize,
+        page in prop::sample::select(vec![1024usize, 8192, 65536]),
+        lengths in prop::collection::vec((any::<prop::sample::Index>(), any::<bool>()), 0..4),
+    ) {
+        let mut bytes = vec![0; pages * page];
+        for (at, is_point) in lengths {
+            let at = at.index(bytes.len() / 8) * 8;
+            bytes[at..at + 4].copy_from_slice(&RESTORE_POINT_BYTES.to_le_bytes());
+            if let (true, Some(operation)) = (is_point, bytes.get_mut(at + 16..at + 18)) {
+                operation.copy_from_slice(&[RESTORE_POINT, XLOG]);
+            }
+        }
+        prop_assert_eq!(may_begin_restore_point(&bytes, page), begins_restore_point(&bytes, page));
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
