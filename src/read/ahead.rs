@@ -149,10 +149,11 @@ pub fn fetch_ahead(spool: &Spool, options: &AheadOptions, open: &dyn Fn() -> Res
         drop(jobs);
         followed
     });
-    fetched?;
     // a spool that is another's by now is none of our business
-    spool.check(&run)?;
-    spool.names()?.iter().try_for_each(|name| spool.remove(name))
+    if spool.check(&run).is_ok() {
+        spool.names()?.iter().try_for_each(|name| spool.remove(name))?;
+    }
+    fetched
 }
 
 fn fetch_all(
