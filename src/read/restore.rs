@@ -91,13 +91,15 @@ pub fn restore(view: &View, root: &Path, options: &RestoreOptions, monitor: &dyn
         enough_space(place, bytes.saturating_sub(local.bytes.get(place).copied().unwrap_or_default()))?;
     }
     let marker = begin(view, root, &plan, &local, options.owner)?;
+    // opened before anything is written: what cannot be written to the disk from here on fails their sync
+    let places = plan.bytes.keys().map(|place| Open::directory(place)).collect::<Result<Vec<_>>>()?;
     let equal = write(view, root, &plan, &local, options, monitor)?;
     monitor.stage("syncing", 0);
-    plan.bytes.keys().try_for_each(|place| sync(place))?;
+    places.iter().try_for_each(Open::sync)?;
     marker.remove()?;
     let later = root.join(CONTROL_LATER);
     fs::rename(&later, &plan.control.path).map_err(|error| Error::io("rename to", &plan.control.path, error))?;
-    plan.bytes.keys().try_for_each(|place| sync(place))?;
+    places.iter().try_for_each(Open::sync)?;
     Ok(Restored {
         files: (plan.files.len() + plan.zeros.len()) as u64 + 1,
         bytes: plan.bytes.values().sum(),
@@ -226,8 +228,16 @@ fn give_link(path: &Path, owner: Option<Owner>) -> Result<()> {
     }
 }
 
-/// Makes everything written to the file system of `place` durable, in one call instead of one per file.
-fn sync(place: &Path) -> Result<()> {
-    let directory = File::open(place).map_err(|error| Error::io("open", place, error))?;
-    nix::unistd::syncfs(&directory).map_err(|error| Error::io("sync", place, error.into()))
+/// An open directory, and its path.
+struct Open<'a>(File, &'a Path);
+
+impl<'a> Open<'a> {
+    fn directory(place: &'a Path) -> Result<Self> {
+        File::open(place).map(|open| Self(open, place)).map_err(|error| Error::io("open", place, error))
+    }
+
+    /// Makes everything written to its file system durable, in one call instead of one per file.
+    fn sync(&self) -> Result<()> {
+        nix::unistd::syncfs(&self.0).map_err(|error| Error::io("sync", self.1, error.into()))
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::time::{Duration, SystemTime};
 
@@ -88,6 +89,9 @@ fn cut(files: &[Target], workers: usize, send: impl Fn(Piece) -> bool) {
     send(Piece::Whole(small));
 }
 
+/// Ranges from this size on are on their way to the disk while the next are made; the end of a restore waits for the rest.
+const EARLY_BYTES: u64 = 1 << 20;
+
 /// What the threads that write share.
 struct Writing<'a> {
     view: &'a View,
@@ -136,6 +140,9 @@ impl Writing<'_> {
             add_part(&mut parts, at, bytes);
             file.write_all_at(bytes, at).map_err(fail)
         })?;
+        if to - from >= EARLY_BYTES {
+            write_out(&file, from, to - from);
+        }
         self.monitor.advance(to - from);
         Ok((file, whole_crc(parts), (to - from) as usize))
     }
@@ -168,6 +175,13 @@ impl Writing<'_> {
             _ => Ok(()),
         }
     }
+}
+
+/// Has the kernel begin to write a range to the disk, without waiting. What it cannot write fails the sync at the end.
+#[expect(unsafe_code, reason = "nix has no sync_file_range")]
+fn write_out(file: &File, from: u64, len: u64) {
+    // SAFETY: a call with numbers alone, for a file that is open
+    _ = unsafe { libc::sync_file_range(file.as_raw_fd(), from as i64, len as i64, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
 /// Adds a run of bytes; most come in order, and appending costs less than combining.
