@@ -113,15 +113,13 @@ const SHORT: [(&str, WithOptions); 2] =
 
 impl Cli {
     fn of(arguments: &[OsString], configuration: Option<config::Configuration>) -> std::result::Result<Self, Misuse> {
-        // a configuration has keys of all verbs
-        if configuration.is_none()
-            && let Some(cli) = Self::short(arguments)
-        {
-            return Ok(cli);
-        }
         let command = match configuration {
+            // it has keys of all verbs
             Some(configuration) => configuration.defaults_of(Self::command()).map_err(Misuse::Configuration)?,
-            None => Self::command(),
+            None => match Self::short(arguments) {
+                Some(cli) => return Ok(cli),
+                None => Self::command(),
+            },
         };
         Self::parsed(command, arguments).map_err(Misuse::Arguments)
     }

@@ -200,12 +200,12 @@ impl Encoder {
 
     /// The same for WAL: [`WAL_LEVEL`] has settings that suit it, and nothing has to be tried.
     pub fn of_wal(level: i32) -> io::Result<Self> {
-        let mut encoder = Self::new(level)?;
-        if level == WAL_LEVEL {
-            encoder.thorough = None;
-            for setting in WAL_SETTINGS {
-                encoder.fast.set_parameter(setting)?;
-            }
+        if level != WAL_LEVEL {
+            return Self::new(level);
+        }
+        let mut encoder = Self::new(FAST_LEVEL)?;
+        for setting in WAL_SETTINGS {
+            encoder.fast.set_parameter(setting)?;
         }
         Ok(encoder)
     }
@@ -221,6 +221,7 @@ impl Encoder {
         };
         let written = compressor.compress_to_buffer(plain, &mut self.packed[..])?;
         let (codec, payload) = if written < plain.len() { (ZSTD, &self.packed[..written]) } else { (RAW, plain) };
+        // with its codec byte and its seal
         out.reserve(ChunkRef::MAX_STORED as usize - CHUNK + payload.len());
         out.push(codec);
         out.extend_from_slice(payload);

@@ -108,11 +108,12 @@ struct Moment {
 pub fn expire(repository: &Repository, options: &ExpireOptions, monitor: &dyn Monitor) -> Result<Report> {
     let archive_info = repository.archive_info()?;
     let lock = if options.dry_run { None } else { Some(repository.lock(LockKind::Expire, "")?) };
-    let alone = without_backups(repository, options)?;
+    let named = options.set.as_deref().map(|set| named(repository, set)).transpose()?;
+    let alone = named.filter(|_| !options.dry_run).map(|label| without_backups(repository, label)).transpose()?;
     // first who works, then what there is: a backup that commits in between is in one of the two
     let moment = moment(repository, lock.as_ref())?;
     let backup_info = repository.backup_info()?;
-    let decision = decision(repository, options, &archive_info, &backup_info, moment.now)?;
+    let decision = decision(repository, options, named, &archive_info, &backup_info, moment.now)?;
     let mut report = Report {
         dry_run: options.dry_run,
         backups: decision.backups.iter().map(BackupReport::from).collect(),
@@ -130,18 +131,21 @@ pub fn expire(repository: &Repository, options: &ExpireOptions, monitor: &dyn Mo
             Err(error) => _ = failure.get_or_insert(error),
         }
     }
-    let reason = gone > 0 || moment.others.iter().any(is_dead_backup);
+    let reason = gone > 0 || moment.others.iter().any(|other| other.dead && may_be_backup(other));
     match packs(repository, lock.as_ref(), options, &moment, reason, &mut report, monitor) {
         Ok(()) => failure.map_or(Ok(report), Err),
         Err(error) => Err(failure.unwrap_or(error)),
     }
 }
 
+/// The backup that a person names.
+fn named(repository: &Repository, set: &str) -> Result<Label> {
+    repository.resolve(set)?.parse().context(|| "a label".into())
+}
+
 /// A person may name a full backup on which one is being built right now, whose label begins with that of the full one. So none
 /// runs, nor begins, while it is taken away. The retention never removes the newest.
-fn without_backups(repository: &Repository, options: &ExpireOptions) -> Result<Option<Lock>> {
-    let Some(set) = options.set.as_ref().filter(|_| !options.dry_run) else { return Ok(None) };
-    let label: Label = repository.resolve(set)?.parse().context(|| "a label".into())?;
+fn without_backups(repository: &Repository, label: Label) -> Result<Option<Lock>> {
     if label.kind() != BackupKind::Full {
         return Ok(None);
     }
@@ -152,12 +156,9 @@ fn without_backups(repository: &Repository, options: &ExpireOptions) -> Result<O
     }
 }
 
-fn is_live_backup(other: &Other) -> bool {
-    !other.dead && other.kind().is_none_or(|kind| kind == LockKind::Backup)
-}
-
-fn is_dead_backup(other: &Other) -> bool {
-    other.dead && other.kind().is_none_or(|kind| kind == LockKind::Backup)
+/// It is a backup's lock, for all we know.
+fn may_be_backup(other: &Other) -> bool {
+    other.kind().is_none_or(|kind| kind == LockKind::Backup)
 }
 
 fn moment(repository: &Repository, lock: Option<&Lock>) -> Result<Moment> {
@@ -168,7 +169,7 @@ fn moment(repository: &Repository, lock: Option<&Lock>) -> Result<Moment> {
             (now, repository.locks()?)
         }
     };
-    let works = others.iter().filter(|other| is_live_backup(other));
+    let works = others.iter().filter(|other| !other.dead && may_be_backup(other));
     let since = works.map(|other| other.since().unwrap_or(other.modified).min(other.modified));
     let own = lock.map_or(now, Lock::since);
     Ok(Moment { now, horizon: since.fold(own, i64::min), others })
@@ -177,12 +178,13 @@ fn moment(repository: &Repository, lock: Option<&Lock>) -> Result<Moment> {
 fn decision(
     repository: &Repository,
     options: &ExpireOptions,
+    named: Option<Label>,
     archive_info: &ArchiveInfo,
     backup_info: &BackupInfo,
     now: i64,
 ) -> Result<Decision> {
     let clusters: Vec<u32> = archive_info.history.iter().map(|database| database.id).collect();
-    if let Some(label) = &options.set {
+    if let Some(label) = named {
         return decide_set(repository, options, backup_info, label, &clusters);
     }
     let known = known(repository, backup_info)?;
@@ -194,17 +196,16 @@ fn decide_set(
     repository: &Repository,
     options: &ExpireOptions,
     backup_info: &BackupInfo,
-    label: &str,
+    named: Label,
     clusters: &[u32],
 ) -> Result<Decision> {
-    let label = repository.resolve(label)?;
-    let parsed: Label = label.parse().context(|| "a label".into())?;
+    let label = named.to_string();
     let mut known = backup_info.backups.iter().map(|(label, of)| known_of(label, of)).collect::<Result<Vec<_>>>()?;
     // it may be the one that cannot be read: its name is all that is known of it, and enough
     if let (false, Some(other)) = (backup_info.backups.contains_key(&label), known.first().cloned()) {
-        known.push(Known { label: parsed, prior: None, ..other });
+        known.push(Known { label: named, prior: None, ..other });
     }
-    let decision = remove_one(&known, parsed, &options.retention, clusters).map_err(|why| {
+    let decision = remove_one(&known, named, &options.retention, clusters).map_err(|why| {
         Error::new(format!("backup {label} is not removed: {why}"))
             .hint("take a new full backup first; a whole stanza is removed by deleting its objects by hand")
     })?;

@@ -356,12 +356,8 @@ impl Drop for Scratch {
     }
 }
 
-#[allow(unsafe_code, reason = "nix has no syncfs")]
 fn sync_filesystem(directory: &Path) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
-    let directory = File::open(directory)?;
-    // SAFETY: the descriptor is open during the call, and syncfs touches no memory of ours.
-    if unsafe { libc::syncfs(directory.as_raw_fd()) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    Ok(nix::unistd::syncfs(File::open(directory)?)?)
 }
 
 fn now() -> i64 {
