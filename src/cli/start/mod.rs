@@ -1,3 +1,6 @@
+mod reach;
+mod settings;
+
 use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
@@ -8,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use self::reach::{LOCK_FILE, did_not_start};
 use super::clones::{Clone, Place};
 use super::mount::{self, Mount};
 use super::options::{Cache, Common, Output};
@@ -15,19 +19,12 @@ use super::point::{self, PointOptions};
 use super::{output, pg};
 use crate::error::{Error, Result};
 use crate::format::manifest::Description;
-use crate::postgres::{AUTO_CONF, CONTROL_FILE, ControlFile, RECOVERY_SIGNAL, SegmentName};
+use crate::postgres::{AUTO_CONF, RECOVERY_SIGNAL};
 use crate::read::course::Bound;
 use crate::read::point::{Action, Target};
 use crate::read::recovery::Prepared;
 use crate::read::tree::Owner;
 use crate::repo::Repository;
-
-/// A server's lock file in its data directory, and which of its lines says how far the server is.
-const LOCK_FILE: &str = "postmaster.pid";
-const LOCK_FILE_STATUS: usize = 7;
-
-/// The least and the most `shared_buffers` of a clone.
-const SHARED_BUFFERS_MB: (u64, u64) = (128, 1024);
 
 /// A `restore_command` where `pg_wal` has everything.
 const NOTHING_TO_RESTORE: &str = "false";
@@ -274,119 +271,6 @@ impl Start {
         self.reach_target(place, clone, &clone.conninfo(place, superuser))?;
         Ok(superuser.to_owned())
     }
-
-    /// Waits for the answer to a first query, at the target: pg_ctl is content with a server that replays.
-    fn reach_target(&self, place: &Place, clone: &Clone, conninfo: &str) -> Result<()> {
-        let started = Instant::now();
-        let query = match clone.read_only {
-            true => "SELECT NOT pg_is_in_recovery() OR pg_is_wal_replay_paused()",
-            false => "SELECT NOT pg_is_in_recovery()",
-        };
-        let is_there = || -> std::result::Result<bool, postgres::Error> {
-            let mut client = postgres::Client::connect(conninfo, postgres::NoTls)?;
-            Ok(client.query_one(query, &[])?.get(0))
-        };
-        loop {
-            // before that it would refuse, once more in its log for each time it was asked
-            let error = match server_accepts(place).then(is_there) {
-                Some(Ok(true)) => return Ok(()),
-                Some(Err(error)) => Some(error),
-                Some(Ok(false)) | None => None,
-            };
-            if super::stop::running_server(place).is_none() {
-                return Err(did_not_start(&place.log(), "ended before its target"));
-            }
-            if started.elapsed() > Duration::from_secs(self.start_timeout) {
-                let late = format!("the clone did not answer at its target within {} s", self.start_timeout);
-                let late = Error::new(late).hint("give it more time with --start-timeout");
-                return Err(match error {
-                    Some(error) => late.source(error),
-                    None => late,
-                });
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    /// Settings on the server's command line, which beat every file and ALTER SYSTEM.
-    fn server_options(&self, place: &Place, clone: &Clone, of: &Description) -> Result<String> {
-        let run = place.run().display().to_string();
-        let version = of.database.version;
-        let mut settings: Vec<(String, String)> = [
-            ("port", clone.port.to_string()),
-            ("listen_addresses", String::new()),
-            ("unix_socket_directories", run.clone()),
-            ("hba_file", format!("{run}/pg_hba.conf")),
-            ("ident_file", format!("{run}/pg_ident.conf")),
-            ("external_pid_file", place.pid_file().display().to_string()),
-            ("cluster_name", format!("pgcairn-{}", clone.name)),
-            ("archive_mode", "off".into()),
-            ("wal_recycle", "off".into()),
-            ("wal_init_zero", "off".into()),
-            ("primary_conninfo", String::new()),
-            ("primary_slot_name", String::new()),
-            ("archive_cleanup_command", String::new()),
-            ("recovery_end_command", String::new()),
-            ("recovery_min_apply_delay", "0".into()),
-            // a server that goes on at its target is not open before it
-            ("hot_standby", if clone.read_only { "on" } else { "off" }.into()),
-            ("synchronous_standby_names", String::new()),
-            ("logging_collector", "off".into()),
-            ("log_destination", "stderr".into()),
-            ("autovacuum", "off".into()),
-            ("shared_buffers", format!("{}MB", shared_buffers_mb(clone, memory_available()))),
-            ("huge_pages", "off".into()),
-            ("ssl", "off".into()),
-        ]
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect();
-        if clone.read_only {
-            settings.extend(source_limits(place)?);
-        }
-        if version >= 14 {
-            settings.push(("recovery_init_sync_method".into(), "syncfs".into()));
-        }
-        if version >= 15 {
-            // it asks for pages that replay then overwrites with the images in the WAL, and each would be fetched
-            settings.push(("recovery_prefetch".into(), "off".into()));
-        }
-        if version >= 18 {
-            settings.push(("io_method".into(), "worker".into()));
-        }
-        for option in &self.options {
-            let (name, value) = option.split_once('=').ok_or_else(|| {
-                Error::new(format!("--option {option} is no setting")).hint("it reads like --option work_mem=64MB")
-            })?;
-            settings.push((name.trim().to_owned(), value.to_owned()));
-        }
-        Ok(settings
-            .iter()
-            .map(|(name, value)| format!("-c {name}={}", shell_quote(value)))
-            .collect::<Vec<_>>()
-            .join(" "))
-    }
-}
-
-/// pg_ctl hands its options to a shell.
-fn shell_quote(value: &str) -> String {
-    format!("'{}'", value.replace('\'', r"'\''"))
-}
-
-/// Replay reads and writes the same pages again and again: what stays in the server's own memory costs nothing. Up to an eighth of
-/// what the machine has to give.
-fn shared_buffers_mb(clone: &Clone, available: u64) -> u64 {
-    match clone.recovery {
-        Some(_) => (available / 8 / 1024 / 1024).clamp(SHARED_BUFFERS_MB.0, SHARED_BUFFERS_MB.1),
-        None => SHARED_BUFFERS_MB.0,
-    }
-}
-
-/// Bytes of memory that could be had without swapping; none where the kernel does not say.
-fn memory_available() -> u64 {
-    let told = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = told.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or_default();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or_default() * 1024
 }
 
 /// The last setting of a name counts.
@@ -394,12 +278,6 @@ fn set_restore_command(place: &Place, command: &str) -> Result<()> {
     let path = place.mount().join(AUTO_CONF);
     let mut file = fs::OpenOptions::new().append(true).open(&path).map_err(|error| Error::io("open", &path, error))?;
     writeln!(file, "restore_command = '{command}'").map_err(|error| Error::io("write", &path, error))
-}
-
-/// Whether the server takes connections, by the last line of its lock file.
-fn server_accepts(place: &Place) -> bool {
-    let lock = fs::read_to_string(place.mount().join(LOCK_FILE)).unwrap_or_default();
-    lock.lines().nth(LOCK_FILE_STATUS).is_some_and(|status| status.trim() == "ready")
 }
 
 /// Removes the lock file of a server that ended together with its mount. Nobody can be running on a mount this new, but
@@ -410,22 +288,6 @@ fn forget_old_server(place: &Place) -> Result<()> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &lock, error)),
         _ => Ok(()),
     }
-}
-
-/// A server that is open during recovery must have room for all that its source had.
-fn source_limits(place: &Place) -> Result<Vec<(String, String)>> {
-    let path = place.mount().join(CONTROL_FILE);
-    let bytes = fs::read(&path).map_err(|error| Error::io("read", &path, error))?;
-    let control =
-        ControlFile::parse(&bytes).map_err(|error| Error::new("the backup's pg_control is damaged").source(error))?;
-    let limits = [
-        ("max_connections", control.max_connections),
-        ("max_worker_processes", control.max_worker_processes),
-        ("max_wal_senders", control.max_wal_senders),
-        ("max_prepared_transactions", control.max_prepared_transactions),
-        ("max_locks_per_transaction", control.max_locks_per_transaction),
-    ];
-    Ok(limits.into_iter().map(|(name, value)| (name.to_owned(), value.to_string())).collect())
 }
 
 fn refuse_root(owner: Owner) -> Result<()> {
@@ -467,25 +329,6 @@ fn run(mut command: Command, log: &Path) -> Result<()> {
         return Ok(());
     }
     Err(did_not_start(log, "did not start"))
-}
-
-fn did_not_start(log: &Path, what: &str) -> Error {
-    let log_text = fs::read_to_string(log).unwrap_or_default();
-    let tail: Vec<&str> = log_text.lines().rev().take(8).collect();
-    let tail: Vec<&str> = tail.into_iter().rev().collect();
-    if let Some(segment) = unreadable_segment(&log_text) {
-        return Error::new(format!("recovery stopped at WAL segment {segment}, which cannot be read"))
-            .hint("the mount's log says why; choose a point before it, or run \"pgcairn verify\"")
-            .source(format!("the server's log ends with:\n  {}", tail.join("\n  ")));
-    }
-    Error::new(format!("the clone's server {what}:\n  {}", tail.join("\n  ")))
-        .hint("the lines above are the end of its log; --option NAME=VALUE changes a setting")
-}
-
-/// The segment that the server failed to read, if it says so.
-fn unreadable_segment(log: &str) -> Option<&str> {
-    let line = log.lines().rev().find(|line| line.contains("could not read from") && line.contains("segment"))?;
-    line.split(|c: char| !c.is_ascii_alphanumeric()).find(|word| word.parse::<SegmentName>().is_ok())
 }
 
 /// Leaves the WAL segment that came from the backup: one that is the scratch's own from birth is written without us.
