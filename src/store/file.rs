@@ -5,17 +5,17 @@
 //! must not be able to make its reader open something else.
 
 use std::collections::HashSet;
-use std::ffi::OsString;
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::ffi::{CStr, OsString};
+use std::fs::{DirBuilder, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2, renameat};
-use nix::sys::stat::{Mode, mkdirat};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, renameat};
+use nix::sys::stat::{Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 use parking_lot::Mutex;
 
@@ -68,21 +68,31 @@ impl DirectoryStore {
         let url = root.display().to_string();
         let owner = owner_for_root(&root).map_err(failed)?;
         let store = Self { root, url, durable: Mutex::default(), owner };
-        store.remove_old_temp_files();
+        let _ = store.remove_old_temp_files();
         Ok(store)
     }
 
-    /// What dead writers left. Failing to is no harm: the directory may be read-only here.
-    fn remove_old_temp_files(&self) {
-        let Ok(entries) = std::fs::read_dir(self.root.join(key::RESERVED)) else { return };
-        let now = SystemTime::now();
-        for entry in entries.flatten() {
-            let Ok(meta) = entry.metadata() else { continue };
-            let age = meta.modified().ok().and_then(|modified| now.duration_since(modified).ok());
-            if meta.is_file() && age.is_some_and(|age| age > TEMP_AGE_MAX) {
-                let _ = std::fs::remove_file(entry.path());
+    /// Removes the temporary files of writers that died. Failing to is no harm: the directory may be read-only.
+    ///
+    /// Only regular files with a name of ours go, and only from a directory that was opened without following a
+    /// link: whoever may write the repository must not choose what is deleted.
+    fn remove_old_temp_files(&self) -> io::Result<()> {
+        let root = File::open(&self.root)?;
+        let directory = open_beneath(&root, Path::new(key::RESERVED), OFlag::O_DIRECTORY)?;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        for entry in walk::entries(&directory)? {
+            let (name, _) = entry?;
+            if !is_temp_name(&name) {
+                continue;
+            }
+            let Ok(found) = fstatat(&directory, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW) else { continue };
+            let is_file = SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG;
+            let age = now.saturating_sub(u64::try_from(found.st_mtime).unwrap_or_default());
+            if is_file && age > TEMP_AGE_MAX.as_secs() {
+                let _ = unlinkat(&directory, name.as_c_str(), UnlinkatFlags::NoRemoveDir);
             }
         }
+        Ok(())
     }
 
     fn error(&self, operation: &'static str, key: &str, error: io::Error) -> StoreError {
@@ -118,7 +128,7 @@ impl DirectoryStore {
 
     fn write(&self, root: &File, key: &Path, body: &Body) -> io::Result<()> {
         let temp_directory = self.temp_directory(root)?;
-        let temp = TempFile::create(&temp_directory, &self.root)?;
+        let temp = TempFile::create(&temp_directory)?;
         if let Some(owner) = self.owner {
             fchown(&temp.file, Some(owner.uid), Some(owner.gid))?;
         }
@@ -239,14 +249,14 @@ impl Store for DirectoryStore {
 
     fn list(&self, prefix: &str, after: Option<&str>) -> Result<Page> {
         key::require_prefix(&self.url, prefix)?;
-        self.open_root()?;
-        walk::list(&self.root, prefix, after).map_err(|e| self.error("list", prefix, e))
+        let root = self.open_root()?;
+        walk::list(&root, prefix, after).map_err(|e| self.error("list", prefix, e))
     }
 
     fn names(&self, prefix: &str) -> Result<Vec<String>> {
         key::require_directory(&self.url, prefix)?;
-        self.open_root()?;
-        walk::names(&self.root, prefix).map_err(|e| self.error("list", prefix, e))
+        let root = self.open_root()?;
+        walk::names(&root, prefix).map_err(|e| self.error("list", prefix, e))
     }
 
     fn delete(&self, keys: &[String]) -> Result<()> {
@@ -266,29 +276,39 @@ impl Store for DirectoryStore {
 /// A file being written; removed unless it was placed under its key.
 struct TempFile<'a> {
     directory: &'a File,
-    path: PathBuf,
     name: OsString,
     file: File,
     placed: bool,
 }
 
 impl<'a> TempFile<'a> {
-    fn create(directory: &'a File, root: &Path) -> io::Result<Self> {
+    fn create(directory: &'a File) -> io::Result<Self> {
         // random: writers on several hosts may share the directory
         let random = getrandom::u64().map_err(io::Error::other)?;
-        let name = format!("{}-{random:016x}", std::process::id());
-        let path = root.join(key::RESERVED).join(&name);
-        let file = OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(&path)?;
-        Ok(Self { directory, path, name: name.into(), file, placed: false })
+        let name = OsString::from(format!("{}-{random:016x}", std::process::id()));
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let file = openat(directory, name.as_os_str(), flags, Mode::from_bits_truncate(FILE_MODE))?.into();
+        Ok(Self { directory, name, file, placed: false })
     }
 }
 
 impl Drop for TempFile<'_> {
     fn drop(&mut self) {
         if !self.placed {
-            let _ = std::fs::remove_file(&self.path);
+            let _ = unlinkat(self.directory, self.name.as_os_str(), UnlinkatFlags::NoRemoveDir);
         }
     }
+}
+
+/// Whether [`TempFile::create`] gives such names.
+fn is_temp_name(name: &CStr) -> bool {
+    let parts = name.to_str().ok().and_then(|name| name.split_once('-'));
+    parts.is_some_and(|(process, random)| {
+        !process.is_empty()
+            && process.bytes().all(|byte| byte.is_ascii_digit())
+            && random.len() == 16
+            && random.bytes().all(|byte| byte.is_ascii_hexdigit())
+    })
 }
 
 /// The owner of the root directory, if we are root and it is somebody else's.
@@ -328,10 +348,21 @@ fn open_directory(root: &File, path: &Path) -> io::Result<File> {
 
 /// Opens `path` below `root` for reading without following any symbolic link.
 fn open_beneath(root: &File, path: &Path, flags: OFlag) -> io::Result<File> {
+    // no O_NOFOLLOW: with O_DIRECTORY it makes "not a directory" of a link, which reads like "missing"
     let how = OpenHow::new()
-        .flags(flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW)
+        .flags(flags | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
     Ok(openat2(root, path, how)?.into())
+}
+
+/// Says of an error what it means here that a path leads through a symbolic link.
+fn explain(error: io::Error) -> io::Error {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ELOOP) => {
+            io::Error::other("a symbolic link is in the way; below the repository's own directory none is followed")
+        }
+        _ => error,
+    }
 }
 
 /// There is no such file, or something on the way to it is itself a file.
@@ -349,5 +380,5 @@ fn failure(operation: &'static str, url: &str, key: &str, error: io::Error) -> S
         }
         _ => ErrorKind::Other,
     };
-    StoreError::new(kind, operation, url, key, error)
+    StoreError::new(kind, operation, url, key, explain(error))
 }

@@ -25,13 +25,17 @@ fn modes_are_private() {
     assert_eq!(mode("") & !0o750, 0);
 }
 
+/// Names of temporary files.
+const OLD: &str = "4711-0123456789abcdef";
+const NEW: &str = "4712-0123456789abcdef";
+
 #[test]
 fn what_a_dead_writer_left_is_no_object_and_goes_after_a_day() {
     let (directory, store) = new();
     put(&store, "a", "x");
     let temp = directory.path().join(".tmp");
     assert_eq!(fs::read_dir(&temp).unwrap().count(), 0, "a writer that lives leaves nothing");
-    for (name, hours) in [("old", 25), ("new", 23)] {
+    for (name, hours) in [(OLD, 25), (NEW, 23), ("old", 25), ("1-123456789abcdefg", 25)] {
         let file = fs::File::create(temp.join(name)).unwrap();
         file.set_modified(SystemTime::now() - Duration::from_secs(hours * 3600)).unwrap();
     }
@@ -39,8 +43,41 @@ fn what_a_dead_writer_left_is_no_object_and_goes_after_a_day() {
     assert_eq!(store.list(".", None).unwrap().objects.len(), 0);
     assert_eq!(store.names("").unwrap(), ["a"]);
     DirectoryStore::open(directory.path(), false).unwrap();
-    assert!(!temp.join("old").exists());
-    assert!(temp.join("new").exists());
+    assert!(!temp.join(OLD).exists());
+    assert!(temp.join(NEW).exists());
+    assert!(temp.join("old").exists() && temp.join("1-123456789abcdefg").exists(), "they have no name of ours");
+}
+
+#[test]
+fn a_link_in_place_of_the_temporary_directory_deletes_and_writes_nothing_elsewhere() {
+    let (directory, store) = new();
+    put(&store, "a/b", "x");
+    let victims = tempfile::tempdir().unwrap();
+    let old = |path: &Path| {
+        let file = fs::File::create(path).unwrap();
+        file.set_modified(SystemTime::now() - Duration::from_secs(72 * 3600)).unwrap();
+    };
+    old(&victims.path().join("file"));
+    old(&victims.path().join(OLD));
+    let temp = directory.path().join(".tmp");
+    fs::remove_dir(&temp).unwrap();
+    symlink(victims.path(), &temp).unwrap();
+    let opened = DirectoryStore::open(directory.path(), false).unwrap();
+    for store in [&store, &opened] {
+        let error = store.put("a/c", Body::Bytes(Bytes::new())).unwrap_err();
+        assert!(format!("{error:?}").contains("symbolic link"), "{error:?}");
+    }
+    assert_eq!(opened.get("a/b").unwrap(), "x", "what is there can be read");
+    assert_eq!(fs::read_dir(victims.path()).unwrap().count(), 2);
+
+    // nor what a link in the true directory leads to
+    fs::remove_file(&temp).unwrap();
+    fs::create_dir(&temp).unwrap();
+    symlink(victims.path().join(OLD), temp.join(OLD)).unwrap();
+    fs::create_dir(temp.join(NEW)).unwrap();
+    DirectoryStore::open(directory.path(), false).unwrap();
+    assert_eq!(fs::read_dir(victims.path()).unwrap().count(), 2);
+    assert_eq!(fs::read_dir(&temp).unwrap().count(), 2);
 }
 
 #[test]
@@ -54,12 +91,16 @@ fn symbolic_links_below_the_root_are_not_followed() {
     assert_eq!(kind(store.get("file")), ErrorKind::Other);
     assert_eq!(kind(store.put("link/new", Body::Bytes(Bytes::new()))), ErrorKind::Other);
     assert_eq!(kind(store.put("link/new/er", Body::Bytes(Bytes::new()))), ErrorKind::Other);
-    store.delete(&["link/secret".into()]).unwrap();
-    assert_eq!(store.list("", None).unwrap(), Page::default());
-    assert_eq!(store.list("link/", None).unwrap(), Page::default());
-    assert_eq!(store.names("link/").unwrap(), [""; 0]);
+    assert_eq!(kind(store.delete(&["link/secret".into()])), ErrorKind::Other);
+    // a listing without what lies behind them would be taken for whole
+    assert_eq!(kind(store.list("", None)), ErrorKind::Other);
+    assert_eq!(kind(store.list("link/", None)), ErrorKind::Other);
+    assert_eq!(kind(store.names("")), ErrorKind::Other);
+    assert_eq!(kind(store.names("link/")), ErrorKind::Other);
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1, "nothing came, nothing went");
 
+    fs::remove_file(directory.path().join("link")).unwrap();
+    fs::remove_file(directory.path().join("file")).unwrap();
     let root = outside.path().join("root");
     symlink(directory.path(), &root).unwrap();
     put(&DirectoryStore::open(&root, true).unwrap(), "a", "the root itself may be one");
