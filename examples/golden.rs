@@ -1,5 +1,5 @@
 //! Writes the golden repositories of the present format version: `cargo run --example golden -- tests/golden/v1`, and beside it
-//! `tests/golden/v1-encrypted`.
+//! `tests/golden/v1-encrypted-proof`. (`v1-encrypted` was written before manifests carried a proof; nothing writes it any more.)
 //!
 //! Run once per format version, and the result is committed: what a program of that version wrote is read forever.
 
@@ -12,7 +12,7 @@ use pgcairn::format::chunk::{ChunkRef, Encoder, Keys, PackId};
 use pgcairn::format::key::Passphrase;
 use pgcairn::format::manifest::{
     BlockWriter, Database, Description, Entry, File, Node, PackUse, Place, Sizes, Tablespace, encode_description,
-    encode_own, encode_packs, path_cmp,
+    encode_own, encode_packs, encode_proof, path_cmp,
 };
 use pgcairn::format::map::{Extent, Leaf, LeafRef, SlotChange, encode_changes, encode_changes_since, encode_index};
 use pgcairn::format::pack::{PackKind, PackWriter};
@@ -267,6 +267,10 @@ impl Backup {
         }
         plains.extend(encode_packs(&packs));
         plains.iter().try_for_each(|plain| self.manifest.add(plain).map(drop))?;
+        let (id, chunks) = (self.manifest.pack.id(), self.manifest.pack.chunks());
+        if let Some(proof) = self.keys.manifest_proof(&description.label, id, chunks) {
+            self.manifest.add(&encode_proof(&proof))?;
+        }
         let key = keys::manifest(&repository.stanza, &description.label);
         repository.store.put(&key, Body::Bytes(self.manifest.pack.finish().into()))?;
         Ok(description)
@@ -367,14 +371,14 @@ fn encrypted(repository: &Repository) -> Result<()> {
     Ok(())
 }
 
-fn repository(root: &str, secret: &[u8]) -> Result<Repository> {
+fn repository(root: &str, keys: Keys) -> Result<Repository> {
     let store: Arc<dyn Store> = Arc::new(DirectoryStore::open(Path::new(root), true)?);
-    Ok(Repository { keys: Keys::new(secret), ..Repository::new(store, files::STANZA)? })
+    Ok(Repository { keys, ..Repository::new(store, files::STANZA)? })
 }
 
 fn main() -> Result<()> {
     let root = std::env::args().nth(1).ok_or("usage: golden DIRECTORY")?;
-    let plain = repository(&root, b"")?;
+    let plain = repository(&root, Keys::new(b""))?;
     plain.create_stanza(database())?;
     let wal = tempfile::tempdir()?;
     for (name, content) in [(files::SEGMENT, &files::segment()[..]), (files::HISTORY, files::HISTORY_TEXT)] {
@@ -384,8 +388,8 @@ fn main() -> Result<()> {
     let mut sizes = HashMap::new();
     let old = full(&plain, &mut sizes)?;
     incremental(&plain, &old, &mut sizes)?;
-    let encrypted_root = format!("{root}-encrypted");
-    encrypted(&repository(&encrypted_root, files::SECRET)?)?;
+    let encrypted_root = format!("{root}-encrypted-proof");
+    encrypted(&repository(&encrypted_root, Keys::with_manifest_proof(files::SECRET))?)?;
     let store: Arc<dyn Store> = Arc::new(DirectoryStore::open(Path::new(&encrypted_root), true)?);
     let passphrase = Passphrase::new(files::PASSPHRASE.into()).ok_or("no passphrase")?;
     Repository::new(store, files::LOCKED)?.create_secret(&passphrase)?.create_stanza(database())?;

@@ -57,7 +57,8 @@
 //!
 //! 9. **In an encrypted stanza nothing is stored, and nothing is believed, that is not sealed with its secret**, but for the object
 //!    that holds the secret, wrapped by a passphrase. A program without the passphrase stops before it writes. Held by
-//!    `repo::Repository::open`, by [`format::info::decode`] and by the seal in every pack's header. Tests: theirs, and
+//!    `repo::Repository::open`, by [`format::info::decode`], by the seal in every pack's header, and by the proof of a manifest's list
+//!    of chunks, without which stored chunks could be put together to another manifest (`repo::manifest`). Tests: theirs, and
 //!    `integration/tests/encrypted.rs`, which searches every object for what must not be there. There is always a passphrase that
 //!    opens, wherever a change of it dies: `keep::passwd`'s tests.
 //!

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use pgcairn::format::chunk::{ChunkRef, Encoder, Keys, PackId};
 use pgcairn::format::key::Passphrase;
 use pgcairn::format::manifest::{File, Node, PackUse, Place};
 use pgcairn::format::map::{Leaf, LeafRef, SlotChange, apply_changes, changes_base, decode_changes, decode_index};
+use pgcairn::format::pack::{Pack, PackKind, PackWriter};
 use pgcairn::format::seal::SealKind;
 use pgcairn::format::{CHUNK, LEAF_BYTES, SLOT, VERSION};
 use pgcairn::postgres::BackupKind;
@@ -49,12 +51,17 @@ fn repository() -> (tempfile::TempDir, Repository) {
     (place, Repository::new(store, files::STANZA).unwrap())
 }
 
-/// A copy of the encrypted one, to be read with `secret`. Its stanza has no info objects.
-fn encrypted(secret: &[u8]) -> (tempfile::TempDir, Repository) {
+type KeysOf = fn(&[u8]) -> Keys;
+
+/// The encrypted ones: before manifests carried a proof, and with it; and the keys that derive from a secret.
+const ENCRYPTED: [(&str, KeysOf); 2] = [("v1-encrypted", Keys::new), ("v1-encrypted-proof", Keys::with_manifest_proof)];
+
+/// A copy of an encrypted one. Its stanza has no info objects.
+fn encrypted(name: &str, keys: Keys) -> (tempfile::TempDir, Repository) {
     let place = tempfile::tempdir().unwrap();
-    copy(&golden("v1-encrypted"), place.path());
+    copy(&golden(name), place.path());
     let store: Arc<dyn Store> = Arc::new(DirectoryStore::open(place.path(), false).unwrap());
-    (place, Repository { keys: Keys::new(secret), ..Repository::new(store, files::STANZA).unwrap() })
+    (place, Repository { keys, ..Repository::new(store, files::STANZA).unwrap() })
 }
 
 fn fetcher(repository: &Repository) -> Fetcher {
@@ -318,7 +325,11 @@ fn a_flipped_byte_is_refused() {
 
 #[test]
 fn an_encrypted_backup_is_read_with_its_secret_only() {
-    let (place, repository) = encrypted(files::SECRET);
+    ENCRYPTED.into_iter().for_each(|(name, keys)| read_with_its_secret_only(name, keys));
+}
+
+fn read_with_its_secret_only(name: &str, keys: KeysOf) {
+    let (place, repository) = encrypted(name, keys(files::SECRET));
     assert_eq!(repository.keys.seal_kind(), SealKind::Encrypted);
     let load =
         |repository: &Repository| View::load(Arc::new(fetcher(repository)), files::FULL, &ViewOptions::default());
@@ -328,7 +339,7 @@ fn an_encrypted_backup_is_read_with_its_secret_only() {
     let table = repository.manifest_packs(files::FULL).unwrap();
     assert_eq!(table.iter().map(|pack| pack.pack.0[0]).collect::<Vec<_>>(), [2, 4]);
     for other in [&b"another secret"[..], b""] {
-        assert!(load(&encrypted(other).1).is_err(), "{}", other.escape_ascii());
+        assert!(load(&encrypted(name, keys(other)).1).is_err(), "{}", other.escape_ascii());
     }
     let pack = place.path().join("chunk/golden/02").join("02".repeat(16));
     assert!(!fs::read(&pack).unwrap().windows(8).any(|part| part == b"a row of"));
@@ -398,11 +409,46 @@ fn archived_files_are_delivered() {
 
 #[test]
 fn a_passphrase_opens_what_was_encrypted_under_it() {
-    let (_place, other) = encrypted(files::SECRET);
-    let passphrase = |text: &str| Passphrase::new(text.into()).unwrap();
-    let open = |text| Repository::open(other.store.clone(), files::LOCKED, Some(&passphrase(text)));
-    let repository = open(files::PASSPHRASE).unwrap();
-    assert_eq!(repository.archive_info().unwrap().current().unwrap().system_id, files::SYSTEM_ID);
-    assert!(repository.backup_info().unwrap().backups.is_empty());
-    assert!(open("another").is_err());
+    for (name, keys) in ENCRYPTED {
+        let (_place, other) = encrypted(name, keys(files::SECRET));
+        let passphrase = |text: &str| Passphrase::new(text.into()).unwrap();
+        let open = |text| Repository::open(other.store.clone(), files::LOCKED, Some(&passphrase(text)));
+        let repository = open(files::PASSPHRASE).unwrap();
+        assert_eq!(repository.archive_info().unwrap().current().unwrap().system_id, files::SYSTEM_ID);
+        assert!(repository.backup_info().unwrap().backups.is_empty());
+        let proof = repository.keys.manifest_proof(files::LABEL, PackId::default(), &[]);
+        assert_eq!(proof.is_some(), name == "v1-encrypted-proof", "{name}");
+        assert!(open("another").is_err());
+    }
+}
+
+#[test]
+fn a_manifest_without_proof_is_refused_where_manifests_carry_one() {
+    let (_place, repository) = encrypted("v1-encrypted", Keys::with_manifest_proof(files::SECRET));
+    assert!(repository.open_manifest(files::FULL).is_err());
+    assert!(repository.manifest_packs(files::FULL).is_err());
+}
+
+#[test]
+fn wal_spliced_from_stored_chunks_is_refused() {
+    let (place, repository) = repository();
+    let database = repository.archive_info().unwrap().current().unwrap().clone();
+    let key = repository.archive(&database).find(files::SEGMENT).unwrap().unwrap().key;
+    let object = place.path().join(&key);
+    let bytes = fs::read(&object).unwrap();
+    let pack = Pack::parse(&key, &bytes).unwrap();
+    let first = pack.chunks[0];
+    let stored = &bytes[first.offset as usize..first.end() as usize];
+    let mut spliced = PackWriter::new(PackKind::Wal, SealKind::Hashed, pack.header.id, 0);
+    (0..2).for_each(|_| _ = spliced.add(first.id, first.plain_len as usize, stored));
+    fs::set_permissions(&object, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::write(&object, spliced.finish()).unwrap();
+
+    let view = view(&repository, &ViewOptions::default());
+    let segment = find(&view, format!("pg_wal/{}", files::SEGMENT).as_bytes());
+    assert!(read_all(&view, segment).is_err(), "in a view");
+    assert!(repository.wal_file(&key).is_err(), "whole");
+    let target = place.path().join("RECOVERYXLOG");
+    assert!(matches!(wal::get(&repository, files::SEGMENT, &target), Err(wal::GetError::Failed(_))));
+    assert!(!target.exists());
 }

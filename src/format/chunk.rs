@@ -52,6 +52,8 @@ pub struct Keys {
     file: [u8; 32],
     seal: Seal,
     info: InfoSeal,
+    /// of an encrypted stanza whose manifests carry a proof
+    manifest: Option<[u8; 32]>,
 }
 
 /// The digests of one run of plaintext: its name and the short hash of each grain.
@@ -72,6 +74,33 @@ impl Keys {
             file: blake3::derive_key("pgcairn 2026 file", secret),
             seal: Seal::new(secret),
             info: InfoSeal::new(secret),
+            manifest: None,
+        }
+    }
+
+    /// Keys of an encrypted stanza whose manifests carry a proof, see [`Self::manifest_proof`].
+    pub fn with_manifest_proof(secret: &[u8]) -> Self {
+        Self { manifest: Some(blake3::derive_key("pgcairn 2026 manifest", secret)), ..Self::new(secret) }
+    }
+
+    /// Binds the list of a manifest's chunks to the stanza's secret: a keyed hash over the backup's label, the manifest's pack
+    /// id and the chunk ids, under a key that names nothing else. `None` where manifests carry no proof.
+    ///
+    /// The seal of each chunk proves that the chunk is the stanza's; it does not prove which manifest it belongs to.
+    pub fn manifest_proof(&self, label: &str, pack: PackId, chunks: &[ChunkRef]) -> Option<[u8; 32]> {
+        let mut hasher = blake3::Hasher::new_keyed(self.manifest.as_ref()?);
+        hasher.update(&(label.len() as u32).to_le_bytes()).update(label.as_bytes()).update(&pack.0);
+        hasher.update(&(chunks.len() as u32).to_le_bytes());
+        chunks.iter().for_each(|chunk| _ = hasher.update(&chunk.id.0));
+        Some(*hasher.finalize().as_bytes())
+    }
+
+    /// Fails unless the chunks of an archived file, in order, are those that its pack id names.
+    pub fn check_wal_content(&self, object: &str, pack: PackId, chunks: &[ChunkRef]) -> Result<()> {
+        let content = self.file(chunks.iter().map(|chunk| chunk.id));
+        match content == pack {
+            true => Ok(()),
+            false => Err(FormatError::new(object, 0, format!("its content is {content}, it is named {pack}"))),
         }
     }
 

@@ -10,6 +10,7 @@ use chacha20poly1305::{XChaCha20Poly1305, XNonce};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use super::chunk::Keys;
 use super::info::Info;
 use super::{FormatError, Result};
 
@@ -30,7 +31,11 @@ pub struct Passphrase(Zeroizing<Vec<u8>>);
 
 /// The random secret of an encrypted stanza, wiped from memory when it is dropped.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Secret(Zeroizing<[u8; SECRET_BYTES]>);
+pub struct Secret {
+    bytes: Zeroizing<[u8; SECRET_BYTES]>,
+    /// whether the stanza's manifests carry a proof; those of stanzas made before there were proofs do not
+    proves_manifests: bool,
+}
 
 /// The parameters of Argon2id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +62,9 @@ pub struct KeyObject {
     nonce: String,
     /// the encrypted secret and its tag, 96 hexadecimal digits
     wrapped: String,
+    /// what the secret says of the stanza's manifests; part of the associated data, so that nobody can take it away
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    manifest_proof: bool,
 }
 
 const DERIVATION: &str = "argon2id";
@@ -76,12 +84,20 @@ impl Passphrase {
 impl Secret {
     /// A new one.
     pub fn random() -> io::Result<Self> {
-        Ok(Self(Zeroizing::new(random()?)))
+        Ok(Self { bytes: Zeroizing::new(random()?), proves_manifests: true })
     }
 
     /// Its bytes.
     pub fn bytes(&self) -> &[u8] {
-        &*self.0
+        &*self.bytes
+    }
+
+    /// The keys that derive from it.
+    pub fn keys(&self) -> Keys {
+        match self.proves_manifests {
+            true => Keys::with_manifest_proof(self.bytes()),
+            false => Keys::new(self.bytes()),
+        }
     }
 }
 
@@ -90,7 +106,8 @@ impl KeyObject {
     pub fn wrap(object: &str, secret: &Secret, passphrase: &Passphrase) -> io::Result<Self> {
         let (salt, nonce): ([u8; SALT_BYTES], [u8; NONCE_BYTES]) = (random()?, random()?);
         let key = derive(COST, &salt, passphrase).map_err(io::Error::other)?;
-        let payload = Payload { msg: secret.bytes(), aad: object.as_bytes() };
+        let bound = associated(object, secret.proves_manifests);
+        let payload = Payload { msg: secret.bytes(), aad: bound.as_bytes() };
         let wrapped = XChaCha20Poly1305::new((&*key).into()).encrypt(&XNonce::from(nonce), payload);
         let wrapped = wrapped.map_err(|_cipher_says_nothing| io::Error::other("cannot encrypt"))?;
         Ok(Self {
@@ -100,6 +117,7 @@ impl KeyObject {
             cipher: CIPHER.into(),
             nonce: hex(&nonce),
             wrapped: hex(&wrapped),
+            manifest_proof: secret.proves_manifests,
         })
     }
 
@@ -122,13 +140,20 @@ impl KeyObject {
         let nonce: [u8; NONCE_BYTES] = unhex(&self.nonce).ok_or_else(|| digits("nonce"))?;
         let wrapped: [u8; SECRET_BYTES + 16] = unhex(&self.wrapped).ok_or_else(|| digits("wrapped secret"))?;
         let key = derive(self.cost, &salt, passphrase).map_err(|error| fail(error.to_string()))?;
-        let payload = Payload { msg: &wrapped, aad: object.as_bytes() };
+        let bound = associated(object, self.manifest_proof);
+        let payload = Payload { msg: &wrapped, aad: bound.as_bytes() };
         let opened = XChaCha20Poly1305::new((&*key).into()).decrypt(&XNonce::from(nonce), payload);
         let Ok(opened) = opened.map(Zeroizing::new) else { return Ok(None) };
-        let mut secret = Zeroizing::new([0; SECRET_BYTES]);
-        secret.copy_from_slice(&opened);
-        Ok(Some(Secret(secret)))
+        let mut bytes = Zeroizing::new([0; SECRET_BYTES]);
+        bytes.copy_from_slice(&opened);
+        Ok(Some(Secret { bytes, proves_manifests: self.manifest_proof }))
     }
+}
+
+/// What a wrapped secret is bound to: the key of its object, and what it says of manifests.
+fn associated(object: &str, manifest_proof: bool) -> String {
+    let suffix = if manifest_proof { " manifest-proof" } else { "" };
+    format!("{object}{suffix}")
 }
 
 fn derive(cost: Cost, salt: &[u8], passphrase: &Passphrase) -> argon2::Result<Zeroizing<[u8; 32]>> {
@@ -191,6 +216,8 @@ mod tests {
         assert!(object.unwrap("key/main/b", &right).unwrap().is_none(), "another object");
         let cheaper = KeyObject { cost: Cost { passes: 1, ..COST }, ..object.clone() };
         assert!(cheaper.unwrap("key/main/a", &right).unwrap().is_none(), "other parameters");
+        let unproved = KeyObject { manifest_proof: false, ..object.clone() };
+        assert!(unproved.unwrap("key/main/a", &right).unwrap().is_none(), "manifests without proof");
         let again = KeyObject::wrap("key/main/a", &secret, &right).unwrap();
         assert!(again.wrapped != object.wrapped && again.salt != object.salt);
     }

@@ -21,6 +21,8 @@ const ENTRIES: u8 = 2;
 const PACKS: u8 = 3;
 /// First byte of a chunk that holds file bytes and changes of the manifest's own; entries refer to it as to any chunk.
 const OWN: u8 = 4;
+/// First byte of the chunk that proves the list of all chunks before it; the last one, in encrypted stanzas.
+const PROOF: u8 = 5;
 /// Packs in one part of the pack table.
 const PACKS_EACH: usize = 16 * 1024;
 /// A block is closed when it reaches this many bytes.
@@ -206,6 +208,22 @@ pub fn encode_packs(packs: &[PackUse]) -> Vec<Vec<u8>> {
         true => vec![part(&[])],
         false => packs.chunks(PACKS_EACH).map(part).collect(),
     }
+}
+
+/// The plaintext of the chunk that holds a proof, as `Keys::manifest_proof` computes it.
+pub fn encode_proof(proof: &[u8; 32]) -> Vec<u8> {
+    [&[PROOF], &proof[..]].concat()
+}
+
+/// Reads a manifest's proof; `None` where the chunk holds something else.
+pub fn decode_proof(object: &str, plain: &[u8]) -> Result<Option<[u8; 32]>> {
+    let mut reader = Reader::new(object, plain);
+    if reader.u8()? != PROOF {
+        return Ok(None);
+    }
+    let proof = reader.array()?;
+    reader.end()?;
+    Ok(Some(proof))
 }
 
 /// Reads one chunk of a pack table; `None` where the chunk holds something else.

@@ -72,6 +72,11 @@ impl PackWriter {
         self.id
     }
 
+    /// The chunks added so far, in order.
+    pub fn chunks(&self) -> &[ChunkRef] {
+        &self.chunks
+    }
+
     /// True while no chunk was added.
     pub fn is_empty(&self) -> bool {
         self.chunks.is_empty()

@@ -28,6 +28,7 @@ pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
         fetcher.count(bytes.len() as u64);
         let pack = Pack::parse(key, &bytes)?;
         pack.header.expect(key, PackKind::Wal, fetcher.repository().keys.seal_kind())?;
+        fetcher.repository().keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
         fetcher.locate(pack.header.id, key);
         let is_segment = WalKey::parse(key).is_some_and(|key| key.name.parse::<SegmentName>().is_ok());
         for chunk in &pack.chunks {
@@ -47,8 +48,10 @@ pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
     header.expect(key, PackKind::Wal, fetcher.repository().keys.seal_kind())?;
     let trailer = Trailer::parse(key, size, &get(size - TRAILER_LEN as u64, TRAILER_LEN as u64)?)?;
     let footer = get(trailer.footer_offset, u64::from(trailer.footer_len))?;
+    let chunks = trailer.footer(key, header.id, &footer)?;
+    fetcher.repository().keys.check_wal_content(key, header.id, &chunks)?;
     fetcher.locate(header.id, key);
-    Ok(trailer.footer(key, header.id, &footer)?)
+    Ok(chunks)
 }
 
 /// Why `archive-get` delivered nothing. The difference decides whether PostgreSQL ends recovery or stops.
@@ -118,6 +121,7 @@ fn write(
     let bytes = repository.store.get(key)?;
     let pack = Pack::parse(key, &bytes)?;
     pack.header.expect(key, PackKind::Wal, repository.keys.seal_kind())?;
+    repository.keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
     let len: u64 = pack.chunks.iter().map(|chunk| u64::from(chunk.plain_len)).sum();
     let is_segment = matches!(WalName::parse(name), Ok(WalName::Segment(_)));
     if is_segment && len != database.wal_segment_size {

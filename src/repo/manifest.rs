@@ -10,7 +10,7 @@ use super::{Repository, keys};
 use crate::error::{Context, Result};
 use crate::format::FormatError;
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
-use crate::format::manifest::{Description, Entry, ManifestReader, PackUse, decode_packs, path_cmp};
+use crate::format::manifest::{Description, Entry, ManifestReader, PackUse, decode_packs, decode_proof, path_cmp};
 use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer};
 
 /// A manifest that is being read.
@@ -159,7 +159,24 @@ impl Object {
         pack.header.expect(&key, PackKind::Manifest, repository.keys.seal_kind())?;
         let decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
         let keys = repository.keys.clone();
-        Ok(Self { key, pack: pack.header.id, bytes, from: 0, chunks: pack.chunks, decoder, keys })
+        let object = Self { key, pack: pack.header.id, bytes, from: 0, chunks: pack.chunks, decoder, keys };
+        object.proved(label)
+    }
+
+    /// Checks the proof of the list of chunks, where manifests carry one, and takes it off the list.
+    fn proved(mut self, label: &str) -> Result<Self> {
+        let Some((last, listed)) = self.chunks.split_last() else { return Ok(self) };
+        let Some(expected) = self.keys.manifest_proof(label, self.pack, listed) else { return Ok(self) };
+        let (at, plain) = (u64::from(last.offset), self.plain(self.chunks.len() - 1)?);
+        let what = match decode_proof(&self.key, &plain)? {
+            Some(proof) if proof == expected => {
+                self.chunks.pop();
+                return Ok(self);
+            }
+            Some(_) => format!("its list of chunks is not the one that was written for backup {label}"),
+            None => "it has no proof of its list of chunks".to_owned(),
+        };
+        Err(FormatError::new(&self.key, at, what).into())
     }
 
     /// The end of a large manifest, where the pack table is: who looks at a thousand backups need not read every file's entry.
@@ -175,7 +192,8 @@ impl Object {
         let Some(footer) = trailer.footer_offset.checked_sub(from) else { return Ok(None) };
         let chunks = trailer.footer(&key, header.id, &bytes[footer as usize..footer_end])?;
         let decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
-        Ok(Some(Self { key, pack: header.id, bytes, from, chunks, decoder, keys: repository.keys.clone() }))
+        let keys = repository.keys.clone();
+        Self { key, pack: header.id, bytes, from, chunks, decoder, keys }.proved(label).map(Some)
     }
 
     /// The same bytes, for who reads elsewhere in them.
@@ -239,15 +257,16 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::format::chunk::Encoder;
-    use crate::format::manifest::encode_packs;
+    use crate::format::chunk::{Encoder, Keys};
+    use crate::format::manifest::{encode_packs, encode_proof};
     use crate::format::pack::PackWriter;
+    use crate::format::seal::SealKind;
     use crate::store::{Body, MemoryStore, Operation, Record};
 
     const LABEL: &str = "20240107-120000F";
 
     /// A manifest of `parts` 64 KiB parts of a description and a table of `packs` packs.
-    fn manifest(keys: &crate::format::chunk::Keys, parts: usize, packs: u32) -> (Vec<u8>, Vec<PackUse>) {
+    fn manifest(keys: &Keys, parts: usize, packs: u32) -> (Vec<u8>, Vec<PackUse>) {
         let table: Vec<PackUse> = (0..packs)
             .map(|number| {
                 // names that cannot be compressed
@@ -270,6 +289,70 @@ mod tests {
             writer.add(id, plain.len(), &stored);
         }
         (writer.finish(), table)
+    }
+
+    /// The manifest of `label` as its writer makes it: the two `parts`, an empty pack table, the proof.
+    fn proved_manifest(keys: &Keys, label: &str, id: u8, parts: [&[u8]; 2]) -> Vec<u8> {
+        let mut writer = PackWriter::new(PackKind::Manifest, keys.seal_kind(), PackId([id; 16]), 0);
+        let mut encoder = Encoder::new(1).unwrap();
+        let mut add = |writer: &mut PackWriter, plain: &[u8]| {
+            let (id, mut stored) = (keys.digest(plain).id, Vec::new());
+            encoder.encode(keys, &id, plain, &mut stored).unwrap();
+            writer.add(id, plain.len(), &stored);
+        };
+        parts.iter().for_each(|part| add(&mut writer, &[&[1], *part].concat()));
+        encode_packs(&[]).iter().for_each(|part| add(&mut writer, part));
+        if let Some(proof) = keys.manifest_proof(label, PackId([id; 16]), writer.chunks()) {
+            add(&mut writer, &encode_proof(&proof));
+        }
+        writer.finish()
+    }
+
+    /// What somebody makes who has no secret: a manifest out of stored chunks of others.
+    fn spliced(id: u8, chunks: &[(&[u8], usize)]) -> Vec<u8> {
+        let mut writer = PackWriter::new(PackKind::Manifest, SealKind::Encrypted, PackId([id; 16]), 0);
+        for (from, number) in chunks {
+            let chunk = Pack::parse("from", from).unwrap().chunks[*number];
+            let stored = &from[chunk.offset as usize..chunk.end() as usize];
+            writer.add(chunk.id, chunk.plain_len as usize, stored);
+        }
+        writer.finish()
+    }
+
+    #[test]
+    fn a_manifest_spliced_from_others_is_refused_without_the_secret() {
+        const OLDER: &str = "20240106-120000F";
+        let keys = Keys::with_manifest_proof(b"a secret");
+        let old = proved_manifest(&keys, OLDER, 8, [b"old description", b"old entries"]);
+        let new = proved_manifest(&keys, LABEL, 9, [b"description", b"entries"]);
+        let forged = [
+            ("blocks of two, the proof of one", spliced(9, &[(&new, 0), (&old, 1), (&new, 2), (&new, 3)])),
+            ("a block left out", spliced(9, &[(&new, 0), (&new, 2), (&new, 3)])),
+            ("blocks in another order", spliced(9, &[(&new, 1), (&new, 0), (&new, 2), (&new, 3)])),
+            ("no proof", spliced(9, &[(&new, 0), (&old, 1), (&new, 2)])),
+            ("the name of another pack", spliced(8, &[(&new, 0), (&new, 1), (&new, 2), (&new, 3)])),
+            ("the manifest of another backup", old.clone()),
+            ("nothing but a proof", spliced(9, &[(&new, 3)])),
+        ];
+        let store = Arc::new(MemoryStore::new());
+        let repository = Repository { keys: keys.clone(), ..Repository::new(store, "main").unwrap() };
+        let read = |bytes: &[u8]| {
+            let key = keys::manifest("main", LABEL);
+            repository.store.put(&key, Body::Bytes(bytes.to_vec().into())).unwrap();
+            repository.manifest_packs(LABEL)
+        };
+        assert_eq!(read(&new).unwrap(), []);
+        for (what, bytes) in forged {
+            let error = read(&bytes).expect_err(what);
+            let told = format!("{error:?}");
+            assert!(error.is_damage() && told.contains("list of chunks"), "{what}: {told}");
+        }
+        // a stanza made before manifests had proofs
+        let unproved = Repository { keys: Keys::new(b"a secret"), ..repository.clone() };
+        let old = proved_manifest(&unproved.keys, LABEL, 9, [b"description", b"entries"]);
+        repository.store.put(&keys::manifest("main", LABEL), Body::Bytes(old.into())).unwrap();
+        assert_eq!(unproved.manifest_packs(LABEL).unwrap(), []);
+        assert!(repository.manifest_packs(LABEL).is_err());
     }
 
     #[test]

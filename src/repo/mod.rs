@@ -43,6 +43,9 @@ impl Repository {
         let bytes = self.store.get(key)?;
         let pack = Pack::parse(key, &bytes)?;
         pack.header.expect(key, kind, self.keys.seal_kind())?;
+        if kind == PackKind::Wal {
+            self.keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
+        }
         let mut decoder = Decoder::new().map_err(|error| Error::new("cannot set up zstd").source(error))?;
         for chunk in &pack.chunks {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];

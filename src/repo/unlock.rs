@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use super::{Repository, keys};
 use crate::error::{Context, Error, Result};
-use crate::format::chunk::Keys;
 use crate::format::info::{decode_open, encode_open, is_sealed};
 use crate::format::key::{KeyObject, Passphrase, Secret};
 use crate::store::{Body, ErrorKind, Store};
@@ -41,7 +40,7 @@ impl Repository {
     /// The same stanza with keys that derive from its secret.
     #[must_use]
     pub fn with_secret(&self, secret: &Secret) -> Self {
-        Self { keys: Keys::new(secret.bytes()), ..self.clone() }
+        Self { keys: secret.keys(), ..self.clone() }
     }
 
     /// Whether the stanza is encrypted.

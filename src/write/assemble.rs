@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkRef, Encoder, Keys, PackId};
 use crate::format::manifest::{
     BlockWriter, Description, ENTRY_LEAVES, Entry, File, Node, PackUse, PageErrors, Place, encode_description,
-    encode_own, encode_packs,
+    encode_own, encode_packs, encode_proof,
 };
 use crate::format::map::{Extent, INDEX_LEAVES, LeafRef, SlotChange, encode_index};
 use crate::format::pack::{HEADER_LEN, PackKind, PackWriter};
@@ -344,6 +344,10 @@ impl Assembler {
         }
         for plain in encode_packs(packs) {
             let stored = self.encode(&plain)?;
+            pack.add(stored.id, stored.plain_len, &stored.bytes);
+        }
+        if let Some(proof) = self.keys.manifest_proof(&description.label, self.id, pack.chunks()) {
+            let stored = self.encode(&encode_proof(&proof))?;
             pack.add(stored.id, stored.plain_len, &stored.bytes);
         }
         Ok(pack.finish())

@@ -139,10 +139,7 @@ impl Archive<'_> {
         let pack = Pack::parse(key, &bytes)?;
         pack.header.expect(key, PackKind::Wal, keys.seal_kind())?;
         let wrong = |what: String| FormatError::new(key, 0, what);
-        let content = keys.file(pack.chunks.iter().map(|chunk| chunk.id));
-        if content != pack.header.id {
-            return Err(wrong(format!("its content is {content}, it is named {}", pack.header.id)).into());
-        }
+        keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
         let mut decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
         let (mut len, mut text) = (0u64, Vec::new());
         for chunk in &pack.chunks {
