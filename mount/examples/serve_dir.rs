@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use pgcairn_mount::{Attributes, Entry, Kind, Mount, NodeId, Options, ROOT, Scratch, Tree, Writes};
+use pgcairn_mount::{Attributes, Entry, Kind, Mount, NodeId, Options, ROOT, Scratch, Tree, Writes, boot_id};
 
 struct Node {
     path: PathBuf,
@@ -120,7 +120,8 @@ fn serve(arguments: &[OsString]) -> Result<(), String> {
     };
     let tree = Directory::read(Path::new(source)).map_err(|error| error.to_string())?;
     let identity = format!("directory {}", source.display());
-    let scratch = scratch.map(|dir| Scratch::open(Path::new(dir), &identity)).transpose().map_err(explain)?;
+    let boot = boot_id().map_err(explain)?;
+    let scratch = scratch.map(|dir| Scratch::open(Path::new(dir), &identity, &boot)).transpose().map_err(explain)?;
     let mut options = Options::new(mountpoint);
     options.allow_other = nix::unistd::geteuid().is_root();
     options.writes = match std::env::var("SERVE_DIR_WRITES").as_deref() {

@@ -54,10 +54,12 @@ pub enum Error {
         fs_type: String,
     },
     /// files of the mount are open
-    #[error("mount {} is busy", path.display())]
+    #[error("mount {} is busy{}", path.display(), used_by(users))]
     Busy {
         /// the mountpoint
         path: PathBuf,
+        /// the processes that use it, as far as they can be found out
+        users: Vec<u32>,
     },
     /// `/dev/fuse` cannot be opened
     #[error("cannot open /dev/fuse (mode {mode})")]
@@ -145,6 +147,18 @@ pub enum Error {
     },
 }
 
+/// At most this many processes are named.
+const USERS_MAX: usize = 5;
+
+fn used_by(users: &[u32]) -> String {
+    if users.is_empty() {
+        return String::new();
+    }
+    let shown: Vec<String> = users.iter().take(USERS_MAX).map(u32::to_string).collect();
+    let more = if users.len() > USERS_MAX { ", ..." } else { "" };
+    format!(": used by process {}{more}", shown.join(", "))
+}
+
 /// A result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -164,7 +178,7 @@ impl Error {
                 format!("unmount it first with \"pgcairn umount {}\"", path.display())
             }
             Self::ForeignMount { path, .. } => format!("unmount it with \"umount {}\" if it is yours", path.display()),
-            Self::Busy { path } => format!("see who uses it with \"fuser -vm {}\"", path.display()),
+            Self::Busy { path, .. } => format!("see who uses it with \"fuser -vm {}\"", path.display()),
             Self::Device { mode, .. } if mode == "absent" => "load the kernel module with \"modprobe fuse\"".to_owned(),
             Self::Device { mode, .. } => format!(
                 "/dev/fuse has mode {mode}; other users than root need 0666 (\"chmod 0666 /dev/fuse\"), or run as root"

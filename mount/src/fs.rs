@@ -6,6 +6,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use parking_lot::{RwLock, RwLockReadGuard};
+
 use crate::scratch::{New, Scratch};
 use crate::tree::{Attributes, Entry, Kind, NodeId, Tree};
 
@@ -71,6 +73,12 @@ pub struct Change {
     pub mtime: Option<SystemTime>,
 }
 
+impl Change {
+    fn only_times(&self) -> bool {
+        *self == Self { atime: self.atime, mtime: self.mtime, ..Self::default() }
+    }
+}
+
 /// How a file's content may be cached while it is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Caching {
@@ -123,6 +131,22 @@ pub struct Space {
 pub struct Fs {
     tree: Arc<dyn Tree>,
     scratch: Option<Scratch>,
+    /// true: the scratch was made durable for the last time. Held for reading by every change.
+    closed: RwLock<bool>,
+}
+
+/// The scratch while it is being changed: it is not closed meanwhile.
+struct Changing<'a> {
+    scratch: &'a Scratch,
+    _open: RwLockReadGuard<'a, bool>,
+}
+
+impl std::ops::Deref for Changing<'_> {
+    type Target = Scratch;
+
+    fn deref(&self) -> &Scratch {
+        self.scratch
+    }
 }
 
 impl std::fmt::Debug for Fs {
@@ -134,7 +158,7 @@ impl std::fmt::Debug for Fs {
 impl Fs {
     /// Serves `tree`; without a scratch every change is EROFS.
     pub fn new(tree: Arc<dyn Tree>, scratch: Option<Scratch>) -> Self {
-        Self { tree, scratch }
+        Self { tree, scratch, closed: RwLock::new(false) }
     }
 
     /// Whether changes are possible.
@@ -189,7 +213,7 @@ impl Fs {
     /// Opens a file; fetches nothing.
     pub fn open(&self, inode: Inode, writing: bool) -> io::Result<OpenFile> {
         match &self.scratch {
-            Some(scratch) => scratch.open_file(&*self.tree, inode),
+            Some(_) => self.scratch()?.open_file(&*self.tree, inode),
             None if writing => Err(errno(libc::EROFS)),
             None => {
                 let attributes = self.tree.attributes(base(inode)?).map_err(tree_error)?;
@@ -200,7 +224,8 @@ impl Fs {
 
     /// Ends an open; of an unlinked file, the last one frees it.
     pub fn release(&self, file: &OpenFile) {
-        if let Some(scratch) = &self.scratch {
+        // after the end there is nothing to free
+        if let Ok(scratch) = self.scratch() {
             scratch.release(file);
         }
     }
@@ -215,9 +240,8 @@ impl Fs {
 
     /// Creates a file and opens it.
     pub fn create(&self, place: Place<'_>, mode: u32, owner: Caller) -> io::Result<(Attr, OpenFile)> {
-        let scratch = self.scratch()?;
         let inode = self.make(place, New { kind: Kind::File, mode, owner, target: OsString::new() })?;
-        let file = scratch.open_created(inode);
+        let file = self.scratch()?.open_created(inode);
         Ok((self.attributes(inode)?, file))
     }
 
@@ -267,6 +291,11 @@ impl Fs {
 
     /// chmod, chown, truncate, utimens.
     pub fn change(&self, inode: Inode, change: &Change) -> io::Result<Attr> {
+        if let Some(attr) = self.scratch()?.gone(inode)
+            && change.only_times()
+        {
+            return Ok(attr);
+        }
         self.scratch()?.change(&*self.tree, inode, change)?;
         self.attributes(inode)
     }
@@ -283,12 +312,17 @@ impl Fs {
 
     /// Makes a file or directory durable: content, attributes and names. Of an unchanged one there is nothing to do.
     pub fn sync(&self, inode: Inode) -> io::Result<()> {
-        self.scratch.as_ref().map_or(Ok(()), |scratch| scratch.sync(inode))
+        if self.is_writable() { self.scratch()?.sync(inode) } else { Ok(()) }
+    }
+
+    /// Makes everything durable that was written before.
+    pub fn sync_all(&self) -> io::Result<()> {
+        if self.is_writable() { self.scratch()?.sync_all() } else { Ok(()) }
     }
 
     /// The backing file of an own file, for the kernel to read and write by itself.
     pub(crate) fn lend(&self, file: &OpenFile) -> io::Result<Option<Arc<File>>> {
-        self.scratch.as_ref().map_or(Ok(None), |scratch| scratch.lend(file))
+        if self.is_writable() { self.scratch()?.lend(file) } else { Ok(None) }
     }
 
     /// Space for writes; none without a scratch.
@@ -296,8 +330,11 @@ impl Fs {
         self.scratch.as_ref().map_or(Ok(Space { block_size: 4096, ..Space::default() }), Scratch::space)
     }
 
-    fn scratch(&self) -> io::Result<&Scratch> {
-        self.scratch.as_ref().ok_or_else(|| errno(libc::EROFS))
+    /// The scratch for a change: EROFS if there is none, ENOTCONN once it is closed, as after the end of the daemon.
+    fn scratch(&self) -> io::Result<Changing<'_>> {
+        let scratch = self.scratch.as_ref().ok_or_else(|| errno(libc::EROFS))?;
+        let open = self.closed.read();
+        if *open { Err(errno(libc::ENOTCONN)) } else { Ok(Changing { scratch, _open: open }) }
     }
 
     #[cfg(test)]
@@ -305,9 +342,11 @@ impl Fs {
         self.scratch.as_ref().expect("a scratch")
     }
 
-    /// Makes everything durable; called once nothing uses the mount any more.
+    /// Waits for the changes under way, refuses every later one, and makes everything durable.
     pub fn close(&self) -> io::Result<()> {
-        self.scratch.as_ref().map_or(Ok(()), Scratch::close)
+        let Some(scratch) = &self.scratch else { return Ok(()) };
+        *self.closed.write() = true;
+        scratch.close()
     }
 
     /// Tells the tree what will be read soon, if it is the tree that will be asked.

@@ -5,10 +5,12 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 
 use fuser::{Config, MountOption, Session, SessionACL};
 
+use crate::ending::{self, Ended};
 use crate::error::{Error, Result};
 use crate::fs::Fs;
 use crate::mountpoint::{self, MountEntry, Patience};
@@ -70,7 +72,8 @@ impl Options {
 /// This process itself must never touch files of the mount: a thread that serves it could wait for itself.
 #[derive(Debug)]
 pub struct Mount {
-    session: Option<JoinHandle<io::Result<()>>>,
+    session: Option<JoinHandle<()>>,
+    ended: Receiver<Ended>,
     unmounter: Unmounter,
     fs: Arc<Fs>,
 }
@@ -97,15 +100,18 @@ impl Mount {
         let entry = mountpoint::mounted_on(&options.mountpoint)?
             .ok_or_else(|| Error::NotMounted { path: options.mountpoint.clone() })?;
         tune(&entry.device, options);
+        let (tell, ended) = mpsc::channel();
+        ending::watch(entry.clone(), tell.clone())?;
         let session = thread::Builder::new()
             .name("mount".to_owned())
             .spawn(move || {
                 become_io_flusher();
-                session.run()
+                // nobody waits for it where the mount was left before
+                _ = tell.send(Ended::Session(session.run()));
             })
             .map_err(failed)?;
         let unmounter = Unmounter { mountpoint: entry.path.clone(), entry };
-        Ok(Self { session: Some(session), unmounter, fs })
+        Ok(Self { session: Some(session), ended, unmounter, fs })
     }
 
     /// A handle that can end this mount while another thread waits for it.
@@ -113,19 +119,31 @@ impl Mount {
         self.unmounter.clone()
     }
 
-    /// Blocks until the mount is unmounted, by [`Unmounter`] or from outside, and makes the scratch durable.
+    /// Blocks until the mount is unmounted, by [`Unmounter`] or from outside, and makes the scratch durable. Where a
+    /// copy of the mount is left in another mount namespace, its end is the end of this process.
     pub fn wait(mut self) -> Result<()> {
         self.join()
     }
 
     fn join(&mut self) -> Result<()> {
         let failed = |source| Error::Session { path: self.unmounter.mountpoint.clone(), source };
-        if let Some(session) = self.session.take() {
-            let ended = session.join().unwrap_or_else(|_| Err(io::Error::other("its thread panicked")));
-            let closed = self.fs.close().map_err(failed);
-            ended.map_err(failed).and(closed)?;
+        let Some(session) = self.session.take() else { return Ok(()) };
+        // closed without a word: its thread panicked
+        let ended = self.ended.recv().unwrap_or_else(|_| Ended::Session(Err(io::Error::other("its thread panicked"))));
+        let closed = self.fs.close().map_err(failed);
+        match ended {
+            Ended::Session(result) => {
+                _ = session.join();
+                result.map_err(failed).and(closed)
+            }
+            Ended::Left => {
+                // what a copy still asks for is refused by now; its threads end with the connection
+                if ending::abort(&self.unmounter.entry.device) {
+                    _ = session.join();
+                }
+                closed
+            }
         }
-        Ok(())
     }
 }
 
@@ -165,7 +183,12 @@ impl Unmounter {
     fn end(&self, patience: Patience) -> Result<()> {
         match mountpoint::mounted_on(&self.mountpoint)? {
             // by device too: the mountpoint may serve another mount by now
-            Some(entry) if entry.device == self.entry.device => mountpoint::unmount_once(&self.mountpoint, patience),
+            Some(entry) if entry.device == self.entry.device => {
+                if patience == Patience::WhenIdle {
+                    mountpoint::refuse_users(&entry)?;
+                }
+                mountpoint::unmount_once(&self.mountpoint, patience)
+            }
             _ => Ok(()),
         }
     }

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 
 use crate::error::{Error, Result};
+use crate::users::users;
 
 /// The type under which our mounts appear in /proc/self/mountinfo.
 pub const FS_TYPE: &str = "fuse.pgcairn";
@@ -18,6 +19,8 @@ pub const FS_TYPE: &str = "fuse.pgcairn";
 /// One line of /proc/self/mountinfo.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountEntry {
+    /// the mount's number, which stays when it is moved
+    pub id: u64,
     /// where it is mounted
     pub path: PathBuf,
     /// `major:minor` of the mounted file system
@@ -61,7 +64,8 @@ pub fn check(path: &Path) -> Result<()> {
     if names.next().is_some() { Err(Error::MountpointNotEmpty { path: path.to_owned() }) } else { Ok(()) }
 }
 
-/// Unmounts a pgcairn mount, whether its daemon lives or died. A mount in use by a living daemon is [`Error::Busy`].
+/// Unmounts a pgcairn mount, whether its daemon lives or died. A mount in use is [`Error::Busy`] while its daemon lives,
+/// also where its users see a copy of it in another mount namespace.
 pub fn unmount(path: &Path) -> Result<()> {
     let Some(entry) = mounted_on(path)? else {
         return Err(Error::NotMounted { path: path.to_owned() });
@@ -69,10 +73,21 @@ pub fn unmount(path: &Path) -> Result<()> {
     if entry.fs_type != FS_TYPE {
         return Err(Error::ForeignMount { path: path.to_owned(), fs_type: entry.fs_type });
     }
+    if !is_dead(&entry.path) {
+        refuse_users(&entry)?;
+    }
     match unmount_once(&entry.path, Patience::WhenIdle) {
         // files of a dead mount stay open for as long as their processes like: nothing to wait for
         Err(Error::Busy { .. }) if is_dead(&entry.path) => unmount_once(&entry.path, Patience::Detach),
         result => result,
+    }
+}
+
+/// [`Error::Busy`] where a process uses the mount, or a copy of it in another mount namespace.
+pub(crate) fn refuse_users(entry: &MountEntry) -> Result<()> {
+    match users(&entry.device) {
+        users if users.is_empty() => Ok(()),
+        users => Err(Error::Busy { path: entry.path.clone(), users }),
     }
 }
 
@@ -92,7 +107,7 @@ pub(crate) fn unmount_once(path: &Path, patience: Patience) -> Result<()> {
     }
     match umount2(path, flags) {
         Ok(()) => Ok(()),
-        Err(Errno::EBUSY) => Err(Error::Busy { path: path.to_owned() }),
+        Err(Errno::EBUSY) => Err(Error::Busy { path: path.to_owned(), users: Vec::new() }),
         Err(Errno::EPERM) => fusermount(path, patience),
         Err(errno) => Err(Error::Unmount { path: path.to_owned(), source: errno.into() }),
     }
@@ -114,7 +129,7 @@ fn fusermount(path: &Path, patience: Patience) -> Result<()> {
     }
     let text = String::from_utf8_lossy(&output.stderr);
     if text.contains("busy") {
-        return Err(Error::Busy { path: path.to_owned() });
+        return Err(Error::Busy { path: path.to_owned(), users: Vec::new() });
     }
     Err(failed(io::Error::other(text.trim().to_owned())))
 }
@@ -139,12 +154,13 @@ fn absolute(path: &Path) -> PathBuf {
 /// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`
 fn parse_mount(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|&byte| byte == b' ');
-    let device = String::from_utf8_lossy(fields.nth(2)?).into_owned();
+    let id = String::from_utf8_lossy(fields.next()?).parse().ok()?;
+    let device = String::from_utf8_lossy(fields.nth(1)?).into_owned();
     let path = PathBuf::from(decode(fields.nth(1)?));
     let mut after = fields.skip_while(|field| *field != b"-").skip(1);
     let fs_type = String::from_utf8_lossy(decode(after.next()?).as_bytes()).into_owned();
     let source = decode(after.next()?);
-    Some(MountEntry { path, device, fs_type, source })
+    Some(MountEntry { id, path, device, fs_type, source })
 }
 
 /// The kernel writes space, tab, newline and backslash as three octal digits.
@@ -183,7 +199,7 @@ mod tests {
             b"36 35 0:98 / /mnt/a\\040b\\134c rw,nosuid master:1 shared:2 - fuse.pgcairn pgcairn:main rw,user_id=0";
         let entry = parse_mount(line).unwrap();
         assert_eq!(entry.path, Path::new("/mnt/a b\\c"));
-        assert_eq!(entry.device, "0:98");
+        assert_eq!((entry.id, &*entry.device), (36, "0:98"));
         assert_eq!(entry.fs_type, FS_TYPE);
         assert_eq!(entry.source, "pgcairn:main");
     }

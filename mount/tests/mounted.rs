@@ -2,13 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+#[allow(dead_code, reason = "shared with other tests")]
 mod support;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -72,7 +74,9 @@ fn mountpoints_are_guarded() {
     assert!(matches!(mountpoint::check(&daemon.mountpoint), Err(Error::AlreadyMounted { .. })));
     let open = File::open(daemon.path("b")).unwrap();
     match mountpoint::unmount(&daemon.mountpoint) {
-        Err(Error::Busy { path }) => assert_eq!(path, daemon.mountpoint.canonicalize().unwrap()),
+        Err(Error::Busy { path, users }) => {
+            assert_eq!((path, users), (daemon.mountpoint.canonicalize().unwrap(), vec![std::process::id()]));
+        }
         other => panic!("{other:?}"),
     }
     daemon.kill();
@@ -82,6 +86,78 @@ fn mountpoints_are_guarded() {
     drop(open);
     assert!(mountpoint::check(&daemon.mountpoint).is_ok());
     assert!(matches!(mountpoint::unmount(&daemon.mountpoint), Err(Error::NotMounted { .. })));
+}
+
+/// A process with a mount namespace of its own, and in it a copy of every mount there is.
+struct Namespace(std::process::Child);
+
+impl Namespace {
+    fn new(directory: &Path) -> Self {
+        let mut command = std::process::Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c"]);
+        command.arg("cd \"$0\" && echo here && read end").arg(directory);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut told = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut told).unwrap();
+        assert_eq!(told, "here\n");
+        Self(child)
+    }
+
+    /// How this process sees a path.
+    fn view(&self, path: &Path) -> std::path::PathBuf {
+        Path::new("/proc").join(self.0.id().to_string()).join("root").join(path.strip_prefix("/").unwrap())
+    }
+
+    fn end(&mut self) {
+        drop(self.0.stdin.take());
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// An idle copy of the mount in another namespace keeps neither the daemon nor the scratch, however it was unmounted.
+#[test]
+fn an_idle_copy_in_another_namespace_does_not_hold_the_mount() {
+    for writes in ALL_WRITES {
+        let mut daemon = Daemon::writable(writes);
+        let other = Namespace::new(Path::new("/"));
+        fs::write(daemon.path("kept"), b"written").unwrap();
+        if writes == Writes::Passthrough {
+            // as umount(8) and systemd do it
+            nix::mount::umount(&daemon.mountpoint).unwrap();
+            daemon.wait();
+        } else {
+            daemon.unmount();
+        }
+        assert_eq!(code(fs::read(other.view(&daemon.path("kept")))), libc::ENOTCONN);
+        daemon.start();
+        assert_eq!(fs::read(daemon.path("kept")).unwrap(), b"written");
+        daemon.unmount();
+    }
+}
+
+/// Who works in a copy is not cut off: "busy" by name, and after an unmount by force of habit served until the end.
+#[test]
+fn a_copy_in_use_is_served_until_its_last_user_is_gone() {
+    let mut daemon = Daemon::writable(Writes::Passthrough);
+    let mut other = Namespace::new(&daemon.mountpoint);
+    match mountpoint::unmount(&daemon.mountpoint) {
+        Err(Error::Busy { users, .. }) => assert_eq!(users, [other.0.id()]),
+        done => panic!("{done:?}"),
+    }
+    nix::mount::umount(&daemon.mountpoint).unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    fs::write(other.view(&daemon.path("late")), b"written").unwrap();
+    other.end();
+    daemon.wait();
+    daemon.start();
+    assert_eq!(fs::read(daemon.path("late")).unwrap(), b"written");
+    daemon.unmount();
 }
 
 /// What programs do to files, whichever way writes go.

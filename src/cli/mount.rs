@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use pgcairn_mount::{Options, Scratch, Tree, Writes};
+use pgcairn_mount::{Options, Scratch, Tree, Writes, boot_id};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -212,7 +212,10 @@ impl Mount {
             identity.push_str(&format!("/{}", &blake3::hash(recovery.as_bytes()).to_hex()[..16]));
         }
         let scratch = match &self.scratch {
-            Some(directory) => Some(Scratch::open(directory, &identity).map_err(mount_error)?),
+            Some(directory) => {
+                let boot = boot_id().map_err(mount_error)?;
+                Some(Scratch::open(directory, &identity, &boot).map_err(mount_error)?)
+            }
             None => None,
         };
         let prefetcher = Arc::new(Prefetcher::start(PREFETCH_THREADS));

@@ -16,7 +16,7 @@ use crate::fs::{Inode, errno};
 pub(crate) struct FileState {
     pub(super) generation: u32,
     pub(super) own: bool,
-    /// the backing file's name is durable
+    /// the backing file's name is durable, and the journal says so
     pub(super) durable: bool,
     pub(super) size: u64,
     pub(super) base_size: u64,
@@ -26,6 +26,8 @@ pub(crate) struct FileState {
     /// pages below `base_size` that are in the backing file
     pub(super) local: Bitmap,
     pub(super) mtime: i64,
+    /// There is a backing file. Pages beyond `base_size` are in it although `local` does not show them.
+    pub(super) backed: bool,
     pub(super) backing: Option<Arc<File>>,
     /// changed since the last fsync
     pub(super) dirty: bool,
@@ -35,18 +37,11 @@ pub(crate) struct FileState {
     pub(super) lsn: Lsn,
 }
 
-/// What an fsync covers.
-pub(super) struct Forced {
-    pub(super) size: u64,
-    pub(super) mtime: i64,
-    pub(super) runs: Vec<Run>,
-    pub(super) has_backing: bool,
-}
-
 impl FileState {
     pub(super) fn apply(&mut self, record: &FileRecord, lsn: Lsn) {
         if self.generation != record.generation || self.own != record.own {
             self.backing = None;
+            self.backed = record.own;
         }
         self.generation = record.generation;
         self.own = record.own;

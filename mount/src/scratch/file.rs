@@ -9,7 +9,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
 use super::bitmap::{Bitmap, PAGE, Run, page_of, pages_in};
-use super::content::{FileState, Forced, open_backing, read_full, reserve};
+use super::content::{FileState, open_backing, read_full, reserve};
 use super::journal::{Journal, Lsn};
 use super::record::{FileRecord, Record};
 use super::{now, to_nanos};
@@ -43,12 +43,12 @@ pub(crate) fn backing_name(inode: Inode, generation: u32) -> String {
 ///
 /// Locks, in this order: `syncer`, `writer`, `state`, the journal's own.
 pub(crate) struct FileBody {
-    inode: Inode,
+    pub(super) inode: Inode,
     /// one fsync at a time, so that a second one waits for what the first is forcing to disk
-    syncer: Mutex<()>,
+    pub(super) syncer: Mutex<()>,
     /// one change of content at a time; the kernel does the same, except for writes through mmap
     writer: Mutex<()>,
-    state: RwLock<FileState>,
+    pub(super) state: RwLock<FileState>,
 }
 
 /// Where the next bytes of a file are.
@@ -80,15 +80,6 @@ impl FileBody {
         }
     }
 
-    /// Says that the disk holds everything, as after syncfs.
-    pub(crate) fn confirm_all(&self) {
-        let mut state = self.state.write();
-        state.confirmed = state.local.clone();
-        state.confirmed_size = state.size;
-        state.durable = state.own || !state.local.is_empty();
-        state.dirty = false;
-    }
-
     /// Keeps the content as it is while a journal is written anew.
     pub(crate) fn freeze(&self) -> RwLockReadGuard<'_, FileState> {
         self.state.read()
@@ -109,22 +100,25 @@ impl FileBody {
     /// The name of the backing file, and whether it must exist.
     pub(crate) fn backing_needed(&self) -> (String, bool) {
         let state = self.state.read();
-        let needed = if state.own { state.durable } else { !state.confirmed.is_empty() };
+        // a journal of an older program does not say it of a file with pages of the tree
+        let needed = state.durable || !state.confirmed.is_empty();
         (backing_name(self.inode, state.generation), needed)
     }
 
-    /// What the state does not account for may not come back when the file grows again.
+    /// Looks at the backing file when a scratch is opened. What the state does not account for may not come back when
+    /// the file grows again.
     pub(crate) fn trim(&self, data: &Path) -> io::Result<()> {
-        let state = self.state.read();
+        let mut state = self.state.write();
         let path = data.join(backing_name(self.inode, state.generation));
         if state.own {
             return OpenOptions::new().create(true).truncate(false).write(true).open(path).map(drop);
         }
-        match OpenOptions::new().write(true).open(path) {
-            Ok(file) if file.metadata()?.len() > state.size => file.set_len(state.size),
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        let file = match OpenOptions::new().write(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            file => file?,
+        };
+        state.backed = true;
+        if file.metadata()?.len() > state.size { file.set_len(state.size) } else { Ok(()) }
     }
 
     // ---- attributes ----
@@ -195,6 +189,7 @@ impl FileBody {
         }
         let mut state = self.state.write();
         let file = Arc::new(open_backing(&store.backing_path(self.inode, state.generation), !state.own)?);
+        state.backed = true;
         Ok(Arc::clone(state.backing.get_or_insert(file)))
     }
 
@@ -422,76 +417,10 @@ impl FileBody {
         }
         if keep_size { Ok(()) } else { self.extend(store, size.max(end)) }
     }
-
-    // ---- durability ----
-
-    /// Makes content and length durable; returns the LSN up to which the journal must be synced too.
-    pub(crate) fn sync(&self, store: &Store) -> io::Result<Lsn> {
-        let _turn = self.syncer.lock();
-        self.force(store)?;
-        Ok(self.state.read().lsn)
-    }
-
-    /// With `syncer` held: data to disk first, then the record that refers to it. Its own sync is the caller's.
-    fn force(&self, store: &Store) -> io::Result<()> {
-        let forced = {
-            let mut state = self.state.write();
-            if !state.dirty && !state.unseen {
-                return Ok(());
-            }
-            state.dirty = false;
-            // only what is there now: what comes while the disk works has to wait for the next fsync
-            Forced {
-                size: state.size,
-                mtime: state.mtime,
-                runs: if state.own { Vec::new() } else { state.local.minus(&state.confirmed) },
-                has_backing: state.own || state.backing.is_some() || !state.local.is_empty(),
-            }
-        };
-        let done = self.force_data(store, &forced).and_then(|()| self.confirm(store, forced));
-        if done.is_err() {
-            self.state.write().dirty = true;
-        }
-        done
-    }
-
-    fn force_data(&self, store: &Store, forced: &Forced) -> io::Result<()> {
-        if !forced.has_backing {
-            return Ok(());
-        }
-        let backing = self.backing(store)?;
-        if self.state.read().durable {
-            return backing.sync_data();
-        }
-        backing.sync_all()?;
-        File::open(&store.data)?.sync_all()
-    }
-
-    /// Records what was forced to disk. What takes pages away holds `syncer` too, so it all still counts.
-    fn confirm(&self, store: &Store, forced: Forced) -> io::Result<()> {
-        let Forced { size, mtime, runs, has_backing } = forced;
-        let mut state = self.state.write();
-        if has_backing && !state.durable {
-            state.durable = true;
-            // that a mixed file's backing must exist is clear from its pages
-            if state.own {
-                state.lsn = store.journal.append(&[Record::File(state.record(self.inode))])?;
-            }
-        }
-        if state.own || (runs.is_empty() && size == state.confirmed_size) {
-            return Ok(());
-        }
-        for record in pages_records(self.inode, true, size, mtime, &runs) {
-            state.lsn = store.journal.append(&[record])?;
-        }
-        runs.into_iter().for_each(|run| state.confirmed.insert(run));
-        state.confirmed_size = size;
-        Ok(())
-    }
 }
 
 /// At least one record, and none too long for a frame.
-fn pages_records(inode: Inode, durable: bool, size: u64, mtime: i64, runs: &[Run]) -> Vec<Record> {
+pub(super) fn pages_records(inode: Inode, durable: bool, size: u64, mtime: i64, runs: &[Run]) -> Vec<Record> {
     let record = |some: &[Run]| Record::Pages { inode, durable, size, mtime, runs: some.to_vec() };
     if runs.is_empty() { vec![record(&[])] } else { runs.chunks(RUNS_PER_RECORD).map(record).collect() }
 }

@@ -24,6 +24,7 @@ mod journal;
 mod namespace;
 mod open;
 mod record;
+mod sync;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests;
@@ -32,7 +33,6 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -46,6 +46,7 @@ use crate::tree::{Entry, Kind, NodeId, Tree};
 pub(crate) use changes::New;
 use file::{FileBody, Store};
 use namespace::{Body, Known, Namespace, Node};
+pub use open::boot_id;
 use record::Record;
 
 /// The copy-on-write layer of one mount. Changes nobody fsynced become durable within about a second.
@@ -60,14 +61,13 @@ struct Inner {
     /// which is never held while the tree is asked: the tree may be slow.
     changing: Mutex<()>,
     store: Store,
+    /// one sync of everything at a time
+    syncing_all: Mutex<()>,
     stop: Mutex<bool>,
     wake: Condvar,
     /// until this is closed, nobody else opens this scratch
     lock: File,
 }
-
-/// Above this many unsynced files, one sync of the whole disk is quicker at the end.
-const SYNC_ONE_BY_ONE_MAX: usize = 200;
 
 /// What a rewritten journal says about what follows.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -85,9 +85,10 @@ const JOURNAL_MAX: u64 = 32 << 20;
 
 impl Scratch {
     /// Opens the scratch in `directory`, or begins one if it is empty or missing. `base_identity` names what it lies
-    /// over; a scratch begun over another base is refused, and so is one in use.
-    pub fn open(directory: &Path, base_identity: &str) -> Result<Self> {
-        open::open(directory, base_identity, &open::boot_id()?)
+    /// over; a scratch begun over another base is refused, and so is one in use. `boot` names this start of the machine
+    /// ([`boot_id`]): what was written before another one counts only as far as it was made durable.
+    pub fn open(directory: &Path, base_identity: &str, boot: &str) -> Result<Self> {
+        open::open(directory, base_identity, boot)
     }
 
     /// Finds a name.
@@ -149,6 +150,28 @@ impl Scratch {
             Body::Symlink => {}
         }
         Ok(attr)
+    }
+
+    /// What is left of a file born here that has lost its last name and its last opener. The kernel may still know it, and
+    /// have the time of its last change to tell, as where it collects writes.
+    pub(crate) fn gone(&self, inode: Inode) -> Option<Attr> {
+        let namespace = self.inner.namespace.read();
+        let gone =
+            (FIRST_SCRATCH_INODE..namespace.next_inode).contains(&inode) && !namespace.nodes.contains_key(&inode);
+        let (time, kind) = (UNIX_EPOCH, Kind::File);
+        gone.then_some(Attr {
+            inode,
+            kind,
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            links: 0,
+            size: 0,
+            atime: time,
+            mtime: time,
+            ctime: time,
+            volatile: false,
+        })
     }
 
     pub(crate) fn list(&self, tree: &dyn Tree, directory: Inode) -> io::Result<Vec<Entry>> {
@@ -232,20 +255,6 @@ impl Scratch {
         }
     }
 
-    /// Makes content, attributes and names of a file durable. Of an unchanged one there is nothing to do.
-    pub(crate) fn sync(&self, inode: Inode) -> io::Result<()> {
-        let (body, lsn) = match self.inner.namespace.read().nodes.get(&inode) {
-            None => return Ok(()),
-            Some(Node { body: Body::File(body), lsn, .. }) => (Some(Arc::clone(body)), *lsn),
-            Some(node) => (None, node.lsn),
-        };
-        let content = match body {
-            Some(body) => body.sync(&self.inner.store)?,
-            None => 0,
-        };
-        self.inner.store.journal.sync(lsn.max(content))
-    }
-
     /// Space of the disk under the scratch.
     pub(crate) fn space(&self) -> io::Result<Space> {
         let found = nix::sys::statvfs::statvfs(&self.inner.store.data)?;
@@ -257,24 +266,6 @@ impl Scratch {
             files: found.files(),
             files_free: found.files_free(),
         })
-    }
-
-    /// Makes everything durable and leaves a short journal that says so.
-    pub(crate) fn close(&self) -> io::Result<()> {
-        self.inner.lock.write_all_at(open::CLOSING, 0)?;
-        let namespace = self.inner.namespace.read();
-        let dirty = namespace.files().filter(|body| body.is_dirty()).cloned().collect::<Vec<_>>();
-        if dirty.len() > SYNC_ONE_BY_ONE_MAX {
-            sync_filesystem(&self.inner.store.data)?;
-            namespace.files().for_each(|body| body.confirm_all());
-        }
-        drop(namespace);
-        for body in dirty {
-            body.sync(&self.inner.store)?;
-        }
-        self.inner.rewrite(Ending::Clean)?;
-        self.inner.reap();
-        Ok(())
     }
 }
 
@@ -354,10 +345,6 @@ impl Drop for Scratch {
             tracing::error!("the scratch's tidier panicked");
         }
     }
-}
-
-fn sync_filesystem(directory: &Path) -> io::Result<()> {
-    Ok(nix::unistd::syncfs(File::open(directory)?)?)
 }
 
 fn now() -> i64 {

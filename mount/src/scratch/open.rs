@@ -15,7 +15,8 @@ use super::file::Store;
 use super::journal::{self, Found, Journal};
 use super::namespace::Namespace;
 use super::record::Record;
-use super::{Inner, Scratch, sync_filesystem};
+use super::sync::sync_filesystem;
+use super::{Inner, Scratch};
 use crate::error::{Error, Result};
 
 const LOCK: &str = "lock";
@@ -23,8 +24,8 @@ const DATA: &str = "data";
 /// All that a scratch directory may hold. A journal comes last when one is begun.
 const NAMES: [&str; 4] = [LOCK, DATA, "journal", "journal.new"];
 
-/// Changes with every start of the machine.
-pub(super) fn boot_id() -> Result<String> {
+/// The name of this start of the machine.
+pub fn boot_id() -> Result<String> {
     let path = "/proc/sys/kernel/random/boot_id";
     let id = fs::read_to_string(path).map_err(|source| Error::io("read", path, source))?;
     Ok(id.trim().to_owned())
@@ -75,6 +76,7 @@ pub(super) fn open(directory: &Path, identity: &str, boot: &str) -> Result<Scrat
         namespace: RwLock::new(namespace),
         changing: Mutex::new(()),
         store,
+        syncing_all: Mutex::new(()),
         stop: Mutex::new(false),
         wake: Condvar::new(),
         lock,

@@ -24,7 +24,7 @@ use parking_lot::{Mutex, RwLock};
 use self::convert::{absent, caller, file_attr, file_type, time, ttl};
 use crate::fs::{Attr, Caching, Change, Fs, Inode, OpenFile, Space};
 use crate::mount::Writes;
-use crate::tree::Entry;
+use crate::tree::{Entry, ROOT};
 
 /// Inodes are never reused, so every one is of the first generation.
 const GENERATION: Generation = Generation(0);
@@ -484,7 +484,15 @@ impl Filesystem for Server {
         reply_empty(reply, result);
     }
 
-    fn opendir(&self, _request: &Request, _inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    /// The kernel never tells us of a syncfs. Who calls it must open something before: PostgreSQL, before crash recovery,
+    /// and sync(1) open the directory itself, and not to list it. So that open makes everything durable.
+    fn opendir(&self, _request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if inode.0 == ROOT.0
+            && flags.0 & libc::O_DIRECTORY == 0
+            && let Err(errno) = guarded("syncfs", || self.fs.sync_all())
+        {
+            return reply.error(errno);
+        }
         let handle = self.handle();
         self.directories.write().insert(handle, Arc::default());
         reply.opened(FileHandle(handle), FopenFlags::empty());

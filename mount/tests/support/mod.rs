@@ -5,13 +5,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pgcairn_mount::{Mount, Options, Scratch, Tree, Writes, mountpoint};
+use pgcairn_mount::{Mount, Options, Scratch, Tree, Writes, boot_id, mountpoint};
 
 pub(crate) mod tree;
 
 const MOUNTPOINT: &str = "PGCAIRN_TEST_MOUNTPOINT";
 const SCRATCH: &str = "PGCAIRN_TEST_SCRATCH";
 const WRITES: &str = "PGCAIRN_TEST_WRITES";
+const BOOT: &str = "PGCAIRN_TEST_BOOT";
 /// The name of the test that serves instead of testing.
 const HELPER: &str = "serve_for_another_test";
 
@@ -21,7 +22,8 @@ pub(crate) const ALL_WRITES: [Writes; 3] = [Writes::Through, Writes::Passthrough
 /// The body of the helper test: serves the sample tree until unmounted, if it was started by [`Daemon`].
 pub(crate) fn serve() {
     let Some(mountpoint) = std::env::var_os(MOUNTPOINT) else { return };
-    let scratch = std::env::var_os(SCRATCH).map(|dir| Scratch::open(Path::new(&dir), "sample").unwrap());
+    let boot = std::env::var(BOOT).unwrap_or_else(|_| boot_id().unwrap());
+    let scratch = std::env::var_os(SCRATCH).map(|dir| Scratch::open(Path::new(&dir), "sample", &boot).unwrap());
     let mut options = Options::new(mountpoint);
     options.allow_other = true;
     let writes = std::env::var(WRITES).unwrap();
@@ -35,6 +37,8 @@ pub(crate) struct Daemon {
     child: Option<Child>,
     pub(crate) mountpoint: PathBuf,
     pub(crate) scratch: Option<PathBuf>,
+    /// which start of the machine this is, if not the real one
+    pub(crate) boot: Option<String>,
     writes: Writes,
     dir: tempfile::TempDir,
 }
@@ -48,12 +52,23 @@ impl Daemon {
         Self::new(true, writes)
     }
 
-    fn new(writable: bool, writes: Writes) -> Self {
+    /// With its scratch on another disk; not started yet.
+    pub(crate) fn on(scratch: PathBuf, writes: Writes) -> Self {
+        let mut daemon = Self::prepared(writes);
+        daemon.scratch = Some(scratch);
+        daemon
+    }
+
+    fn prepared(writes: Writes) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mountpoint = dir.path().join("mnt");
         std::fs::create_dir(&mountpoint).unwrap();
-        let scratch = writable.then(|| dir.path().join("scratch"));
-        let mut daemon = Self { child: None, mountpoint, scratch, writes, dir };
+        Self { child: None, mountpoint, scratch: None, boot: None, writes, dir }
+    }
+
+    fn new(writable: bool, writes: Writes) -> Self {
+        let mut daemon = Self::prepared(writes);
+        daemon.scratch = writable.then(|| daemon.dir.path().join("scratch"));
         daemon.start();
         daemon
     }
@@ -67,6 +82,9 @@ impl Daemon {
         command.stdin(Stdio::null()).stdout(Stdio::null());
         if let Some(scratch) = &self.scratch {
             command.env(SCRATCH, scratch);
+        }
+        if let Some(boot) = &self.boot {
+            command.env(BOOT, boot);
         }
         let mut child = command.spawn().unwrap();
         let began = Instant::now();
@@ -89,9 +107,18 @@ impl Daemon {
 
     pub(crate) fn unmount(&mut self) {
         mountpoint::unmount(&self.mountpoint).unwrap();
-        if let Some(mut child) = self.child.take() {
-            assert!(child.wait().unwrap().success());
+        self.wait();
+    }
+
+    /// Waits for the end of the daemon.
+    pub(crate) fn wait(&mut self) {
+        let Some(child) = &mut self.child else { return };
+        let began = Instant::now();
+        while child.try_wait().unwrap().is_none() {
+            assert!(began.elapsed() < Duration::from_secs(60), "the daemon does not end");
+            std::thread::sleep(Duration::from_millis(5));
         }
+        assert!(self.child.take().is_none_or(|mut child| child.wait().unwrap().success()));
     }
 
     pub(crate) fn remount(&mut self) {

@@ -90,6 +90,15 @@ impl MemoryTree {
         self.nodes.get(index).ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))
     }
 
+    /// The content of the file at a path, if there is one.
+    pub(crate) fn content_at(&self, path: &str) -> Option<Vec<u8>> {
+        let mut at = ROOT;
+        for name in path.split('/') {
+            at = self.lookup(at, OsStr::new(name)).unwrap()?;
+        }
+        Some(self.content(at))
+    }
+
     /// The content of a file, without faults.
     pub(crate) fn content(&self, node: NodeId) -> Vec<u8> {
         self.node(node).unwrap().content.clone()

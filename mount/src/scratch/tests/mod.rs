@@ -410,15 +410,15 @@ fn a_name_is_durable_with_its_file() {
 #[test]
 fn opening_checks_who_and_what() {
     let dir = tempfile::tempdir().unwrap();
-    let first = Scratch::open(dir.path(), "one").unwrap();
-    assert!(matches!(Scratch::open(dir.path(), "one"), Err(Error::ScratchInUse { .. })));
+    let first = Scratch::open(dir.path(), "one", "boot").unwrap();
+    assert!(matches!(Scratch::open(dir.path(), "one", "boot"), Err(Error::ScratchInUse { .. })));
     drop(first);
-    match Scratch::open(dir.path(), "two") {
+    match Scratch::open(dir.path(), "two", "boot") {
         Err(Error::ScratchOfOtherBase { found, expected, .. }) => assert_eq!((&*found, &*expected), ("one", "two")),
         _ => panic!("another base was accepted"),
     }
     std::fs::write(dir.path().join("stray"), b"").unwrap();
-    assert!(matches!(Scratch::open(dir.path(), "one"), Err(Error::NotAScratch { .. })));
+    assert!(matches!(Scratch::open(dir.path(), "one", "boot"), Err(Error::NotAScratch { .. })));
 }
 
 #[test]
