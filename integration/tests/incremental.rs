@@ -94,7 +94,7 @@ fn each_backup_is_its_moment_also_when_the_others_are_gone() {
         let last = again["stop-time"].as_i64().unwrap();
         move || now_s() > last + 1
     });
-    stanza.run(["expire", "--repo-retention-full=1", "--grace=0"]).ok();
+    stanza.run(["expire", "--repo-retention-full=1", "--grace=0", "--force"]).ok();
     let told = json(&stanza.run(["info", "--output", "json"]).ok());
     assert_eq!(told[0]["backup"].as_array().unwrap().len(), 1, "{told}");
     stanza.run(["verify"]).ok();
@@ -142,7 +142,7 @@ fn a_killed_backup_is_taken_up_and_nothing_of_it_stays() {
     stanza.run(["verify"]).ok();
     let stop = second["stop-time"].as_i64().unwrap();
     wait_until(LONG, "the next second", || now_s() > stop + 1);
-    stanza.run(["expire", "--repo-retention-full=1", "--grace=0"]).ok();
+    stanza.run(["expire", "--repo-retention-full=1", "--grace=0", "--force"]).ok();
     let verified = json(&stanza.run(["verify", "--output", "json"]).ok());
     assert_eq!(verified["harms"].as_array().unwrap().len(), 0, "{verified}");
     assert!(packs() < whole + whole / 50 + (1 << 20), "{} bytes of packs, {whole} are needed", packs());

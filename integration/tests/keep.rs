@@ -55,7 +55,7 @@ fn what_expire_leaves_is_whole() {
     let expected = cluster.fingerprint();
     assert_eq!(labels(&stanza), [first.clone(), second.clone(), third.clone()]);
 
-    let retention = ["--repo-retention-full=1", "--grace=0"];
+    let retention = ["--repo-retention-full=1", "--grace=0", "--force"];
     let run = |more: &[&str]| stanza.run([&["expire"][..], &retention, more].concat());
     let before = objects(&stanza);
     let told = run(&["--dry-run"]).ok();
@@ -83,9 +83,10 @@ fn what_expire_leaves_is_whole() {
     assert_eq!(Cluster::open(15, &copy, &[]).fingerprint(), expected);
     stanza.run(["expire", "--set", &third]).fails(1, "last full backup");
 
-    // after a backup it runs by itself
+    // after a backup it runs by itself; never with a grace period that needs --force
+    stanza.run(["backup", "--pg", cluster.conninfo(), retention[0], retention[1]]).fails(1, "shorter than 3600 s");
     let mut backup = stanza.command();
-    backup.args(["backup", "--type=full", "--pg", cluster.conninfo()]).args(retention);
+    backup.args(["backup", "--type=full", "--pg", cluster.conninfo(), retention[0]]);
     run_ok(&mut backup, &[], LONG);
     assert_eq!(labels(&stanza).len(), 1);
     assert_ne!(labels(&stanza), [third]);
@@ -133,7 +134,7 @@ fn a_stanza_goes_on_with_an_upgraded_cluster() {
         }
     }
     // the old one's backups and WAL go by the same retention
-    stanza.run(["expire", "--repo-retention-full=1", "--grace=0"]).ok();
+    stanza.run(["expire", "--repo-retention-full=1", "--grace=0", "--force"]).ok();
     assert_eq!(labels(&stanza), [after]);
     assert_eq!(files::files(format!("{}/archive/main/15-1", stanza.repo()).as_ref()).len(), 0);
 }

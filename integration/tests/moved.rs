@@ -56,7 +56,7 @@ fn expire_all_but(stanza: &Stanza, backup: &Value) {
     let stop = backup["stop-time"].as_i64().unwrap();
     let now_s = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64;
     wait_until(LONG, "the next second", || now_s() > stop + 1);
-    stanza.run(["expire", "--repo-retention-full=1", "--grace=0"]).ok();
+    stanza.run(["expire", "--repo-retention-full=1", "--grace=0", "--force"]).ok();
     let told: Value = serde_json::from_str(&stanza.run(["info", "--output", "json"]).ok()).unwrap();
     let labels: Vec<_> = told[0]["backup"].as_array().unwrap().iter().map(|of| of["label"].clone()).collect();
     assert_eq!(labels, [backup["label"].clone()]);

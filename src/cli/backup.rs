@@ -93,6 +93,11 @@ enum PageErrors {
 
 impl Backup {
     pub(super) fn run(self, common: &Common) -> Result<()> {
+        let expires = self.expire_auto == YesNo::Y && !self.retention.retention().is_none();
+        if expires {
+            // before the work of hours
+            self.retention.brief().check()?;
+        }
         let repository = common.repository()?;
         let progress = Progress::new(self.output == Output::Json);
         let options = BackupOptions {
@@ -128,8 +133,8 @@ impl Backup {
             Output::Json => output::line(&serde_json::to_string_pretty(&description)?),
             Output::Text => report(&description, started.elapsed()),
         }
-        if self.expire_auto == YesNo::Y && !self.retention.retention().is_none() {
-            let expired = expire(&repository, &self.retention.expire(None, true, false), &progress);
+        if expires {
+            let expired = expire(&repository, &self.retention.brief(), &progress);
             progress.clear();
             let expired = expired.context(|| format!("backup {} was taken, but expire failed", description.label))?;
             if self.output == Output::Text {

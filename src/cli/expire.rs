@@ -4,7 +4,7 @@ use super::options::{Common, Output};
 use super::output::{self, Progress};
 use super::retention::{RetentionOptions, tell};
 use crate::error::Result;
-use crate::keep::expire::expire;
+use crate::keep::expire::{ExpireOptions, expire};
 
 /// Remove backups and WAL that the retention no longer keeps, and packs that no backup needs
 ///
@@ -17,6 +17,9 @@ pub(super) struct Expire {
     /// Remove this backup and what was taken on top of it, whatever the retention says
     #[arg(long, value_name = "LABEL")]
     set: Option<String>,
+    /// Accept a grace period below 1h
+    #[arg(long)]
+    force: bool,
     /// Only say what would be removed, and why
     #[arg(long)]
     dry_run: bool,
@@ -29,7 +32,8 @@ impl Expire {
     pub(super) fn run(self, common: &Common) -> Result<()> {
         let repository = common.repository()?;
         let progress = Progress::new(self.output == Output::Json);
-        let options = self.retention.expire(self.set, false, self.dry_run);
+        let (set, dry_run, force) = (self.set, self.dry_run, self.force);
+        let options = ExpireOptions { set, dry_run, force, brief: false, ..self.retention.brief() };
         let report = expire(&repository, &options, &progress)?;
         progress.clear();
         match self.output {

@@ -53,8 +53,10 @@ enum ArchiveType {
 }
 
 impl RetentionOptions {
-    pub(super) fn expire(&self, set: Option<String>, brief: bool, dry_run: bool) -> ExpireOptions {
-        ExpireOptions { retention: self.retention(), grace: self.repo_retention_grace, set, brief, dry_run }
+    /// The expire that a backup ends with.
+    pub(super) fn brief(&self) -> ExpireOptions {
+        let (retention, grace) = (self.retention(), self.repo_retention_grace);
+        ExpireOptions { retention, grace, force: false, set: None, brief: true, dry_run: false }
     }
 
     pub(super) fn retention(&self) -> Retention {

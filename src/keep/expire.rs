@@ -21,6 +21,10 @@ use crate::repo::{Repository, keys};
 /// How long a pack that nobody needs stays, unless said otherwise: longer than any reader or writer that knows it.
 pub const GRACE: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// The shortest grace period that needs no word of its own. Within it a reader may open a backup, a listing may lag behind,
+/// and clocks may differ.
+pub const GRACE_MIN: Duration = Duration::from_secs(60 * 60);
+
 /// What an expire does.
 #[derive(Clone, Debug)]
 pub struct ExpireOptions {
@@ -28,12 +32,26 @@ pub struct ExpireOptions {
     pub retention: Retention,
     /// how long a pack that nobody needs stays
     pub grace: Duration,
+    /// even if that is shorter than [`GRACE_MIN`]
+    pub force: bool,
     /// remove this backup, instead of what the retention decides
     pub set: Option<String>,
     /// look at packs only when this run or a dead one gave a reason to
     pub brief: bool,
     /// change nothing, and say what would be done
     pub dry_run: bool,
+}
+
+impl ExpireOptions {
+    /// Refuses a grace period that is too short to be meant.
+    pub fn check(&self) -> Result<()> {
+        if self.force || self.dry_run || self.grace >= GRACE_MIN {
+            return Ok(());
+        }
+        let (grace, least) = (self.grace.as_secs(), GRACE_MIN.as_secs());
+        Err(Error::new(format!("a grace period of {grace} s is shorter than {least} s"))
+            .hint("a mount or restore of a removed backup would lose its packs; \"pgcairn expire --force\" does it"))
+    }
 }
 
 /// What an expire did, or would do.
@@ -106,12 +124,14 @@ struct Moment {
 
 /// Removes what the retention no longer keeps.
 pub fn expire(repository: &Repository, options: &ExpireOptions, monitor: &dyn Monitor) -> Result<Report> {
+    options.check()?;
     let archive_info = repository.archive_info()?;
     let lock = if options.dry_run { None } else { Some(repository.lock(LockKind::Expire, "")?) };
     let named = options.set.as_deref().map(|set| named(repository, set)).transpose()?;
     let alone = named.filter(|_| !options.dry_run).map(|label| without_backups(repository, label)).transpose()?;
     // first who works, then what there is: a backup that commits in between is in one of the two
     let moment = moment(repository, lock.as_ref())?;
+    repository.labels_proved()?;
     let backup_info = repository.backup_info()?;
     let decision = decision(repository, options, named, &archive_info, &backup_info, moment.now)?;
     let mut report = Report {

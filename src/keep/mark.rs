@@ -34,14 +34,14 @@ impl Needed {
     /// much.
     ///
     /// # Errors
-    /// When one cannot be read: then nobody knows what it needs.
+    /// When one cannot be read, or there is one that the listing does not show: then nobody knows what it needs.
     pub(super) fn update(
         &mut self,
         repository: &Repository,
         monitor: &dyn Monitor,
         gone: impl Fn(&str) -> bool,
     ) -> Result<()> {
-        let mut labels = repository.labels()?;
+        let mut labels = repository.labels_proved()?;
         labels.retain(|label| !self.seen.contains(label) && !gone(label));
         monitor.stage("reading manifests", 0);
         let (next, packs) = (AtomicUsize::new(0), Mutex::new(&mut self.packs));

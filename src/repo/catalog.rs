@@ -1,5 +1,6 @@
 //! What backups and clusters a stanza has. The manifests are the truth; `backup.info` is their summary.
 
+use std::collections::BTreeSet;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
@@ -36,7 +37,13 @@ impl Repository {
         };
         info.backups.extend(fresh.map(|of| (of.label.clone(), summary(of))));
         let labels = self.labels()?;
-        info.backups.retain(|label, _| labels.contains(label));
+        let unlisted: Vec<String> = info.backups.keys().filter(|label| !labels.contains(label)).cloned().collect();
+        for label in unlisted {
+            // a listing may lag behind: the object itself decides
+            if !self.has_manifest(&label)? {
+                info.backups.remove(&label);
+            }
+        }
         for label in labels {
             let Entry::Vacant(place) = info.backups.entry(label) else { continue };
             match self.description(place.key()) {
@@ -64,6 +71,48 @@ impl Repository {
                 return Ok(labels);
             }
         }
+    }
+
+    /// Labels for those who delete by them.
+    ///
+    /// # Errors
+    /// When the listing lacks a backup that `backup.info` or a pointer names and whose manifest is there: listings of some
+    /// stores lag behind, and what a backup needs that is not listed would be deleted.
+    pub fn labels_proved(&self) -> Result<Vec<String>> {
+        // named first: a backup that commits meanwhile is listed then
+        let named = self.labels_named()?;
+        let labels = self.labels()?;
+        for label in named.into_iter().filter(|label| !labels.contains(label)) {
+            if self.has_manifest(&label)? {
+                return Err(Error::new(format!(
+                    "the listing of {} lacks backup {label}, whose manifest is there, so nothing is removed",
+                    self.store.url()
+                ))
+                .hint(
+                    "the store's listings lag behind, or something between changes them: run the command again later",
+                ));
+            }
+        }
+        Ok(labels)
+    }
+
+    /// The backups that `backup.info`, its copy and the pointers name; what is damaged names none.
+    fn labels_named(&self) -> Result<BTreeSet<String>> {
+        let mut named = BTreeSet::new();
+        for key in with_copy(&keys::backup_info(&self.stanza)) {
+            let info = self.info_state::<BackupInfo>(&key)?;
+            named.extend(info.into_iter().flat_map(|info| info.backups.into_keys()));
+        }
+        let kinds = [BackupKind::Full, BackupKind::Diff, BackupKind::Incr].map(pointer);
+        for name in std::iter::once("latest").chain(kinds) {
+            let latest = self.info_state::<Latest>(&keys::latest(&self.stanza, name))?;
+            named.extend(latest.map(|latest| latest.label));
+        }
+        Ok(named)
+    }
+
+    fn has_manifest(&self, label: &str) -> Result<bool> {
+        Ok(self.store.size(&keys::manifest(&self.stanza, label))?.is_some())
     }
 
     /// The label that `latest` or a label names, proved to exist.

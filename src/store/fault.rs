@@ -18,7 +18,7 @@ pub enum Effect {
     Fail(ErrorKind),
     /// the store does it, but the answer is lost
     FailAfter(ErrorKind),
-    /// a read returns only this many bytes, and says that all is well
+    /// a read returns only this many bytes, a listing this many entries, and says that all is well
     Cut(u64),
     /// a read returns one bit of this byte flipped, and says that all is well
     Flip(u64),
@@ -143,6 +143,21 @@ fn spoil_bytes(bytes: Bytes, effect: Effect) -> Bytes {
     }
 }
 
+fn spoil_page(mut page: Page, effect: Effect) -> Page {
+    if let Effect::Cut(len) = effect {
+        page.objects.truncate(len as usize);
+        page.next = None;
+    }
+    page
+}
+
+fn spoil_names(mut names: Vec<String>, effect: Effect) -> Vec<String> {
+    if let Effect::Cut(len) = effect {
+        names.truncate(len as usize);
+    }
+    names
+}
+
 fn keep<T>(value: T, _: Effect) -> T {
     value
 }
@@ -162,10 +177,10 @@ impl<S: Store> Store for Fault<S> {
         self.run(Operation::Size, key, (0, 0), || self.inner.size(key), keep)
     }
     fn list(&self, prefix: &str, after: Option<&str>) -> Result<Page> {
-        self.run(Operation::List, prefix, (0, 0), || self.inner.list(prefix, after), keep)
+        self.run(Operation::List, prefix, (0, 0), || self.inner.list(prefix, after), spoil_page)
     }
     fn names(&self, prefix: &str) -> Result<Vec<String>> {
-        self.run(Operation::Names, prefix, (0, 0), || self.inner.names(prefix), keep)
+        self.run(Operation::Names, prefix, (0, 0), || self.inner.names(prefix), spoil_names)
     }
     fn delete(&self, keys: &[String]) -> Result<()> {
         let first = keys.first().map_or("", String::as_str);

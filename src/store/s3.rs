@@ -19,6 +19,7 @@ mod connect;
 mod failure;
 mod listing;
 mod upload;
+mod xml;
 
 use bridge::Bridge;
 use failure::Failure;
@@ -106,16 +107,24 @@ impl S3Store {
             }
             Err(failure) => {
                 let no_bucket = failure.code.as_deref() == Some("NoSuchBucket");
-                let failure = if no_bucket { Failure::no_bucket(&self.bucket) } else { failure };
+                let failure = match failure.code.as_deref() {
+                    _ if no_bucket => Failure::no_bucket(&self.bucket),
+                    // the SDK's word for a 404 without any
+                    Some("NotFound") if failure.kind == ErrorKind::NotFound => Failure::bare_404(),
+                    _ => failure,
+                };
                 Err(StoreError::new(failure.kind, operation, &self.url, key, failure))
             }
         }
     }
 
-    /// A missing bucket must not look like a missing object.
+    /// A missing bucket must not look like a missing object, nor must whatever answers 404 in the server's place.
     fn found<T>(&self, outcome: std::result::Result<T, Failure>) -> std::result::Result<T, Failure> {
         match outcome {
-            Err(failure) if failure.kind == ErrorKind::NotFound => self.check_bucket().and(Err(failure)),
+            Err(failure) if failure.kind == ErrorKind::NotFound => {
+                let proved = failure.code.as_deref() == Some("NoSuchKey");
+                self.check_bucket().and(Err(if proved { failure } else { Failure::bare_404() }))
+            }
             outcome => outcome,
         }
     }
@@ -139,15 +148,29 @@ impl S3Store {
         })
     }
 
+    /// The object's length. Refusals of a HEAD request come without a word: what they mean is asked with a GET of the first
+    /// byte, whose answer names the reason, and only `NoSuchKey` proves that there is no object.
     async fn head(&self, client: &aws_sdk_s3::Client, key: &str) -> std::result::Result<Option<u64>, Failure> {
         let head = client.head_object().bucket(&self.bucket).key(self.key(key)).send().await;
-        match head.map_err(Failure::from) {
-            Ok(head) => match head.content_length.map(u64::try_from) {
-                Some(Ok(len)) => Ok(Some(len)),
-                _ => Err(Failure::other("the server did not say the object's length")),
-            },
-            Err(failure) if failure.kind == ErrorKind::NotFound => Ok(None),
-            Err(failure) => Err(failure),
+        let failure = match head.map_err(Failure::from) {
+            Ok(head) => {
+                answer::check_origin(head.e_tag.as_deref())?;
+                return match head.content_length.map(u64::try_from) {
+                    Some(Ok(len)) => Ok(Some(len)),
+                    _ => Err(Failure::transient("the server did not say the object's length")),
+                };
+            }
+            Err(failure) if failure.kind == ErrorKind::Transient => return Err(failure),
+            Err(failure) => failure,
+        };
+        let first = client.get_object().bucket(&self.bucket).key(self.key(key)).range("bytes=0-0").send().await;
+        match first.map_err(Failure::from) {
+            Err(asked) if asked.code.as_deref() == Some("NoSuchKey") => Ok(None),
+            Err(asked) if asked.kind == ErrorKind::NotFound && asked.code.as_deref() == Some("NotFound") => {
+                Err(Failure::bare_404())
+            }
+            Err(asked) => Err(asked),
+            Ok(_) => Err(Failure::transient(format!("a HEAD request says {failure}, but a GET request finds it"))),
         }
     }
 
@@ -166,6 +189,7 @@ impl Store for S3Store {
         key::require("read", &self.url, key)?;
         let outcome = self.bridge.run_read(async |client| {
             let answer = client.get_object().bucket(&self.bucket).key(self.key(key)).send().await?;
+            answer::check_origin(answer.e_tag.as_deref())?;
             let len = answer.content_length.and_then(|len| u64::try_from(len).ok());
             Ok((len.unwrap_or(0), async move { answer::whole(answer.body, len).await }))
         });
@@ -183,6 +207,7 @@ impl Store for S3Store {
         let outcome = self.bridge.run_read(async |client| {
             let range = format!("bytes={offset}-{}", end - 1);
             let answer = client.get_object().bucket(&self.bucket).key(self.key(key)).range(range).send().await?;
+            answer::check_origin(answer.e_tag.as_deref())?;
             answer::check_range(&answer, offset, len)?;
             Ok((len, async move { answer::whole(answer.body, Some(len)).await }))
         });
@@ -197,8 +222,9 @@ impl Store for S3Store {
             }
             Body::Bytes(bytes) => self.bridge.run(bytes.len() as u64, async |client| {
                 let put = client.put_object().bucket(&self.bucket).key(self.key(key));
-                put.content_length(bytes.len() as i64).body(ByteStream::from(bytes.clone())).send().await?;
-                Ok(())
+                let answer =
+                    put.content_length(bytes.len() as i64).body(ByteStream::from(bytes.clone())).send().await?;
+                answer::check_origin(answer.e_tag.as_deref())
             }),
             Body::File(path) => upload::file(&self.bridge, &self.bucket, &self.key(key), &path),
         };

@@ -1,5 +1,5 @@
 //! A real S3 server in this process, over a directory: the buckets are its subdirectories. It can answer late, refuse,
-//! hang and cut connections.
+//! hang, cut connections, and lie.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -40,6 +40,30 @@ pub enum Trouble {
     CutAfter,
     /// no answer ever comes
     Hang,
+    /// an HTML page with this status, as a proxy sends it
+    Page(u16),
+    /// the request is carried out, then the answer has no body
+    Empty,
+    /// the request is carried out, then half of the body comes, with a length that says that this is all
+    Short,
+    /// the request is carried out, then one byte in the middle of the body is another one
+    Flip,
+    /// the request is carried out, then the answer ends before its entry of this number, counted from 0: of a listing, an
+    /// object or a directory
+    CutListing(usize),
+    /// a range is answered with the whole object
+    WholeForRange,
+}
+
+/// A trouble, and which requests it meets.
+#[derive(Clone, Debug)]
+struct Rule {
+    /// part of `METHOD PATH?QUERY`
+    of: String,
+    trouble: Trouble,
+    /// how many more requests it meets
+    count: usize,
+    until: Option<Instant>,
 }
 
 /// A running server; it stops when dropped.
@@ -60,7 +84,24 @@ pub struct S3Server {
 struct Control {
     latency_micros: AtomicU64,
     requests: AtomicU64,
-    troubles: Mutex<VecDeque<Trouble>>,
+    rules: Mutex<VecDeque<Rule>>,
+    log: Mutex<Vec<String>>,
+}
+
+impl Control {
+    /// The trouble that this request meets: of the first rule that is of it.
+    fn meet(&self, request: &str) -> Option<Trouble> {
+        let mut rules = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        rules.retain(|rule| rule.count > 0 && rule.until.is_none_or(|until| now < until));
+        let rule = rules.iter_mut().find(|rule| request.contains(&rule.of))?;
+        rule.count -= 1;
+        Some(rule.trouble)
+    }
+
+    fn add(&self, rule: Rule) {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner).push_back(rule);
+    }
 }
 
 impl S3Server {
@@ -107,8 +148,28 @@ impl S3Server {
 
     /// The next `count` requests that come meet this trouble, after those already set.
     pub fn trouble(&self, trouble: Trouble, count: usize) {
-        let mut troubles = self.control.troubles.lock().unwrap_or_else(PoisonError::into_inner);
-        troubles.extend(std::iter::repeat_n(trouble, count));
+        self.trouble_of("", trouble, count);
+    }
+
+    /// The same, for requests that have `of` in their `METHOD PATH?QUERY`, such as `GET /bucket/a` or `list-type=2`.
+    pub fn trouble_of(&self, of: &str, trouble: Trouble, count: usize) {
+        self.control.add(Rule { of: of.to_owned(), trouble, count, until: None });
+    }
+
+    /// From now on, for so long, every request that has `of` in its `METHOD PATH?QUERY` meets this trouble.
+    pub fn trouble_for(&self, of: &str, trouble: Trouble, time: Duration) {
+        let until = Some(Instant::now() + time);
+        self.control.add(Rule { of: of.to_owned(), trouble, count: usize::MAX, until });
+    }
+
+    /// Ends every trouble.
+    pub fn calm(&self) {
+        self.control.rules.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// `METHOD PATH?QUERY` of every request since the last call.
+    pub fn take_log(&self) -> Vec<String> {
+        std::mem::take(&mut self.control.log.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// How many requests came so far.
@@ -153,32 +214,78 @@ impl hyper::service::Service<http::Request<Incoming>> for Handler {
     type Error = HttpError;
     type Future = Answer;
 
-    fn call(&self, request: http::Request<Incoming>) -> Answer {
+    fn call(&self, mut request: http::Request<Incoming>) -> Answer {
         self.control.requests.fetch_add(1, Ordering::SeqCst);
         let latency = Duration::from_micros(self.control.latency_micros.load(Ordering::SeqCst));
-        let trouble = self.control.troubles.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let line = format!("{} {}", request.method(), request.uri().path_and_query().map_or("", |path| path.as_str()));
+        let trouble = self.control.meet(&line);
+        self.control.log.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+        if trouble == Some(Trouble::WholeForRange) {
+            request.headers_mut().remove("range");
+        }
         let service = self.service.clone();
         Box::pin(async move {
             if !latency.is_zero() {
                 tokio::time::sleep(latency).await;
             }
             let carry_out = || hyper::service::Service::call(&service, request);
+            let Some(trouble) = trouble else { return carry_out().await };
             match trouble {
-                None | Some(Trouble::Pass) => carry_out().await,
-                Some(Trouble::Status(status, code)) => refusal(status, code),
-                Some(Trouble::StatusAfter(status, code)) => {
+                Trouble::Pass | Trouble::WholeForRange => carry_out().await,
+                Trouble::Status(status, code) => refusal(status, code),
+                Trouble::StatusAfter(status, code) => {
                     carry_out().await?;
                     refusal(status, code)
                 }
-                Some(Trouble::Cut) => Err(cut()),
-                Some(Trouble::CutAfter) => {
+                Trouble::Cut => Err(cut()),
+                Trouble::CutAfter => {
                     carry_out().await?;
                     Err(cut())
                 }
-                Some(Trouble::Hang) => std::future::pending().await,
+                Trouble::Hang => std::future::pending().await,
+                Trouble::Page(status) => answer(status, "text/html", PAGE.into()),
+                Trouble::Empty | Trouble::Short | Trouble::Flip | Trouble::CutListing(_) => {
+                    spoil(carry_out().await?, trouble).await
+                }
             }
         })
     }
+}
+
+/// What a proxy says when the server behind it is away.
+const PAGE: &str =
+    "<html><head><title>Please log in</title></head><body><h1>Please log in</h1>for access</body></html>";
+
+/// Changes an answer's body as `trouble` says, and its length with it.
+async fn spoil(whole: HttpResponse, trouble: Trouble) -> Result<HttpResponse, HttpError> {
+    let (mut head, mut body) = whole.into_parts();
+    let mut bytes = body.store_all_limited(BODY_MAX).await.map_err(HttpError::new)?.to_vec();
+    match trouble {
+        Trouble::Empty => bytes.clear(),
+        Trouble::Short => bytes.truncate(bytes.len() / 2),
+        Trouble::Flip => {
+            let middle = bytes.len() / 2;
+            bytes.iter_mut().skip(middle).take(1).for_each(|byte| *byte ^= 1);
+        }
+        Trouble::CutListing(number) => {
+            let entries = find_all(&bytes, b"<Contents>").chain(find_all(&bytes, b"<CommonPrefixes>"));
+            let mut entries: Vec<usize> = entries.collect();
+            entries.sort_unstable();
+            bytes.truncate(entries.get(number).copied().unwrap_or(bytes.len()));
+        }
+        _ => {}
+    }
+    if head.headers.contains_key("content-length") {
+        head.headers.insert("content-length", bytes.len().into());
+    }
+    Ok(http::Response::from_parts(head, s3s::Body::from(bytes)))
+}
+
+/// No body of a test is longer.
+const BODY_MAX: usize = 256 << 20;
+
+fn find_all<'a>(text: &'a [u8], what: &'a [u8]) -> impl Iterator<Item = usize> + 'a {
+    text.windows(what.len()).enumerate().filter(move |(_, window)| *window == what).map(|(at, _)| at)
 }
 
 fn cut() -> HttpError {
@@ -187,9 +294,13 @@ fn cut() -> HttpError {
 
 fn refusal(status: u16, code: &str) -> Result<HttpResponse, HttpError> {
     let body = format!("<Error><Code>{code}</Code><Message>refused on purpose</Message></Error>");
+    answer(status, "application/xml", body)
+}
+
+fn answer(status: u16, kind: &str, body: String) -> Result<HttpResponse, HttpError> {
     http::Response::builder()
         .status(status)
-        .header("content-type", "application/xml")
+        .header("content-type", kind)
         .body(s3s::Body::from(bytes::Bytes::from(body)))
         .map_err(|e| HttpError::new(Box::new(e)))
 }

@@ -6,11 +6,11 @@ use crate::format::info::LockInfo;
 use crate::keep::tests::{DAY, Made, segment};
 use crate::postgres::BackupKind::{Diff, Full, Incr};
 use crate::progress::Silent;
-use crate::store::{Body, Effect, ErrorKind};
+use crate::store::{Body, Effect, ErrorKind, Operation};
 
 fn keep_full(count: u32) -> ExpireOptions {
     let retention = Retention { full: Some(count), ..Retention::NONE };
-    ExpireOptions { retention, grace: GRACE, set: None, brief: false, dry_run: false }
+    ExpireOptions { retention, grace: GRACE, force: true, set: None, brief: false, dry_run: false }
 }
 
 fn run(made: &Made, options: &ExpireOptions) -> Report {
@@ -50,6 +50,47 @@ fn a_backup_goes_at_once_and_its_packs_after_the_grace_period() {
     made.assert_sound();
     let info = made.repository.backup_info().unwrap();
     assert_eq!(info.backups.keys().cloned().collect::<Vec<_>>(), made.labels());
+}
+
+/// A listing that lags behind, or that something cut, lacks a backup that is there: what only that one needs would go.
+#[test]
+fn a_listing_that_lacks_a_known_backup_stops_it() {
+    let made = made(&[Full, Full, Full]);
+    made.pass(DAY);
+    let now = ExpireOptions { grace: Duration::ZERO, ..keep_full(5) };
+    run(&made, &now);
+    let before = made.keys("");
+    for shown in 0..3 {
+        made.plan.add(|call| call.operation == Operation::List && call.key.starts_with("backup/"), Effect::Cut(shown));
+        for options in [&now, &ExpireOptions { dry_run: true, ..now.clone() }, &keep_full(1)] {
+            let error = expire(&made.repository, options, &Silent).unwrap_err();
+            assert!(error.to_string().contains("lacks backup"), "{shown} shown: {error}");
+            assert!(error.hint_text().unwrap().contains("listings"), "{error}");
+            assert_eq!(made.keys(""), before, "{shown} shown");
+        }
+        // nor does a look at it make the catalog forget it
+        assert_eq!(made.repository.backup_info().unwrap().backups.len(), 3, "{shown} shown");
+        made.plan.clear();
+    }
+    // one that is gone, though the catalog names it still, is no contradiction
+    let gone = made.labels()[0].clone();
+    made.repository.store.delete(&[keys::manifest("main", &gone)]).unwrap();
+    assert!(run(&made, &now).packs.unwrap().deleted > 0);
+    assert_eq!(made.labels().len(), 2);
+}
+
+#[test]
+fn a_short_grace_period_needs_a_word_of_its_own() {
+    let made = made(&[Full, Full]);
+    let before = made.keys("");
+    let short = ExpireOptions { grace: GRACE_MIN - Duration::from_secs(1), force: false, ..keep_full(1) };
+    let error = expire(&made.repository, &short, &Silent).unwrap_err();
+    assert!(error.to_string().contains("3599 s is shorter than 3600 s"), "{error}");
+    assert!(error.hint_text().unwrap().contains("--force"), "{error}");
+    assert_eq!(made.keys(""), before);
+    run(&made, &ExpireOptions { dry_run: true, ..short.clone() });
+    run(&made, &ExpireOptions { grace: GRACE_MIN, ..short.clone() });
+    run(&made, &ExpireOptions { force: true, ..short });
 }
 
 #[test]

@@ -71,7 +71,7 @@ fn a_sound_stanza_is_sound() {
     // what expire leaves is sound too, though WAL between is gone
     made.pass(1);
     let retention = Retention { full: Some(2), archive: Some(1), ..Retention::NONE };
-    let options = ExpireOptions { retention, grace: GRACE, set: None, brief: false, dry_run: false };
+    let options = ExpireOptions { retention, grace: GRACE, force: true, set: None, brief: false, dry_run: false };
     expire(&made.repository, &options, &Silent).unwrap();
     for quick in [true, false] {
         let report = run(&made, quick);

@@ -10,6 +10,15 @@ use crate::store::ErrorKind;
 /// What is set aside on a server's word alone.
 const RESERVE_MAX: u64 = 64 << 20;
 
+/// Whether an answer about an object can be S3's: that always names the object's version. A proxy's page does not, and what
+/// it says was written is nowhere.
+pub(super) fn check_origin(e_tag: Option<&str>) -> Result<(), Failure> {
+    match e_tag {
+        Some(e_tag) if !e_tag.is_empty() => Ok(()),
+        _ => Err(Failure::transient("the answer is not S3's: it names no version of the object (ETag)")),
+    }
+}
+
 /// The whole body, which must have `len` bytes if that is known.
 pub(super) async fn whole(mut body: ByteStream, len: Option<u64>) -> Result<Bytes, Failure> {
     let mut bytes = BytesMut::with_capacity(len.unwrap_or(0).min(RESERVE_MAX) as usize);

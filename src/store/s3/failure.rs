@@ -45,6 +45,11 @@ impl Failure {
         Self::transient(format!("no answer within {} s", limit.as_secs_f64()))
     }
 
+    /// 404 from whoever it was: S3's own says `NoSuchKey`.
+    pub(super) fn bare_404() -> Self {
+        Self::transient("404 without S3's NoSuchKey: the answer may be a proxy's")
+    }
+
     pub(super) fn no_bucket(bucket: &str) -> Self {
         Self::other(format!("there is no bucket {bucket:?}"))
     }
@@ -60,6 +65,59 @@ impl Failure {
             _ => head,
         };
         Self { kind, code: code.map(str::to_owned), status, message }
+    }
+}
+
+impl Failure {
+    /// An answer without S3's words: it may be a proxy's page. Its own words say the most.
+    fn of_page(raw: &HttpResponse, error: &str) -> Self {
+        let status = raw.status().as_u16();
+        let kind = match kind_of(status, "") {
+            // not by S3: it names what it does not find
+            ErrorKind::NotFound => ErrorKind::Transient,
+            _ if status < 300 => ErrorKind::Transient,
+            kind => kind,
+        };
+        let shown = match raw.body().bytes().map(page_text) {
+            Some(text) if !text.is_empty() => format!("an answer that is not S3's: {text:?}"),
+            // of a HEAD request, or of nobody
+            Some(_) if !(200..300).contains(&status) => "no explanation".to_owned(),
+            _ => format!("an answer that is not understood: {error}"),
+        };
+        Self { status: Some(status), ..Self::of(kind, format!("{status} and {shown}")).region(raw) }
+    }
+
+    /// Names the region in which the bucket is, where the server does.
+    fn region(mut self, raw: &HttpResponse) -> Self {
+        if raw.status().as_u16() >= 300
+            && let Some(region) = raw.headers().get("x-amz-bucket-region")
+        {
+            self.message = format!("{}; the bucket is in region {region}", self.message);
+        }
+        self
+    }
+}
+
+/// The beginning of what a person would read of a page.
+fn page_text(page: &[u8]) -> String {
+    const SHOWN_MAX: usize = 120;
+    let page = String::from_utf8_lossy(&page[..page.len().min(8192)]).into_owned();
+    let (mut text, mut is_tag) = (String::new(), false);
+    for character in page.chars() {
+        match character {
+            '<' => is_tag = true,
+            '>' => {
+                is_tag = false;
+                text.push(' ');
+            }
+            character if !is_tag => text.push(character),
+            _ => {}
+        }
+    }
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match text.char_indices().nth(SHOWN_MAX) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
     }
 }
 
@@ -98,20 +156,14 @@ impl<E: ProvideErrorMetadata + Error + 'static> From<SdkError<E, HttpResponse>> 
     fn from(error: SdkError<E, HttpResponse>) -> Self {
         match &error {
             SdkError::ServiceError(answer) => {
-                let status = answer.raw().status().as_u16();
-                let (code, message) = (answer.err().code(), answer.err().message());
+                let (raw, code, message) = (answer.raw(), answer.err().code(), answer.err().message());
                 match (code, message) {
-                    // a body that is not understood has neither
-                    (None, None) => Self::of_code(Some(status), None, Some(&chain(answer.err()))),
-                    _ => Self::of_code(Some(status), code, message),
+                    (None, None) => Self::of_page(raw, &chain(answer.err())),
+                    _ => Self::of_code(Some(raw.status().as_u16()), code, message).region(raw),
                 }
             }
             // an answer cut off, or not of S3: a proxy's page perhaps
-            SdkError::ResponseError(answer) => {
-                let status = answer.raw().status().as_u16();
-                let kind = if status < 300 { ErrorKind::Transient } else { kind_of(status, "") };
-                Self::of(kind, format!("{status} and an answer that is not understood: {}", chain(&error)))
-            }
+            SdkError::ResponseError(answer) => Self::of_page(answer.raw(), &chain(&error)),
             SdkError::TimeoutError(_) => Self::transient(chain(&error)),
             SdkError::DispatchFailure(failure) => {
                 let hopeless = failure.is_user() || is_bad_certificate(&error);

@@ -8,6 +8,7 @@ use aws_sdk_s3::types::{Delete, ObjectIdentifier};
 
 use super::bridge::Bridge;
 use super::failure::Failure;
+use super::xml::{KeepBody, Outline};
 use crate::store::{ErrorKind, Listed, PAGE_OBJECTS_MAX, Page, key};
 
 /// How many keys one request may delete.
@@ -15,7 +16,7 @@ pub(super) const DELETE_KEYS_MAX: usize = 1000;
 
 type Outcome<T> = Result<T, Failure>;
 
-/// One request's page; the token of the one before, else everything after a key.
+/// One request's page; the token of the one before, else everything after a key. It is whole, or an error.
 async fn request(
     client: &Client,
     bucket: &str,
@@ -24,6 +25,7 @@ async fn request(
     after: Option<String>,
     token: Option<String>,
 ) -> Outcome<ListObjectsV2Output> {
+    let body = KeepBody::default();
     let request = client
         .list_objects_v2()
         .bucket(bucket)
@@ -31,23 +33,59 @@ async fn request(
         .max_keys(PAGE_OBJECTS_MAX as i32)
         .set_delimiter(delimiter.map(str::to_owned))
         .set_start_after(after)
-        .set_continuation_token(token);
-    match request.send().await.map_err(Failure::from) {
+        .set_continuation_token(token.clone());
+    match request.customize().interceptor(body.clone()).send().await.map_err(Failure::from) {
         // whatever a listing does not find, it is not an object
         Err(failure) if failure.kind == ErrorKind::NotFound => Err(Failure::no_bucket(bucket)),
-        answer => answer,
+        Err(failure) => Err(failure),
+        Ok(answer) => match incomplete(&answer, &body.bytes(), prefix, &token) {
+            None => Ok(answer),
+            Some(why) => Err(Failure::transient(format!("the server's listing is not complete: {why}"))),
+        },
     }
 }
 
-/// The token to go on with. A server that says there is more but gives no new token would be asked forever.
-fn next_token(answer: &ListObjectsV2Output, token: &Option<String>) -> Outcome<Option<String>> {
-    if answer.is_truncated != Some(true) {
-        return Ok(None);
+/// What a listing lacks, or has too much, to be the answer to the question. An object that a listing does not show is taken
+/// for one that does not exist: a listing that may have been cut is none.
+fn incomplete(answer: &ListObjectsV2Output, body: &[u8], prefix: &str, token: &Option<String>) -> Option<String> {
+    let outline = match Outline::parse(body, "ListBucketResult") {
+        Ok(outline) => outline,
+        Err(why) => return Some(why),
+    };
+    let (objects, directories) = (answer.contents(), answer.common_prefixes());
+    let (count, elements) =
+        (objects.len() + directories.len(), outline.count("Contents") + outline.count("CommonPrefixes"));
+    if count != elements {
+        return Some(format!("it has {elements} entries, of which {count} are understood"));
     }
-    match &answer.next_continuation_token {
-        Some(next) if token.as_ref() != Some(next) => Ok(Some(next.clone())),
-        _ => Err(Failure::other("the server's listing has more pages but no token for them")),
+    // some servers count objects alone
+    if let Some(said) = answer.key_count().and_then(|said| usize::try_from(said).ok())
+        && said > count
+    {
+        return Some(format!("its KeyCount is {said}, but it has {count} entries"));
     }
+    match (answer.is_truncated, &answer.next_continuation_token) {
+        (None, _) => return Some("it does not say whether it is truncated".into()),
+        // a server that says there is more but gives no new token would be asked forever
+        (Some(true), next) if next.is_none() || next == token => {
+            return Some("it has more pages, but no token for them".into());
+        }
+        _ => {}
+    }
+    let keys = objects.iter().map(|object| object.key()).chain(directories.iter().map(|below| below.prefix()));
+    for key in keys {
+        match key {
+            Some(key) if key.starts_with(prefix) => {}
+            Some(key) => return Some(format!("{prefix:?} was asked for, but {key:?} came")),
+            None => return Some("an entry has no key".into()),
+        }
+    }
+    None
+}
+
+/// The token to go on with.
+fn next_token(answer: ListObjectsV2Output) -> Option<String> {
+    answer.next_continuation_token.filter(|_| answer.is_truncated == Some(true))
 }
 
 /// The first objects that start with `prefix` and come after `after`, both below `root`.
@@ -63,7 +101,7 @@ pub(super) fn page(bridge: &Bridge, bucket: &str, root: &str, prefix: &str, afte
         // a server may know nothing of start-after
         objects.retain(|object| after.is_none_or(|after| object.key.as_str() > after));
         objects.sort_unstable_by(|a, b| a.key.cmp(&b.key));
-        let more = next_token(&answer, &token)?;
+        let more = next_token(answer);
         if !objects.is_empty() || more.is_none() {
             let next = more.and(objects.last()).map(|last| last.key.clone());
             return Ok(Page { objects, next });
@@ -81,7 +119,7 @@ fn listed(answer: &ListObjectsV2Output, root: &str) -> Outcome<Vec<Listed>> {
             continue;
         }
         let (Some(Ok(size)), Some(modified)) = (object.size().map(u64::try_from), object.last_modified()) else {
-            return Err(Failure::other(format!("the listing has no size or time for {key:?}")));
+            return Err(Failure::transient(format!("the listing has no size or time for {key:?}")));
         };
         objects.push(Listed { key: key.to_owned(), size, modified: modified.secs() });
     }
@@ -101,7 +139,7 @@ pub(super) fn names(bridge: &Bridge, bucket: &str, directory: &str) -> Outcome<V
             let name = path.strip_prefix(directory).map(|name| name.trim_end_matches('/'));
             names.extend(name.filter(|name| key::check(name).is_ok()).map(str::to_owned));
         }
-        token = next_token(&answer, &token)?;
+        token = next_token(answer);
         if token.is_none() {
             return Ok(names.into_iter().collect());
         }
@@ -135,7 +173,11 @@ async fn delete_batch(client: &Client, bucket: &str, root: &str, keys: &[String]
     let batch = identifiers
         .and_then(|identifiers| Delete::builder().set_objects(Some(identifiers)).quiet(true).build())
         .map_err(|e| Failure::other(e.to_string()))?;
-    let answer = client.delete_objects().bucket(bucket).delete(batch).send().await?;
+    let body = KeepBody::default();
+    let request = client.delete_objects().bucket(bucket).delete(batch).customize().interceptor(body.clone());
+    let answer = request.send().await?;
+    Outline::parse(&body.bytes(), "DeleteResult")
+        .map_err(|why| Failure::transient(format!("the server's answer to a deletion is not complete: {why}")))?;
     let errors: Vec<_> = answer.errors().iter().filter(|error| error.code() != Some("NoSuchKey")).collect();
     let Some(first) = errors.first() else { return Ok(()) };
     let message = format!(

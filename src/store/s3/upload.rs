@@ -12,6 +12,7 @@ use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
 use bytes::Bytes;
 use tokio::task::JoinSet;
 
+use super::answer;
 use super::bridge::{Bridge, bounded};
 use super::failure::{Failure, chain};
 use crate::store::{ErrorKind, RetryPolicy};
@@ -68,8 +69,8 @@ fn single(bridge: &Bridge, bucket: &str, key: &str, path: &Path, len: u64) -> Ou
                 .await
                 .map_err(|e| Failure::other(format!("cannot read {}: {}", path.display(), chain(&e))))?,
         };
-        client.put_object().bucket(bucket).key(key).content_length(len as i64).body(body).send().await?;
-        Ok(())
+        let put = client.put_object().bucket(bucket).key(key).content_length(len as i64).body(body).send().await?;
+        answer::check_origin(put.e_tag.as_deref())
     })
 }
 
@@ -158,7 +159,11 @@ impl Upload {
                 let part = self.client.upload_part().bucket(&self.bucket).key(&self.key).upload_id(&self.id);
                 let part = part.part_number(number).content_length(len as i64);
                 let part = part.body(ByteStream::from(bytes.clone()));
-                async move { Ok(part.send().await?.e_tag) }
+                async move {
+                    let e_tag = part.send().await?.e_tag;
+                    answer::check_origin(e_tag.as_deref())?;
+                    Ok(e_tag)
+                }
             })
             .await?;
         Ok(CompletedPart::builder().part_number(number).set_e_tag(e_tag).build())
@@ -170,7 +175,7 @@ impl Upload {
             .retried(|| {
                 let complete = self.client.complete_multipart_upload().bucket(&self.bucket).key(&self.key);
                 let complete = complete.upload_id(&self.id).multipart_upload(parts.clone());
-                async move { complete.send().await.map(drop).map_err(Failure::from) }
+                async move { answer::check_origin(complete.send().await?.e_tag.as_deref()) }
             })
             .await;
         match completed {

@@ -165,24 +165,120 @@ fn refusals_say_what_to_look_at() {
 
 #[test]
 fn lies_are_seen() {
-    let full = "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n0123456789";
+    let full = "HTTP/1.1 200 OK\r\nETag: \"1\"\r\nContent-Length: 10\r\n\r\n0123456789";
     assert_eq!(liar(full).get("a").unwrap(), "0123456789");
     assert_eq!(liar(full).get_range("a", 0, 10).unwrap(), "0123456789");
     assert_eq!(kind(liar(full).get_range("a", 20, 2)), ErrorKind::Truncated);
     assert_eq!(kind(liar(full).get_range("a", 2, 2)), ErrorKind::Other);
 
-    let cut = "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n01234";
+    let cut = "HTTP/1.1 200 OK\r\nETag: \"1\"\r\nContent-Length: 10\r\n\r\n01234";
     assert_eq!(kind(liar(cut).get("a")), ErrorKind::Transient);
-    let cut_range = "HTTP/1.1 206 Partial\r\nContent-Range: bytes 0-9/20\r\nContent-Length: 10\r\n\r\n01234";
+    let range = |head: &str| {
+        format!("HTTP/1.1 206 Partial\r\nETag: \"1\"\r\nContent-Length: 10\r\nContent-Range: {head}\r\n\r\n")
+    };
+    let cut_range = (range("bytes 0-9/20") + "01234").leak();
     assert_eq!(kind(liar(cut_range).get_range("a", 0, 10)), ErrorKind::Transient);
-    let other_range = "HTTP/1.1 206 Partial\r\nContent-Range: bytes 5-14/20\r\nContent-Length: 10\r\n\r\n0123456789";
+    let other_range = (range("bytes 5-14/20") + "0123456789").leak();
     assert_eq!(kind(liar(other_range).get_range("a", 4, 10)), ErrorKind::Transient);
-
-    let page = "HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>";
-    liar(page).list("", None).unwrap_err();
-    let nonsense = "HTTP/1.1 404 Not Found\r\nContent-Length: 13\r\n\r\n<html></html>";
-    assert_eq!(kind(liar(nonsense).list("", None)), ErrorKind::Other);
     assert_eq!(kind(liar("nonsense\r\n\r\n").get("a")), ErrorKind::Transient);
+}
+
+/// Whatever answers in the server's place, with whichever status: nothing is believed to be stored, absent, or deleted.
+#[test]
+fn a_page_is_not_an_answer() {
+    for status in ["200 OK", "404 Not Found", "503 Service Unavailable"] {
+        for page in ["<html><title>Please log in</title></html>", ""] {
+            let len = page.len();
+            let answer = format!("HTTP/1.1 {status}\r\nContent-Length: {len}\r\n\r\n{page}");
+            let store = liar(answer.leak());
+            let answers = [
+                store.get("a").map(drop),
+                store.get_range("a", 0, 1).map(drop),
+                store.put("a", Body::Bytes("x".into())),
+                store.list("", None).map(drop),
+                store.names("").map(drop),
+                store.delete(&["a".into(), "b".into()]),
+            ];
+            for (number, answer) in answers.into_iter().enumerate() {
+                let error = answer.unwrap_err();
+                // 404 without a word to everything: there is no bucket, or somebody else answers
+                let bare = status.starts_with("404") && page.is_empty() && error.kind == ErrorKind::Other;
+                assert!(error.kind == ErrorKind::Transient || bare, "{status} {page:?} {number} {}", shown(&error));
+                if !page.is_empty() && !status.starts_with("200") {
+                    assert!(shown(&error).contains("Please log in"), "{}", shown(&error));
+                }
+            }
+        }
+    }
+    let s3 = TestS3::start();
+    let store = s3.store();
+    put(&store, "a", "x");
+    for status in [200, 404, 403] {
+        s3.server.trouble_of("HEAD /bucket/", Trouble::Page(status), 1);
+        s3.server.trouble_of("GET /bucket/", Trouble::Page(status), 1);
+        store.size("a").unwrap_err();
+        s3.server.calm();
+    }
+    // the word of a HEAD request alone proves nothing
+    s3.server.trouble_of("HEAD /bucket/a", Trouble::Page(404), 1);
+    assert_eq!(kind(store.size("a")), ErrorKind::Transient);
+    assert_eq!(store.size("b").unwrap(), None);
+    assert_eq!(store.size("a").unwrap(), Some(1));
+}
+
+#[test]
+fn a_listing_without_its_end_is_none() {
+    let s3 = TestS3::start();
+    let store = s3.store();
+    for key in ["d/a", "d/b", "d/e/f", "d/e/g"] {
+        put(&store, key, "x");
+    }
+    let cuts = (0..4).map(Trouble::CutListing);
+    for trouble in cuts.chain([Trouble::Empty, Trouble::Short, Trouble::Page(200)]) {
+        s3.server.trouble(trouble, 1);
+        let error = store.list("d/", None).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Transient, "{trouble:?}: {}", shown(&error));
+        if trouble == Trouble::CutListing(3) {
+            continue;
+        }
+        s3.server.trouble(trouble, 1);
+        assert_eq!(kind(store.names("d/")), ErrorKind::Transient, "{trouble:?}");
+    }
+    let patient = Retry::new(store, quick(5));
+    s3.server.trouble(Trouble::CutListing(1), 3);
+    assert_eq!(patient.list("d/", None).unwrap().objects.len(), 4);
+    s3.server.trouble(Trouble::CutListing(2), 3);
+    assert_eq!(patient.names("d/").unwrap(), ["a", "b", "e"]);
+    s3.server.trouble(Trouble::Short, 1);
+    patient.delete(&["d/a".into(), "d/b".into()]).unwrap();
+    assert_eq!(patient.names("d/").unwrap(), ["e"]);
+}
+
+/// Listings that are well-formed and still not the answer.
+#[test]
+fn a_listing_must_be_of_what_was_asked() {
+    let listing = |body: &str| {
+        let body = format!("<ListBucketResult>{body}</ListBucketResult>");
+        let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        liar(answer.leak()).list("d/", None)
+    };
+    let entry = |key: &str| {
+        format!("<Contents><Key>{key}</Key><Size>1</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>")
+    };
+    let (a, end) = (entry("d/a"), "<IsTruncated>false</IsTruncated>");
+    assert_eq!(listing(&format!("{end}{a}")).unwrap().objects.len(), 1);
+    assert_eq!(listing(&format!("{end}<KeyCount>1</KeyCount>{a}")).unwrap().objects.len(), 1);
+    let bad = [
+        a.clone(),
+        format!("{end}<KeyCount>2</KeyCount>{a}"),
+        format!("<IsTruncated>true</IsTruncated>{a}"),
+        format!("{end}{a}{}", entry("e/a")),
+        format!("{end}<Contents><Size>1</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"),
+        format!("{end}<Contents><Key>d/a</Key><Size>1</Size></Contents>"),
+    ];
+    for bad in bad {
+        assert_eq!(kind(listing(&bad)), ErrorKind::Transient, "{bad}");
+    }
 }
 
 #[test]

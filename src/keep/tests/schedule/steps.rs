@@ -202,6 +202,7 @@ impl World {
         ExpireOptions {
             retention: Retention { full, full_type, diff, archive, archive_type },
             grace: Duration::from_secs(grace as u64),
+            force: true,
             set,
             brief: self.random.once_in(3),
             dry_run: self.random.once_in(10),
