@@ -66,6 +66,7 @@
 //! are lints, and `tests/architecture.rs` holds them too.
 
 pub mod cli;
+pub mod clone;
 pub mod error;
 pub mod format;
 pub mod keep;

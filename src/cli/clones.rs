@@ -9,6 +9,7 @@ use std::process::Command;
 use serde::{Deserialize, Serialize};
 
 use super::options::state_directory;
+use crate::clone::environment;
 use crate::error::{Error, Result};
 use crate::read::recovery::Prepared;
 use crate::read::tree::Owner;
@@ -175,10 +176,16 @@ impl Clone {
 
     /// A program of PostgreSQL as the server's user.
     pub fn program(&self, name: &str) -> Command {
-        let mut command = Command::new(self.programs.join(name));
+        self.command(&self.programs.join(name))
+    }
+
+    /// Any program as the server's user, without the environment of whoever started the clone.
+    pub fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
         if nix::unistd::geteuid().is_root() {
             command.uid(self.uid).gid(self.gid);
         }
+        environment::clean(&mut command, self.uid);
         command.current_dir("/");
         command
     }

@@ -1,5 +1,4 @@
 use std::fs::File;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -12,6 +11,7 @@ use super::options::{Cache, Common};
 use super::point::PointOptions;
 use super::start::{Running, Start};
 use super::{output, pg, stop};
+use crate::clone::environment;
 use crate::error::{Error, Result};
 
 /// Bring back one table as it was at a point
@@ -86,11 +86,8 @@ impl Extract {
         let major = running.major;
         let pg_dump = client_program("pg_dump", &running.clone.programs, major)?;
         let conninfo = format!("{} dbname={}", running.clone.conninfo(&running.place, &running.user), quoted(database));
-        let mut dump = Command::new(&pg_dump);
-        if nix::unistd::geteuid().is_root() {
-            dump.uid(running.clone.uid).gid(running.clone.gid);
-        }
-        dump.current_dir("/").arg("-d").arg(conninfo).arg("--table").arg(table);
+        let mut dump = running.clone.command(&pg_dump);
+        dump.arg("-d").arg(conninfo).arg("--table").arg(table);
         dump.stdin(Stdio::null()).stderr(Stdio::piped());
         match (&self.output, &self.into) {
             (Some(file), _) => {
@@ -122,6 +119,7 @@ impl Extract {
         let mut reader = file;
         std::io::Seek::rewind(&mut reader).map_err(failed)?;
         let mut load = Command::new(psql);
+        environment::without_secrets(&mut load);
         load.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "--single-transaction", "-o", "/dev/null", "-d"]).arg(into);
         load.stdin(reader).stderr(Stdio::piped());
         let done = load.output().map_err(|error| Error::io("run", psql, error))?;

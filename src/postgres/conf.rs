@@ -94,7 +94,7 @@ fn is_name_byte(byte: u8) -> bool {
 }
 
 /// A name, or an extension's name and one of its settings: `pg_stat_statements.max`.
-fn is_name(name: &str) -> bool {
+pub fn is_name(name: &str) -> bool {
     name.bytes().all(is_name_byte)
         && name.split('.').all(|part| part.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_'))
 }

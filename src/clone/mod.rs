@@ -1,0 +1,7 @@
+//! The server of a clone: what it is told and what it gets to see, so that it touches nothing but itself.
+//!
+//! Two walls, since each alone misses something: [`settings`] on the server's command line for everything in PostgreSQL that
+//! reaches outside, and a cleaned [`environment`].
+
+pub mod environment;
+pub mod settings;

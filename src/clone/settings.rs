@@ -1,0 +1,270 @@
+//! The settings of a clone's server, on its command line, where they beat every file and ALTER SYSTEM.
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::postgres::{ControlFile, conf};
+
+/// The least and the most `shared_buffers` of a clone.
+const SHARED_BUFFERS_MB: (u64, u64) = (128, 1024);
+/// What else `--option` must not set: where recovery gets its WAL and ends is said by the clone's target.
+const OF_RECOVERY: [&str; 2] = ["restore_command", "recovery_"];
+
+/// A clone, as far as its server's settings depend on it.
+#[derive(Debug)]
+pub struct ServerOf<'a> {
+    /// the clone's name
+    pub name: &'a str,
+    /// the data directory
+    pub data: &'a Path,
+    /// directory of the socket and of the access rules
+    pub run: &'a Path,
+    /// where the server notes its process id
+    pub pid_file: &'a Path,
+    /// the port, which names the socket
+    pub port: u16,
+    /// its major version
+    pub version: u32,
+    /// it replays WAL beyond the backup's
+    pub recovers: bool,
+    /// pg_control of the backup, if the server waits at its target, open for reading
+    pub read_only: Option<&'a ControlFile>,
+    /// bytes of memory that could be had without swapping; 0 if that is unknown
+    pub memory_available: u64,
+}
+
+/// Who may set a parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rank {
+    /// this program alone
+    Fixed,
+    /// the user, who is told what that gives up
+    Wall,
+    /// the user
+    Preference,
+}
+
+use Rank::{Fixed, Preference, Wall};
+
+/// The settings of one server.
+#[derive(Debug, Default)]
+pub struct Settings {
+    settings: Vec<(Rank, String, String)>,
+}
+
+impl Settings {
+    /// What the server of this clone needs so that it reaches nothing but itself.
+    pub fn of(clone: &ServerOf<'_>) -> Self {
+        let mut settings = Self::default();
+        settings.places(clone);
+        settings.walls(clone);
+        settings.preferences(clone);
+        settings
+    }
+
+    /// Files and directories: those of the source's configuration are the source's.
+    fn places(&mut self, clone: &ServerOf<'_>) {
+        let path = |path: &Path| path.display().to_string();
+        self.add(Fixed, "data_directory", path(clone.data));
+        self.add(Fixed, "config_file", path(&clone.data.join("postgresql.conf")));
+        self.add(Fixed, "hba_file", path(&clone.run.join("pg_hba.conf")));
+        self.add(Fixed, "ident_file", path(&clone.run.join("pg_ident.conf")));
+        self.add(Fixed, "external_pid_file", path(clone.pid_file));
+        self.add(Fixed, "unix_socket_directories", path(clone.run));
+        self.add(Fixed, "port", clone.port.to_string());
+        self.add(Wall, "log_directory", "log");
+        if clone.version < 15 {
+            self.add(Wall, "stats_temp_directory", "pg_stat_tmp");
+        }
+    }
+
+    /// Connections that the server would make by itself, and programs that it would run.
+    fn walls(&mut self, clone: &ServerOf<'_>) {
+        self.add(Fixed, "archive_mode", "off");
+        self.add(Fixed, "archive_command", "");
+        if clone.version >= 15 {
+            self.add(Fixed, "archive_library", "");
+        }
+        for name in ["primary_conninfo", "primary_slot_name", "archive_cleanup_command", "recovery_end_command"] {
+            self.add(Fixed, name, "");
+        }
+        // its subscriptions are its source's: their workers would take over the slots at the publisher
+        self.add(Wall, "max_logical_replication_workers", "0");
+        if clone.version >= 17 {
+            self.add(Wall, "sync_replication_slots", "off");
+        }
+        match clone.read_only {
+            // an open standby must have room for all that its source had
+            Some(control) => self.source_limits(control),
+            // no library can start a worker: jobs of pg_cron, apply workers of pglogical
+            None => self.add(Wall, "max_worker_processes", "0"),
+        }
+        self.add(Wall, "cron.launch_active_jobs", "off");
+        // it would fetch all that its source had in memory
+        self.add(Wall, "pg_prewarm.autoprewarm", "off");
+        self.add(Wall, "synchronous_standby_names", "");
+        self.add(Wall, "listen_addresses", "");
+        self.add(Wall, "ssl", "off");
+        self.add(Wall, "logging_collector", "off");
+        self.add(Wall, "log_destination", "stderr");
+    }
+
+    fn source_limits(&mut self, control: &ControlFile) {
+        self.add(Preference, "max_connections", control.max_connections.to_string());
+        self.add(Wall, "max_worker_processes", control.max_worker_processes.to_string());
+        self.add(Preference, "max_wal_senders", control.max_wal_senders.to_string());
+        self.add(Preference, "max_prepared_transactions", control.max_prepared_transactions.to_string());
+        self.add(Preference, "max_locks_per_transaction", control.max_locks_per_transaction.to_string());
+    }
+
+    /// What makes a server on a mount quick.
+    fn preferences(&mut self, clone: &ServerOf<'_>) {
+        self.add(Preference, "cluster_name", format!("pgcairn-{}", clone.name));
+        self.add(Preference, "wal_recycle", "off");
+        self.add(Preference, "wal_init_zero", "off");
+        self.add(Preference, "recovery_min_apply_delay", "0");
+        // a server that goes on at its target is not open before it
+        self.add(Fixed, "hot_standby", if clone.read_only.is_some() { "on" } else { "off" });
+        self.add(Preference, "autovacuum", "off");
+        self.add(Preference, "shared_buffers", format!("{}MB", shared_buffers_mb(clone)));
+        self.add(Preference, "huge_pages", "off");
+        if clone.version >= 14 {
+            self.add(Preference, "recovery_init_sync_method", "syncfs");
+        }
+        if clone.version >= 15 {
+            // it asks for pages that replay then overwrites with the images in the WAL, and each would be fetched
+            self.add(Preference, "recovery_prefetch", "off");
+        }
+        if clone.version >= 17 {
+            self.add(Preference, "summarize_wal", "off");
+        }
+        if clone.version >= 18 {
+            self.add(Preference, "io_method", "worker");
+        }
+    }
+
+    /// Adds a setting of the user's; returns the name of the wall that it breaches, if it does.
+    ///
+    /// # Errors
+    /// When it is no setting, or one that only this program may make.
+    pub fn option(&mut self, option: &str) -> Result<Option<String>> {
+        let (name, value) = option.split_once('=').ok_or_else(|| {
+            Error::new(format!("--option {option} is no setting")).hint("it reads like --option work_mem=64MB")
+        })?;
+        // the server takes a name in any case
+        let name = name.trim().to_ascii_lowercase();
+        if !conf::is_name(&name) || value.contains('\0') {
+            return Err(Error::new(format!("--option \"{}\" does not name a setting", option.escape_default())).hint(
+                "a name is of letters, digits and \"_\", with a dot in those of extensions: --option work_mem=64MB",
+            ));
+        }
+        if OF_RECOVERY.iter().any(|prefix| name.starts_with(prefix)) && !self.sets(&name, Preference) {
+            return Err(Error::new(format!(
+                "--option {name} cannot be set: a clone recovers to the point it is given"
+            ))
+            .hint("see the point options: --type, --target"));
+        }
+        if self.sets(&name, Fixed) {
+            return Err(Error::new(format!("--option {name} cannot be set: it keeps the clone apart from its source"))
+                .hint("leave it out; the port is --port"));
+        }
+        let breached = self.sets(&name, Wall).then(|| name.clone());
+        self.add(Preference, &name, value);
+        Ok(breached)
+    }
+
+    fn sets(&self, name: &str, rank: Rank) -> bool {
+        self.settings.iter().any(|(of, set, _)| set == name && *of == rank)
+    }
+
+    fn add(&mut self, rank: Rank, name: &str, value: impl Into<String>) {
+        self.settings.push((rank, name.to_owned(), value.into()));
+    }
+
+    /// As options of the server, for pg_ctl, which hands them to a shell.
+    pub fn shell_words(&self) -> String {
+        let word = |(_, name, value): &(Rank, String, String)| format!("-c {name}={}", shell_quote(value));
+        self.settings.iter().map(word).collect::<Vec<_>>().join(" ")
+    }
+}
+
+fn shell_quote(value: &str) -> String {
+    format!("'{}'", value.replace('\'', r"'\''"))
+}
+
+/// Replay reads and writes the same pages again and again: what stays in the server's own memory costs nothing. Up to an eighth
+/// of what the machine has to give.
+fn shared_buffers_mb(clone: &ServerOf<'_>) -> u64 {
+    match clone.recovers {
+        true => (clone.memory_available / 8 / 1024 / 1024).clamp(SHARED_BUFFERS_MB.0, SHARED_BUFFERS_MB.1),
+        false => SHARED_BUFFERS_MB.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn settings(version: u32) -> Settings {
+        Settings::of(&ServerOf {
+            name: "c",
+            data: Path::new("/clones/c/data"),
+            run: Path::new("/clones/c/run"),
+            pid_file: Path::new("/clones/c/run/postmaster.pid"),
+            port: 5433,
+            version,
+            recovers: false,
+            read_only: None,
+            memory_available: 0,
+        })
+    }
+
+    #[test]
+    fn each_version_gets_the_settings_it_knows() {
+        for (name, first, last) in [
+            ("stats_temp_directory", 13, 14),
+            ("archive_library", 15, 18),
+            ("sync_replication_slots", 17, 18),
+            ("max_logical_replication_workers", 13, 18),
+            ("max_worker_processes", 13, 18),
+        ] {
+            let has = |version: &u32| settings(*version).shell_words().contains(&format!("-c {name}="));
+            let expected: Vec<u32> = (first..=last).collect();
+            assert_eq!((13..=18).filter(has).collect::<Vec<_>>(), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn no_option_gets_past_a_fixed_setting() {
+        for option in [
+            "archive_mode=on",
+            "ARCHIVE_MODE = on",
+            " archive_mode=always",
+            "data_directory=/var/lib/postgresql/15/main",
+            "primary_conninfo=host=db1",
+            "restore_command=cp /x %p",
+            "recovery_target_time=2026-01-01",
+            "recovery_end_command=reboot",
+            "archive-mode=on",
+            "work_mem",
+            "=1",
+            "work_mem; reboot=1",
+            "work_mem 'x'=1",
+            "$(reboot)=1",
+            "a\nb=1",
+        ] {
+            assert!(settings(15).option(option).is_err(), "{option}");
+        }
+    }
+
+    #[test]
+    fn an_option_that_breaches_a_wall_is_named() {
+        let mut of = settings(15);
+        assert_eq!(of.option("Max_Worker_Processes=8").unwrap().as_deref(), Some("max_worker_processes"));
+        assert_eq!(of.option("work_mem=64MB").unwrap(), None);
+        assert_eq!(of.option("recovery_prefetch=on").unwrap(), None);
+        assert_eq!(of.option("pg_hint_plan.enable_hint=it's").unwrap(), None);
+        assert!(of.shell_words().ends_with(r"-c pg_hint_plan.enable_hint='it'\''s'"));
+    }
+}
