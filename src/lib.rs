@@ -21,11 +21,12 @@
 //! - [`store`]: where objects live: a directory, S3, memory; decorated by retry, recording and faults.
 //! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore. A point in time
 //!   becomes a backup and a recovery: [`read::point`] is the grammar, [`read::horizon`] what can be reached, [`read::course`] the way.
+//! - [`clone`](mod@clone): the server of a clone: its settings, its environment, the namespaces in which it sees nothing of its source.
 //! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep, verify, repair, another passphrase.
 //! - `pgcairn_mount`, a crate of its own: a FUSE filesystem over any `Tree`, with a copy-on-write scratch.
 //! - [`error`], [`progress`]: how failures and long work are told; nothing but `cli` prints.
 //!
-//! Dependencies point one way: `cli -> {write, read, keep} -> repo -> {format, store}`; `postgres` is a leaf.
+//! Dependencies point one way: `cli -> {write, read, keep} -> repo -> {format, store}`; `cli -> clone -> postgres`; `postgres` is a leaf.
 //!
 //! # Invariants
 //!

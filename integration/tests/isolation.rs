@@ -3,8 +3,11 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use pgcairn_integration::cluster::StopMode;
 use pgcairn_integration::install::give_to_server_user;
 use pgcairn_integration::{Client, Cluster, Stanza, wait_until};
@@ -125,5 +128,157 @@ fn a_clone_is_told_nothing_of_its_starter() {
     let secret = "SELECT string_agg(line, ' ') FROM e WHERE line LIKE '%told-to-nobody%';";
     assert_eq!(clone.psql(&format!("{environment} {secret}")), "", "the server knows its starter's secrets");
     stanza.run(["stop", "quiet"]).ok();
+    stanza.assert_nothing_left();
+}
+
+/// Files below a directory, with their content.
+fn contents(directory: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut found = Vec::new();
+    let mut open = vec![directory.to_owned()];
+    while let Some(directory) = open.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => open.push(path),
+                false => found.push((path.clone(), fs::read(path).unwrap())),
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// The server's time, with moments before and after in which nothing is committed.
+fn moment(cluster: &Cluster) -> String {
+    cluster.psql("SELECT pg_sleep(1.2);");
+    let now = cluster.psql("SELECT now();");
+    cluster.psql("SELECT pg_sleep(1.2);");
+    now
+}
+
+#[test]
+fn a_tablespace_made_after_the_backup_stays_the_sources() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder()).start();
+    stanza.create(&cluster);
+    stanza.backup(&cluster);
+    let first = cluster.create_tablespace("first");
+    let second = cluster.create_tablespace("second");
+    cluster.psql(
+        "CREATE TABLE t (id int, n int) WITH (fillfactor = 40) TABLESPACE first;
+         INSERT INTO t SELECT g, 0 FROM generate_series(1, 1000) g;
+         CREATE TABLE u TABLESPACE second AS SELECT 7 AS id;",
+    );
+    let then = moment(&cluster);
+    cluster.psql("UPDATE t SET n = 1; DROP TABLE u;");
+    cluster.psql(
+        "VACUUM t; CHECKPOINT; SELECT pg_switch_wal(); SELECT pg_logical_emit_message(true, 'x', 'y'); CHECKPOINT;",
+    );
+    wait_until(LONG, "the WAL to be archived", || {
+        cluster.psql(
+            "SELECT last_archived_wal >= pg_walfile_name(pg_current_wal_lsn() - 1024 * 1024) FROM pg_stat_archiver;",
+        ) == "t"
+    });
+    cluster.psql("SELECT pg_switch_wal();");
+    let files = || (contents(&first), contents(&second));
+    let before = files();
+
+    let dump = stanza.run(["extract", &then, "--table", "postgres.public.t"]).ok();
+    assert_eq!(dump.lines().filter(|line| line.ends_with("\t0")).count(), 1000);
+    assert!(files() == before, "extract wrote into the source's tablespace");
+
+    let rows = "SELECT n, count(*) FROM t GROUP BY 1 ORDER BY 1; SELECT id FROM u;";
+    let clone = stanza.start("then", &[&then]);
+    assert_eq!(clone.psql(rows), "0|1000\n7");
+    clone.psql("UPDATE t SET n = 2; CHECKPOINT;");
+    let links = |data: &Path| -> Vec<PathBuf> {
+        let links = fs::read_dir(data.join("pg_tblspc")).unwrap().map(|entry| entry.unwrap().path());
+        links.map(|link| link.canonicalize().unwrap()).collect()
+    };
+    let data = clone.data_directory();
+    assert!(links(&data).len() == 2 && links(&data).iter().all(|link| link.starts_with(&data)), "{:?}", links(&data));
+    // its own crash recovery replays what it wrote, and what it writes to elsewhere is refused
+    let elsewhere = stanza.place().directory("elsewhere");
+    let refused = clone.try_psql(&format!("CREATE TABLESPACE mine LOCATION '{}';", elsewhere.display())).unwrap_err();
+    assert!(refused.contains("does not exist") || refused.contains("Read-only"), "{refused}");
+    clone.stop(&["--keep"]);
+    assert!(files() == before, "a clone wrote into its source's tablespace");
+    let clone = stanza.start("then", &[]);
+    assert_eq!(clone.psql(rows), "2|1000\n7");
+    kill(Pid::from_raw(clone.pid()), Signal::SIGKILL).unwrap();
+    clone.stop(&["--keep"]);
+    let clone = stanza.start("then", &[]);
+    assert_eq!(clone.psql(rows), "2|1000\n7");
+    clone.stop(&[]);
+
+    let clone = stanza.start("reader", &[&then, "--read-only"]);
+    assert_eq!(clone.psql(rows), "0|1000\n7");
+    clone.stop(&[]);
+    assert!(files() == before, "a reader wrote into its source's tablespace");
+
+    let mount = stanza.mount("recovered", &["--recovered", "--type=time", "--target", &then]);
+    let led = links(mount.path());
+    assert!(led.len() == 2 && led.iter().all(|link| link.starts_with(mount.path())), "{led:?}");
+    assert!(led.iter().all(|link| fs::read_dir(link).unwrap().count() == 1), "{led:?}");
+    drop(mount);
+    assert!(files() == before, "a recovered mount wrote into the source's tablespace");
+    stanza.assert_nothing_left();
+    assert_eq!(cluster.psql("SELECT n, count(*) FROM t GROUP BY 1;"), "1|1000");
+}
+
+#[test]
+fn a_clone_reaches_no_server_unless_it_is_told_to() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder().conf("listen_addresses", "127.0.0.1")).start();
+    let tablespace = cluster.create_tablespace("space");
+    cluster.psql("CREATE EXTENSION dblink; CREATE TABLE t (id int) TABLESPACE space;");
+    stanza.create(&cluster);
+    stanza.backup(&cluster);
+    let port = cluster.port();
+    let directory = cluster.home().join("run");
+    let reach = |clone: &Client, host: &str| {
+        let conninfo = format!("host={host} port={port} user=postgres dbname=postgres connect_timeout=5");
+        clone.try_psql(&format!("SELECT * FROM dblink('{conninfo}', 'SELECT 1') AS t (one int);"))
+    };
+    let socket = directory.display().to_string();
+    let clone = stanza.start("alone", &[]);
+    for host in ["127.0.0.1", &socket] {
+        let refused = reach(&clone, host).unwrap_err();
+        assert!(refused.contains("could not establish connection"), "{refused}");
+    }
+    // in the source's places it sees its own
+    let seen = clone.psql(&format!(
+        "SELECT count(*) FROM pg_ls_dir('{}') AS name WHERE name = 'postmaster.pid'; SELECT pg_read_file('{}/postmaster.pid', 0, 1) <> '';",
+        cluster.data_directory().display(),
+        cluster.data_directory().display()
+    ));
+    assert_eq!(seen, "1\nt");
+    let pid = clone.psql(&format!(
+        "SELECT split_part(pg_read_file('{}/postmaster.pid'), E'\\n', 1);",
+        cluster.data_directory().display()
+    ));
+    assert_eq!(pid, clone.pid().to_string());
+    let target = tablespace.join("written");
+    for target in
+        [&target, &cluster.home().join("written"), Path::new("/tmp/pgcairn-written"), Path::new("/var/written")]
+    {
+        let written = clone.try_psql(&format!("COPY (SELECT 1) TO PROGRAM 'echo 1 > {}';", target.display()));
+        assert!(!target.exists(), "the clone wrote {}: {written:?}", target.display());
+    }
+    let own = stanza.clone_directory("alone").join("run/copied");
+    clone.psql(&format!("COPY (SELECT 1) TO '{}';", own.display()));
+    assert!(own.exists());
+    // another clone of the machine, and its end, do not depend on this one
+    let other = stanza.start("other", &[]);
+    clone.stop(&[]);
+    other.stop(&[]);
+
+    let clone = stanza.start("told", &["--network"]);
+    for host in ["127.0.0.1", &socket] {
+        assert_eq!(reach(&clone, host).as_deref(), Ok("1"));
+    }
+    let written = clone.try_psql(&format!("COPY (SELECT 1) TO '{}';", cluster.home().join("written").display()));
+    assert!(written.unwrap_err().contains("Read-only file system"));
+    clone.stop(&[]);
     stanza.assert_nothing_left();
 }

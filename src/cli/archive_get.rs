@@ -10,6 +10,7 @@ use super::output;
 use crate::error::{Error, Result};
 use crate::postgres::SegmentName;
 use crate::read::ahead::{Taken, follow, take};
+use crate::read::tablespaces::created_by_delivered;
 use crate::read::wal::{GetError, get_and};
 use crate::spool::Spool;
 
@@ -26,6 +27,9 @@ pub(super) struct ArchiveGet {
     name: String,
     /// Where to write it (%p)
     path: PathBuf,
+    /// The server is a copy: stop it before it replays a CREATE TABLESPACE by which it would write into another server's files
+    #[arg(long)]
+    for_copy: bool,
     /// Let a worker in the background fetch the segments that follow (y)
     #[arg(long, env = "PGCAIRN_ARCHIVE_ASYNC", value_name = "y|n", default_value = "n")]
     archive_async: YesNo,
@@ -48,7 +52,7 @@ struct Ahead {
 
 impl ArchiveGet {
     pub(super) fn run(self, common: &Common) -> ExitCode {
-        match self.deliver(common) {
+        match self.deliver(common).and_then(|()| self.refuse_used().map_err(GetError::Failed)) {
             Ok(()) => ExitCode::SUCCESS,
             Err(GetError::NotThere) => {
                 output::error(&Error::new(format!("the archive has no {}", self.name)));
@@ -58,6 +62,18 @@ impl ArchiveGet {
                 output::error(&error);
                 ExitCode::from(FAILED)
             }
+        }
+    }
+
+    /// Where the server is a copy, refuses what would lead it to another's tablespace. It runs this in its data directory.
+    fn refuse_used(&self) -> Result<()> {
+        let Some(segment) = self.name.parse().ok().filter(|_| self.for_copy) else { return Ok(()) };
+        let data =
+            std::env::current_dir().map_err(|error| Error::new("there is no working directory").source(error))?;
+        let (created, major) = created_by_delivered(&data, segment, &self.path)?;
+        match created.iter().find(|created| created.is_used_by_another(&data, major)) {
+            Some(created) => Err(created.refusal()),
+            None => Ok(()),
         }
     }
 

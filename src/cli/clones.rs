@@ -12,6 +12,7 @@ use super::options::state_directory;
 use crate::clone::environment;
 use crate::error::{Error, Result};
 use crate::read::recovery::Prepared;
+use crate::read::tablespaces::Created;
 use crate::read::tree::Owner;
 
 /// What is kept of a clone while it exists.
@@ -30,6 +31,9 @@ pub struct Clone {
     /// whether its server waits at its target, open for reading
     #[serde(default)]
     pub read_only: bool,
+    /// tablespaces that its WAL creates; their directories are in it, and are shown to its server at these paths
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tablespaces: Vec<Created>,
     /// port, which names its socket
     pub port: u16,
     /// PostgreSQL's programs

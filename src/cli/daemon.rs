@@ -90,9 +90,11 @@ pub(super) fn failed(error: &Error) {
     tell(&format!("{}\t{}", text.replace(['\n', '\t'], " "), error.hint_text().unwrap_or_default()));
 }
 
-/// In the child: leaves the session of the terminal, so that Ctrl-C there does not end the mount.
+/// In the child: leaves the session of the terminal, so that Ctrl-C there does not end the mount. Its environment may hold
+/// secrets, and a clone's server may run as the same user: nothing of the process can be read below /proc.
 pub(super) fn detach() {
     _ = nix::unistd::setsid();
+    _ = nix::sys::prctl::set_dumpable(false);
 }
 
 fn tell(line: &str) {

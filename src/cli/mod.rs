@@ -33,6 +33,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::clone::sandbox;
 use crate::error::{Error, Result};
 
 /// PostgreSQL backups you can mount: back up a running cluster into content-addressed chunks, on S3 or in a directory;
@@ -77,6 +78,12 @@ enum Verb {
 /// Runs the program; the exit status is 0 done, 1 failed, 2 bad usage (and see `archive-get`).
 pub fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().collect();
+    // before anything of the options is built: a clone's server waits for it
+    if arguments.get(1).is_some_and(|argument| argument == sandbox::FLAG) {
+        let error = sandbox::run(&arguments[2..]);
+        output::note(&output::one_line(&error));
+        return ExitCode::from(sandbox::UNAVAILABLE);
+    }
     // to PostgreSQL, whatever goes wrong in a restore_command must look different from the end of WAL
     let is_archive_get = arguments.iter().any(|argument| argument == "archive-get");
     let code = |code| if is_archive_get { archive_get::FAILED } else { code };

@@ -8,7 +8,7 @@ use signal_hook::iterator::Signals;
 
 use super::clones::{Clone, Place};
 use super::options::{Cache, Common};
-use super::point::{self, PointOptions};
+use super::point::{self, PointOptions, WalFor};
 use super::start::{Running, Start};
 use super::{daemon, output};
 use crate::error::{Error, Result};
@@ -69,6 +69,9 @@ pub(super) struct Mount {
     /// The recovery the data directory is prepared for, as it was found before
     #[arg(long, hide = true)]
     recovery: Option<String>,
+    /// The mount is a clone's, whose server is told where it is
+    #[arg(long, hide = true)]
+    for_clone: bool,
     /// Let the kernel collect writes, as suits a server that replays WAL and runs no programs meanwhile
     #[arg(long, hide = true)]
     write_back: bool,
@@ -133,6 +136,7 @@ impl Mount {
             foreground: false,
             cache: cache.clone(),
             discard: None,
+            for_clone: true,
             write_back: recovery.is_some(),
             recovery: recovery.map(serde_json::to_string).transpose()?,
         })
@@ -173,7 +177,7 @@ impl Mount {
         let point = self.point.point(self.backup.as_deref())?;
         let repository = common.repository()?;
         let course = point::find(&repository, &point, Bound::Open, &self.cache)?;
-        let restore_command = point::restore_command(common, true)?;
+        let restore_command = point::restore_command(common, WalFor::Mount)?;
         let prepared = point::presented(&course, point.action.unwrap_or(Action::Promote), &restore_command);
         self.recovery = prepared.as_ref().map(serde_json::to_string).transpose()?;
         (self.backup, self.point) = (Some(course.label), PointOptions::default());
@@ -204,7 +208,11 @@ impl Mount {
         let fetcher = self.cache.fetcher(repository)?;
         let prepared = self.recovery.as_deref().map(serde_json::from_str).transpose();
         let prepared = prepared.map_err(|error| Error::new("--recovery cannot be read").source(error))?;
-        let view = Arc::new(View::load(fetcher, &label, &ViewOptions::copy().prepared(prepared))?);
+        let view = Arc::new(View::load(
+            fetcher,
+            &label,
+            &ViewOptions { placed: self.for_clone, ..ViewOptions::copy().prepared(prepared) },
+        )?);
         let owner = owner(self.owner.as_deref(), &view.description.owner)?;
         let mut identity = format!("{stanza}/{label}/{}", view.description.stop_lsn);
         if let Some(recovery) = &self.recovery {
@@ -225,7 +233,7 @@ impl Mount {
     fn all(&self, common: &Common, repository: Repository) -> Result<Arc<dyn Tree>> {
         repository.archive_info()?;
         let moments = Moments {
-            restore_command: point::restore_command(common, true)?,
+            restore_command: point::restore_command(common, WalFor::Mount)?,
             cache: self.cache.directory(),
             found: parking_lot::Mutex::default(),
         };
@@ -243,6 +251,7 @@ impl Mount {
         arguments.extend(self.recovery.as_deref().map(|recovery| option("recovery", recovery)));
         arguments.extend(self.owner.as_deref().map(|owner| option("owner", owner)));
         arguments.extend(self.write_back.then(|| "--write-back".to_owned()));
+        arguments.extend(self.for_clone.then(|| "--for-clone".to_owned()));
         for (name, directory) in [("scratch", &self.scratch), ("discard", &self.discard)] {
             if let Some(directory) = directory {
                 arguments.push(option(name, &absolute(directory)?));

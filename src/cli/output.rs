@@ -29,6 +29,14 @@ pub(super) fn note(text: &str) {
 
 /// An error, its causes on the same line, its hint on the next.
 pub(super) fn error(error: &Error) {
+    _ = writeln!(std::io::stderr(), "error: {}", one_line(error));
+    if let Some(hint) = error.hint_text() {
+        _ = writeln!(std::io::stderr(), "hint: {hint}");
+    }
+}
+
+/// An error and its causes.
+pub(super) fn one_line(error: &Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -38,10 +46,7 @@ pub(super) fn error(error: &Error) {
         }
         cause = error.source();
     }
-    _ = writeln!(std::io::stderr(), "error: {text}");
-    if let Some(hint) = error.hint_text() {
-        _ = writeln!(std::io::stderr(), "hint: {hint}");
-    }
+    text
 }
 
 /// Begins logging to standard error.

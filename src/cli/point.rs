@@ -117,8 +117,19 @@ pub(super) fn presented(course: &Course, action: Action, restore_command: &str) 
     })
 }
 
-/// The `restore_command` that fetches from this stanza; with `absent_only`, nothing that lies in `pg_wal` already.
-pub(super) fn restore_command(common: &Common, absent_only: bool) -> Result<String> {
+/// Whose recovery fetches WAL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WalFor {
+    /// of a data directory in a mount: nothing that lies in `pg_wal` already
+    Mount,
+    /// of a copy, which must not use directories of other servers
+    Copy,
+    /// of a server that takes its source's place
+    Replacement,
+}
+
+/// The `restore_command` that fetches from this stanza.
+pub(super) fn restore_command(common: &Common, whose: WalFor) -> Result<String> {
     let program = std::env::current_exe().map_err(|error| Error::new("cannot find this program").source(error))?;
     let program = program.into_os_string().into_string();
     let program = program.map_err(|path| Error::new(format!("{} is not UTF-8", path.display())))?;
@@ -128,8 +139,9 @@ pub(super) fn restore_command(common: &Common, absent_only: bool) -> Result<Stri
     };
     let words: Vec<String> = std::iter::once(program).chain(common.arguments()).map(|word| quoted(&word)).collect();
     // PostgreSQL replaces %f and %p, and %% by a percent sign
-    let command = format!("{} archive-get %f \"%p\"", words.join(" ").replace('%', "%%"));
-    Ok(if absent_only { format!("test ! -e \"pg_wal/%f\" && {command}") } else { command })
+    let option = if whose == WalFor::Replacement { "" } else { " --for-copy" };
+    let command = format!("{} archive-get{option} %f \"%p\"", words.join(" ").replace('%', "%%"));
+    Ok(if whose == WalFor::Mount { format!("test ! -e \"pg_wal/%f\" && {command}") } else { command })
 }
 
 impl From<Type> for TargetType {

@@ -7,9 +7,10 @@ use clap::{Args, ValueEnum};
 use super::backup::default_process_max;
 use super::options::{Cache, Common, Output};
 use super::output::{self, Progress, bytes};
-use super::point::{self, PointOptions};
+use super::point::{self, PointOptions, WalFor};
 use crate::error::{Error, Result};
 use crate::format::manifest::{Description, Tablespace};
+use crate::postgres::{AUTO_CONF, conf};
 use crate::read::course::Bound;
 use crate::read::point::Action;
 use crate::read::recovery::Prepared;
@@ -47,7 +48,8 @@ pub(super) struct Restore {
     /// and postgres need it. May be repeated
     #[arg(long, value_name = "NAME")]
     db_exclude: Vec<String>,
-    /// Whether the copy archives its WAL
+    /// off: it is a copy beside its source: it archives nothing, and its subscriptions and jobs of pg_cron do not run; preserve: it
+    /// takes its source's place, with all settings as they were
     #[arg(long, env = "PGCAIRN_ARCHIVE_MODE", value_name = "MODE", default_value = "off")]
     archive_mode: ArchiveMode,
     /// Threads that fetch, check and write [default: number of CPUs, at most 8]
@@ -72,10 +74,12 @@ impl Restore {
         let point = self.point.point(self.set.as_deref())?;
         let repository = common.repository()?;
         let course = point::find(&repository, &point, Bound::Open, &no_cache())?;
+        let copy = self.archive_mode == ArchiveMode::Off;
+        let wal_for = if copy { WalFor::Copy } else { WalFor::Replacement };
         let prepared = match &course.recovery {
             Some(recovery) => Some(Prepared {
                 settings: recovery
-                    .settings_with(point.action.unwrap_or(Action::Pause), &point::restore_command(common, false)?),
+                    .settings_with(point.action.unwrap_or(Action::Pause), &point::restore_command(common, wal_for)?),
                 recovery: recovery.clone(),
                 presents_wal: false,
             }),
@@ -83,10 +87,7 @@ impl Restore {
         };
         let label = course.label;
         let fetcher = no_cache().fetcher(repository)?;
-        let options = match self.archive_mode {
-            ArchiveMode::Off => ViewOptions::copy(),
-            ArchiveMode::Preserve => ViewOptions::default(),
-        };
+        let options = ViewOptions { copy, ..ViewOptions::default() };
         let to = prepared.as_ref().map(|prepared| prepared.recovery.to.clone());
         let view = View::load(fetcher, &label, &ViewOptions { changes: self.delta, ..options.prepared(prepared) })?;
         let root = nix::unistd::geteuid().is_root();
@@ -100,10 +101,12 @@ impl Restore {
         let progress = Progress::new(false);
         let started = Instant::now();
         let databases = Databases { include: self.db_include, exclude: self.db_exclude };
-        let options = RestoreOptions { process_max, owner, tablespaces, delta: self.delta, databases };
+        let options = RestoreOptions { process_max, owner, tablespaces, delta: self.delta, databases, copy };
         let restored = restore(&view, &directory, &options, &progress)?;
         progress.clear();
-        let told = Told { label, directory, restored, seconds: started.elapsed().as_secs_f64(), to, delta: self.delta };
+        let reaches = if copy { outside(&directory) } else { Vec::new() };
+        let seconds = started.elapsed().as_secs_f64();
+        let told = Told { label, directory, restored, seconds, to, delta: self.delta, copy, reaches };
         match self.output {
             Output::Json => output::line(&serde_json::to_string_pretty(&told.json())?),
             Output::Text => told.lines().iter().for_each(|line| output::line(line)),
@@ -120,6 +123,8 @@ struct Told {
     seconds: f64,
     to: Option<String>,
     delta: bool,
+    copy: bool,
+    reaches: Vec<String>,
 }
 
 impl Told {
@@ -146,6 +151,14 @@ impl Told {
             lines.push(format!("restored as zeros: {}; drop these databases", names.join(", ")));
         }
         lines.extend(self.to.as_ref().map(|to| format!("its server recovers to {to} when it is started")));
+        if self.copy {
+            lines.push(
+                "it is a copy: no archiving, no subscriptions, no jobs of pg_cron (see the end of its postgresql.auto.conf; \
+                 --archive-mode=preserve restores a replacement)"
+                    .to_owned(),
+            );
+        }
+        lines.extend(self.reaches.iter().map(|what| format!("when it is started it reaches outside: {what}")));
         lines
     }
 
@@ -161,9 +174,42 @@ impl Told {
             "files-removed": of.removed,
             "databases-zeroed": of.zeroed,
             "recovers-to": self.to,
+            "copy": self.copy,
+            "reaches-outside": self.reaches,
             "seconds": self.seconds,
         })
     }
+}
+
+/// Libraries that start nothing by themselves and connect to nothing.
+const QUIET_LIBRARIES: [&str; 4] = ["", "pg_stat_statements", "auto_explain", "pg_stat_kcache"];
+
+/// What the copy's configuration leads to outside of it.
+fn outside(directory: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for file in ["postgresql.conf", AUTO_CONF] {
+        let text = std::fs::read(directory.join(file)).unwrap_or_default();
+        let values =
+            |names: &[&str]| -> Vec<String> { names.iter().flat_map(|name| conf::values(&text, name)).collect() };
+        for included in values(&["include", "include_if_exists", "include_dir"]) {
+            if !Path::new(&included).is_absolute() {
+                continue;
+            }
+            found.push(format!("{file} includes {included}"));
+            let its = std::fs::read(&included).unwrap_or_default();
+            found.extend(conf::values(&its, "data_directory").iter().map(|place| {
+                let directory = directory.display();
+                format!("{included} says that the server runs in {place}: start it with -c data_directory={directory}")
+            }));
+        }
+        let named =
+            values(&["hba_file", "ident_file", "ssl_cert_file", "ssl_key_file", "ssl_ca_file", "krb_server_keyfile"]);
+        found.extend(named.iter().filter(|path| path.starts_with('/')).map(|path| format!("{file} names {path}")));
+        let libraries = values(&["shared_preload_libraries"]).pop().unwrap_or_default();
+        let busy = libraries.split(',').map(str::trim).filter(|library| !QUIET_LIBRARIES.contains(library));
+        found.extend(busy.map(|library| format!("{file} loads {library}, which may run workers")));
+    }
+    found
 }
 
 /// Where tablespaces go that do not go where the source had them, by oid.

@@ -119,6 +119,9 @@ impl Settings {
 
     /// What makes a server on a mount quick.
     fn preferences(&mut self, clone: &ServerOf<'_>) {
+        // what replay stumbles over is read in the log
+        self.add(Preference, "log_error_verbosity", "default");
+        self.add(Preference, "log_min_messages", "warning");
         self.add(Preference, "cluster_name", format!("pgcairn-{}", clone.name));
         self.add(Preference, "wal_recycle", "off");
         self.add(Preference, "wal_init_zero", "off");

@@ -76,6 +76,57 @@ pub fn comment_out(contents: &[u8], of_these: impl Fn(&str) -> bool) -> Vec<u8> 
     result
 }
 
+/// Settings of a server that is a copy of another: it must not act in its place. It archives nothing, takes over no replication
+/// slot of a publisher, runs no jobs of pg_cron, and none of its source's commands; it writes into none of its source's
+/// directories. Foreign servers, and background workers of other libraries, are as they were.
+pub fn of_copy(major: u32) -> Vec<(&'static str, &'static str)> {
+    let mut settings = vec![
+        ("max_logical_replication_workers", "0"),
+        ("cron.launch_active_jobs", "off"),
+        ("archive_cleanup_command", ""),
+        ("recovery_end_command", ""),
+        ("external_pid_file", ""),
+        ("log_directory", "log"),
+    ];
+    settings.extend((major < 15).then_some(("stats_temp_directory", "pg_stat_tmp")));
+    settings.extend((major >= 17).then_some(("sync_replication_slots", "off")));
+    settings.push(("archive_mode", "off"));
+    settings
+}
+
+/// Whether this parameter says where the data directory is, so that a copy with that line would run on its source's.
+pub fn is_data_directory(name: &str) -> bool {
+    name == "data_directory"
+}
+
+/// The values that lines give to a parameter, in their order.
+pub fn values(contents: &[u8], of: &str) -> Vec<String> {
+    let value = |line: &[u8]| {
+        let line = line.trim_ascii_start();
+        let rest = String::from_utf8_lossy(&line[of.len().min(line.len())..]).into_owned();
+        unquote(rest.trim_start().strip_prefix('=').unwrap_or(&rest).trim_start())
+    };
+    let lines = contents.split(|&byte| byte == b'\n');
+    lines.filter(|line| name_of(line).is_some_and(|name| name == of)).map(value).collect()
+}
+
+/// A value as it stands in a file, up to its end: a comment may follow.
+fn unquote(text: &str) -> String {
+    let Some(quoted) = text.strip_prefix('\'') else {
+        return text.split(|c: char| c.is_whitespace() || c == '#').next().unwrap_or_default().to_owned();
+    };
+    let mut value = String::new();
+    let mut chars = quoted.chars().peekable();
+    while let Some(c) = chars.next() {
+        match c {
+            '\'' if chars.peek() != Some(&'\'') => break,
+            '\'' | '\\' => value.extend(chars.next()),
+            _ => value.push(c),
+        }
+    }
+    value
+}
+
 /// Whether this parameter says what recovery is to reach, so that an earlier one must not stay beside ours.
 pub fn is_recovery_target(name: &str) -> bool {
     name.starts_with("recovery_target")
@@ -129,6 +180,13 @@ mod tests {
         let after = b"# Do not edit\n# recovery_target_time = '2024'\n#   Recovery_Target_Action='pause'\r\n\
             # recovery_target_x 'y'\nrestore_command = 'recovery_target'\nlatin = '\xE9'\n# recovery_target = 'immediate'";
         assert_eq!(comment_out(before, is_recovery_target), after);
+    }
+
+    #[test]
+    fn values_are_read_as_the_server_reads_them() {
+        let text = b"a = 'x, \"y z\"' # why\n  A'it''s'\nb = 1\na=2# two\n#a = 3\na  = \na.b = 4\na 'open";
+        assert_eq!(values(text, "a"), ["x, \"y z\"", "it's", "2", "", "open"]);
+        assert_eq!(values(text, "a.b"), ["4"]);
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod prefetch;
 pub mod recovery;
 pub mod restore;
 pub mod stanza;
+pub mod tablespaces;
 pub mod times;
 pub mod tree;
 pub mod view;

@@ -60,8 +60,11 @@ pub fn complete(builder: &mut Builder, repository: &Repository, of: &Description
     builder.add(HIDDEN, 0o700, of.stop_time, Content::Directory);
     builder.add(b".pgcairn/status", 0o400, of.stop_time, Content::Status);
     tablespaces(builder, of);
-    if !options.settings.is_empty() || options.recovery.is_some() {
+    if options.copy || options.recovery.is_some() {
         settings(builder, repository, of, options)?;
+    }
+    if !options.placed || options.recovery.is_some() {
+        clear(builder, repository, of, options)?;
     }
     if !of.wal_stored {
         archived_wal(builder, repository, of)?;
@@ -112,21 +115,30 @@ fn tablespaces(builder: &mut Builder, of: &Description) {
 /// that some file has already become comments.
 fn settings(builder: &mut Builder, repository: &Repository, of: &Description, options: &ViewOptions) -> Result<()> {
     let mut conf = read_stored(builder, repository, AUTO_CONF.as_bytes())?;
-    let mut settings: Vec<_> = options.settings.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let mut settings = if options.copy { conf::of_copy(of.database.version) } else { Vec::new() };
     if let Some(prepared) = &options.recovery {
         conf = conf::comment_out(&conf, conf::is_recovery_target);
         settings.extend(prepared.settings.iter().map(|(name, value)| (name.as_str(), value.as_str())));
-        if builder.inline(CONF).is_some() {
-            let main = read_stored(builder, repository, CONF)?;
-            let cleared = conf::comment_out(&main, conf::is_recovery_target);
-            if cleared != main {
-                builder.add(CONF, 0o600, of.stop_time, Content::Text(Bytes::from(cleared)));
-            }
-        }
     }
     let comment = format!("written by pgcairn for a copy of backup {}", of.label);
     conf::append(&mut conf, &comment, &settings).context(|| AUTO_CONF.into())?;
     builder.add(AUTO_CONF.as_bytes(), 0o600, of.stop_time, Content::Text(Bytes::from(conf)));
+    Ok(())
+}
+
+/// Makes comments of lines of `postgresql.conf` that must not count in a copy: the target of another recovery, and the data
+/// directory, which a server takes from there before it reads `postgresql.auto.conf`.
+fn clear(builder: &mut Builder, repository: &Repository, of: &Description, options: &ViewOptions) -> Result<()> {
+    if builder.inline(CONF).is_none() {
+        return Ok(());
+    }
+    let main = read_stored(builder, repository, CONF)?;
+    let cleared = conf::comment_out(&main, |name| {
+        (options.recovery.is_some() && conf::is_recovery_target(name)) || conf::is_data_directory(name)
+    });
+    if cleared != main {
+        builder.add(CONF, 0o600, of.stop_time, Content::Text(Bytes::from(cleared)));
+    }
     Ok(())
 }
 

@@ -28,10 +28,14 @@ use self::local::{Local, look};
 use self::marker::{Marker, Said};
 use self::plan::{Plan, Target, enough_space, plan, refuse_nested};
 use self::write::{write_files, write_zeros};
+use super::tablespaces::created_in;
 use super::tree::Owner;
 use super::view::View;
 use crate::error::{Context, Error, Result};
+use crate::format::manifest::Description;
+use crate::postgres::Major;
 use crate::progress::Monitor;
+use crate::repo::wal::wal_identity;
 
 /// How a view is written out.
 #[derive(Clone, Debug)]
@@ -47,6 +51,8 @@ pub struct RestoreOptions {
     pub delta: bool,
     /// which databases are restored
     pub databases: Databases,
+    /// it must not use directories that another server works with
+    pub copy: bool,
 }
 
 /// What a directory holds now, and what was done for it.
@@ -94,6 +100,9 @@ pub fn restore(view: &View, root: &Path, options: &RestoreOptions, monitor: &dyn
     // opened before anything is written: what cannot be written to the disk from here on fails their sync
     let places = plan.bytes.keys().map(|place| Open::directory(place)).collect::<Result<Vec<_>>>()?;
     let equal = write(view, root, &plan, &local, options, monitor)?;
+    if options.copy {
+        refuse_used(root, &view.description)?;
+    }
     monitor.stage("syncing", 0);
     places.iter().try_for_each(Open::sync)?;
     marker.remove()?;
@@ -107,6 +116,16 @@ pub fn restore(view: &View, root: &Path, options: &RestoreOptions, monitor: &dyn
         removed: local.removed_files,
         zeroed: zeroed.into_values().collect(),
     })
+}
+
+/// Refuses WAL of the backup by which the copy's server would take over another's tablespace. Without pg_control nothing starts.
+fn refuse_used(root: &Path, of: &Description) -> Result<()> {
+    let created = created_in(&root.join("pg_wal"), &wal_identity(&of.database)?)?;
+    let major = Major::new(of.database.version).context(|| "the manifest".into())?;
+    match created.iter().find(|created| created.is_used_by_another(root, major)) {
+        Some(created) => Err(created.refusal()),
+        None => Ok(()),
+    }
 }
 
 /// What of this cluster is in `root`; refuses anything else.

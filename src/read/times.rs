@@ -105,6 +105,7 @@ impl SegmentTimes {
             Event::Checkpoint { time } | Event::EndOfRecovery { time, .. } => {
                 self.other = self.other.max(Some(time.0));
             }
+            Event::Tablespace { .. } => {}
         }
     }
 

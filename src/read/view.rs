@@ -32,8 +32,10 @@ pub type NodeIndex = u32;
 /// How a view is made of a backup.
 #[derive(Clone, Debug, Default)]
 pub struct ViewOptions {
-    /// settings appended to `postgresql.auto.conf`
-    pub settings: Vec<(&'static str, String)>,
+    /// with settings in `postgresql.auto.conf` by which a server on it does not act in its source's place
+    pub copy: bool,
+    /// its server is told where the data directory is, whatever `postgresql.conf` says
+    pub placed: bool,
     /// an archive recovery that the copy is prepared for
     pub recovery: Option<recovery::Prepared>,
     /// know what the backup noted of the files' content, to compare others with them
@@ -43,7 +45,7 @@ pub struct ViewOptions {
 impl ViewOptions {
     /// What every copy of a cluster gets: it must never archive into its source's stanza.
     pub fn copy() -> Self {
-        Self { settings: vec![("archive_mode", "off".to_owned())], ..Self::default() }
+        Self { copy: true, ..Self::default() }
     }
 
     /// The same, prepared for a recovery.

@@ -1,17 +1,18 @@
 mod reach;
 mod settings;
+mod walls;
 
 use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 
 use self::reach::{LOCK_FILE, did_not_start};
+use self::walls::settle_links;
 use super::clones::{Clone, Place};
 use super::mount::{self, Mount};
 use super::options::{Cache, Common, Output};
@@ -58,6 +59,9 @@ pub(super) struct Start {
     /// A setting of the clone's server, e.g. shared_buffers=1GB. May be repeated
     #[arg(long = "option", value_name = "NAME=VALUE")]
     options: Vec<String>,
+    /// Let the server reach the network and the sockets of this machine, e.g. for foreign servers and dblink
+    #[arg(long)]
+    network: bool,
     /// Directory in which clones live
     #[arg(long, env = "PGCAIRN_CLONE_PATH", value_name = "DIR")]
     clone_path: Option<PathBuf>,
@@ -113,6 +117,7 @@ impl Start {
             pg_bin: pg_bin.map(Path::to_owned),
             owner: owner.map(str::to_owned),
             options: options.to_vec(),
+            network: false,
             clone_path: clone_path.map(Path::to_owned),
             start_timeout,
             output: Output::Text,
@@ -148,12 +153,14 @@ impl Start {
         let programs = pg::programs(description.database.version, self.pg_bin.as_deref())?;
         let owner = mount::owner(self.owner.as_deref(), &description.owner)?;
         refuse_root(owner)?;
-        let clone = Clone {
+        let tablespaces = continued.as_ref().map(|clone| clone.tablespaces.clone()).unwrap_or_default();
+        let mut clone = Clone {
             name: name.clone(),
             stanza: repository.stanza.clone(),
             label: label.clone(),
             recovery,
             read_only: continued.as_ref().map_or(self.waits(), |clone| clone.read_only),
+            tablespaces,
             port: self.port.map_or_else(free_port, Ok)?,
             programs,
             uid: owner.uid,
@@ -161,7 +168,7 @@ impl Start {
         };
         place.create(owner)?;
         place.save(&clone)?;
-        let result = self.bring_up(common, &place, &clone, &description, owner);
+        let result = self.bring_up(common, &place, &mut clone, &description, owner);
         match result {
             Ok(user) => Ok(Running { clone, place, user, major: description.database.version }),
             Err(error) => {
@@ -238,7 +245,7 @@ impl Start {
         &self,
         common: &Common,
         place: &Place,
-        clone: &Clone,
+        clone: &mut Clone,
         of: &Description,
         owner: Owner,
     ) -> Result<String> {
@@ -251,8 +258,24 @@ impl Start {
         )?;
         super::stop::end_server(place)?;
         mount::spawn(&mount, common, &place.mount_log())?;
-        forget_old_server(place)?;
         write_files(place, owner)?;
+        let superuser = of.superuser.as_deref().unwrap_or("postgres");
+        loop {
+            forget_old_server(place)?;
+            settle_links(place, clone, of)?;
+            let Err(error) = self.serve(place, clone, of, superuser) else { break };
+            super::stop::end_server(place)?;
+            // replay asks for directories that only the WAL names: it goes on when they are there
+            if !self.cover_new_tablespaces(place, clone, of)? {
+                return Err(error);
+            }
+        }
+        settle_links(place, clone, of)?;
+        Ok(superuser.to_owned())
+    }
+
+    /// Starts the server and waits until it is at its target.
+    fn serve(&self, place: &Place, clone: &Clone, of: &Description, superuser: &str) -> Result<()> {
         let recovers = of.database.version >= 14 && place.mount().join(RECOVERY_SIGNAL).exists();
         if recovers {
             set_restore_command(place, NOTHING_TO_RESTORE)?;
@@ -260,16 +283,16 @@ impl Start {
         let mut command = clone.pg_ctl(place);
         command.arg("start").arg("-s").arg("-w").arg("-t").arg(self.start_timeout.to_string());
         command.arg("-l").arg(place.log()).arg("-o").arg(self.server_options(place, clone, of)?);
-        run(command, &place.log())?;
+        if !self.run_server(place, clone, of, &mut command)?.status.success() {
+            return Err(did_not_start(&place.log(), "did not start"));
+        }
         if recovers {
             // the server demands the command when it starts, and would run it for every segment, although all of them lie in
             // pg_wal: each run of a program makes the kernel write out every file the server has open
             set_restore_command(place, "")?;
             super::stop::reload(place)?;
         }
-        let superuser = of.superuser.as_deref().unwrap_or("postgres");
-        self.reach_target(place, clone, &clone.conninfo(place, superuser))?;
-        Ok(superuser.to_owned())
+        self.reach_target(place, clone, &clone.conninfo(place, superuser))
     }
 }
 
@@ -321,14 +344,6 @@ fn write_files(place: &Place, owner: Owner) -> Result<()> {
         Ok(false) => write(&conf, "# the backed up cluster keeps its configuration outside the data directory\n"),
         Err(error) => Err(Error::io("look at", &conf, error)),
     }
-}
-
-fn run(mut command: Command, log: &Path) -> Result<()> {
-    let output = command.output().map_err(|error| Error::new(format!("cannot run {command:?}")).source(error))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(did_not_start(log, "did not start"))
 }
 
 /// Leaves the WAL segment that came from the backup: one that is the scratch's own from birth is written without us.

@@ -1,5 +1,5 @@
 //! The records of a WAL segment that tell when something happened: ends of transactions, restore points, checkpoints, ends of
-//! recovery.
+//! recovery; and those that name a directory outside: tablespaces.
 //!
 //! A segment is a run of pages, each with a header (24 bytes, the first 40). Between the headers lie the records, one after the
 //! other, each aligned to 8 bytes and cut wherever a page ends; a page that begins with the rest of a record says so, and how many
@@ -60,6 +60,13 @@ pub enum Event {
         time: TimestampTz,
         /// the timeline it began
         timeline: Timeline,
+    },
+    /// `CREATE TABLESPACE`
+    Tablespace {
+        /// its oid
+        oid: u32,
+        /// the directory that it was given; empty for one inside the data directory
+        path: Vec<u8>,
     },
 }
 
@@ -123,6 +130,16 @@ impl CutRecord {
     pub fn may_tell(&self) -> bool {
         self.head.len() < RECORD_HEADER_BYTES || tells(&self.head)
     }
+
+    /// Whether the part that is there tells what the record is.
+    pub fn has_header(&self) -> bool {
+        self.head.len() >= RECORD_HEADER_BYTES
+    }
+
+    /// Whether it can create a tablespace.
+    pub fn may_create_tablespace(&self) -> bool {
+        self.head.len() < RECORD_HEADER_BYTES || operation(&self.head) == Some((TABLESPACE, CREATE))
+    }
 }
 
 /// Whether a restore point may begin in these whole pages of WAL. Where none begins the answer is mostly, but not always, no.
@@ -140,6 +157,26 @@ pub fn may_begin_restore_point(bytes: &[u8], page: usize) -> bool {
             && lengths(block)
                 .enumerate()
                 .any(|(eight, length)| length == RESTORE_POINT_BYTES && begins(number * GLANCE_BYTES + eight * 8))
+    })
+}
+
+/// Whether a record that creates a tablespace may begin, or go on, in these whole pages of WAL. Where none does the answer is
+/// mostly, but not always, no.
+pub fn may_create_tablespace(bytes: &[u8], page: usize) -> bool {
+    // the last eight bytes of the record's header: info, of which the lower half is the WAL's own, manager, padding, CRC
+    let ends_header = |word: &[u8; 8]| u64::from_le_bytes(*word) as u32 & !0x0F == u32::from(TABLESPACE) << 8;
+    bytes.chunks(GLANCE_BYTES).enumerate().any(|(number, block)| {
+        let words = <[u8]>::as_chunks::<8>(block).0;
+        let is_one = |at: usize| {
+            // a page's end may have cut the header
+            let is_whole = at % page.max(1) >= LONG_PAGE_HEADER_BYTES + 16;
+            !is_whole || u32_at(bytes, at - 16).is_some_and(|length| TABLESPACE_BYTES.contains(&length))
+        };
+        words.iter().fold(false, |any, word| any | ends_header(word))
+            && words
+                .iter()
+                .enumerate()
+                .any(|(eight, word)| ends_header(word) && is_one(number * GLANCE_BYTES + eight * 8))
     })
 }
 
@@ -339,9 +376,12 @@ impl Record {
     }
 }
 
-/// Resource managers, and what their records are (`access/rmgrlist.h`, `catalog/pg_control.h`, `access/xact.h`).
+/// Resource managers, and what their records are (`access/rmgrlist.h`, `catalog/pg_control.h`, `access/xact.h`,
+/// `commands/tablespace.h`).
 const XLOG: u8 = 0;
 const XACT: u8 = 1;
+const TABLESPACE: u8 = 5;
+const CREATE: u8 = 0x00;
 const CHECKPOINT_SHUTDOWN: u8 = 0x00;
 const CHECKPOINT_ONLINE: u8 = 0x10;
 const SWITCH: u8 = 0x40;
@@ -353,6 +393,9 @@ const COMMIT_PREPARED: u8 = 0x30;
 const ABORT_PREPARED: u8 = 0x40;
 /// The length of every restore point: header, header of its data (2), time (8), name (64).
 const RESTORE_POINT_BYTES: u32 = 98;
+/// The length of a record that creates a tablespace: header, header of its data (2), oid (4), path (1 to 1024) with a zero byte;
+/// with all that may stand between, an origin and a transaction.
+pub const TABLESPACE_BYTES: std::ops::RangeInclusive<u32> = 31..=1100;
 /// Bytes that are looked at together for one, from the cache.
 const GLANCE_BYTES: usize = 4096;
 
@@ -371,6 +414,7 @@ fn tells(head: &[u8]) -> bool {
             matches!(what, CHECKPOINT_SHUTDOWN | CHECKPOINT_ONLINE | RESTORE_POINT | END_OF_RECOVERY)
         }
         Some((XACT, what)) => matches!(what, COMMIT | ABORT | COMMIT_PREPARED | ABORT_PREPARED),
+        Some((TABLESPACE, what)) => what == CREATE,
         _ => false,
     }
 }
@@ -397,6 +441,10 @@ fn event(record: &[u8], major: Major) -> Option<Event> {
             let own = u32_at(record, 4)?;
             let xid = if of_prepared { prepared_xid(record[16], data, major)? } else { own };
             Event::End { xid, time: time(0)?, committed: matches!(what, COMMIT | COMMIT_PREPARED) }
+        }
+        (TABLESPACE, _) => {
+            let path = data.get(4..)?.split(|&byte| byte == 0).next()?;
+            Event::Tablespace { oid: u32_at(data, 0)?, path: path.to_vec() }
         }
         (_, RESTORE_POINT) => {
             let name = data.get(8..72)?;

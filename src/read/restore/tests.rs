@@ -82,6 +82,7 @@ impl Fixture {
             tablespaces: BTreeMap::from([(16400, self.path(&format!("{name}-space")))]),
             delta,
             databases: Databases::default(),
+            copy: true,
         }
     }
 

@@ -1,0 +1,156 @@
+//! Tablespaces that WAL creates. Replay makes each at the path that it has on the source, whoever uses that path now.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::postgres::wal::header::LONG_PAGE_HEADER_BYTES;
+use crate::postgres::wal::records::{CutRecord, Event, Stop, TABLESPACE_BYTES, may_create_tablespace, walk};
+use crate::postgres::{CONTROL_FILE, ControlFile, Major, SegmentName, WalIdentity};
+
+/// Bytes of WAL that are looked at together; whole pages.
+const READ_BYTES: usize = 1 << 20;
+/// A segment's first header, and as much as a record's header may go on behind it.
+const FIRST_WORDS: usize = LONG_PAGE_HEADER_BYTES + 16;
+
+/// A tablespace as the source made it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Created {
+    /// its oid
+    pub oid: u32,
+    /// the directory that it was given on the source
+    pub path: PathBuf,
+}
+
+impl Created {
+    /// Whether the data directory leads to this tablespace already, so that its directory is the data directory's own.
+    pub fn is_of(&self, data: &Path) -> bool {
+        fs::read_link(data.join("pg_tblspc").join(self.oid.to_string())).is_ok_and(|target| target == self.path)
+    }
+
+    /// Whether a server of this version that is not the data directory's has its files there.
+    pub fn is_used_by_another(&self, data: &Path, major: Major) -> bool {
+        self.path.join(major.tablespace_directory().to_string()).exists() && !self.is_of(data)
+    }
+
+    /// Why a copy of a cluster does not replay its creation.
+    pub fn refusal(&self) -> Error {
+        Error::new(format!(
+            "the WAL creates tablespace {} in {}, where another server has its files: the copy would write to them",
+            self.oid,
+            self.path.display()
+        ))
+        .hint(
+            "\"pgcairn start\" or \"pgcairn mount --recovered\" can go past it; a copy can on another machine, or up to a \
+             point before it",
+        )
+    }
+}
+
+/// Those that a file of WAL creates which a server is about to replay in `data`. A record that goes on in the next file counts as
+/// one with a path that is not known.
+pub fn created_by_delivered(data: &Path, name: SegmentName, file: &Path) -> Result<(Vec<Created>, Major)> {
+    let failed = |path: &Path| Error::new(format!("{} cannot be read", path.display()));
+    let version = fs::read_to_string(data.join("PG_VERSION")).unwrap_or_default();
+    let major = version.trim().parse().ok().and_then(|major| Major::new(major).ok());
+    let major = major.ok_or_else(|| failed(&data.join("PG_VERSION")).hint("the command runs in a data directory"))?;
+    let path = data.join(CONTROL_FILE);
+    let control = fs::read(&path).map_err(|error| Error::io("read", &path, error))?;
+    let control = ControlFile::parse(&control).map_err(|error| failed(&path).source(error))?;
+    let identity = WalIdentity {
+        major,
+        system_identifier: control.system_identifier,
+        segment_size: control.wal_segment_size,
+        page_bytes: control.wal_page_bytes,
+    };
+    let mut found = Vec::new();
+    if !may_create(file, &identity)? {
+        return Ok((found, major));
+    }
+    let (cut, rest) = created_by(file, name, &identity, None, &mut found)?;
+    let begins = cut.is_some_and(|cut| cut.has_header());
+    let goes_on =
+        (1..*TABLESPACE_BYTES.end()).contains(&rest) && may_create_tablespace(&first_words(file)?, FIRST_WORDS);
+    match begins || goes_on {
+        true => Err(Error::new(format!("a record that creates a tablespace lies across an end of segment {name}"))
+            .hint("\"pgcairn start\" or \"pgcairn mount --recovered\" can go past it")),
+        false => Ok((found, major)),
+    }
+}
+
+/// The bytes in which a record's header ends that began in the segment before.
+fn first_words(file: &Path) -> Result<[u8; FIRST_WORDS]> {
+    let mut bytes = [0; FIRST_WORDS];
+    let read = File::open(file).and_then(|mut file| file.read_exact(&mut bytes));
+    read.map(|()| bytes).map_err(|error| Error::io("read", file, error))
+}
+
+/// Those that the segments in a directory create, in their order. What is not WAL of this cluster creates none.
+pub fn created_in(pg_wal: &Path, identity: &WalIdentity) -> Result<Vec<Created>> {
+    let failed = |error| Error::io("list", pg_wal, error);
+    let mut names: Vec<SegmentName> = Vec::new();
+    for entry in fs::read_dir(pg_wal).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        names.extend(name.to_str().and_then(|name| name.parse::<SegmentName>().ok()));
+    }
+    names.sort_unstable();
+    let path = |name: &SegmentName| pg_wal.join(name.to_string());
+    let may = names.iter().map(|name| may_create(&path(name), identity)).collect::<Result<Vec<bool>>>()?;
+    let mut found = Vec::new();
+    let mut before = None;
+    for (number, name) in names.iter().enumerate() {
+        // the header that tells of one may lie in the next segment
+        let looked_at = may[number] || may.get(number + 1) == Some(&true);
+        before = match looked_at || before.is_some() {
+            true => created_by(&path(name), *name, identity, before, &mut found)?.0,
+            false => None,
+        };
+    }
+    Ok(found)
+}
+
+/// Adds those of one segment to `found`, with the one whose record the segment before cut. Returns a record that goes on in the
+/// next segment, if it may create one, and how many bytes belong to a record before.
+fn created_by(
+    path: &Path,
+    name: SegmentName,
+    identity: &WalIdentity,
+    before: Option<CutRecord>,
+    found: &mut Vec<Created>,
+) -> Result<(Option<CutRecord>, u32)> {
+    let bytes = fs::read(path).map_err(|error| Error::io("read", path, error))?;
+    let mut here = Vec::new();
+    let Ok(walked) = walk(identity, name, &bytes, |_, _, event| here.push(event)) else { return Ok((None, 0)) };
+    let joined = before.and_then(|before| before.joined(&walked.rest, identity.major));
+    for event in joined.into_iter().chain(here) {
+        if let Event::Tablespace { oid, path } = event {
+            found.push(Created { oid, path: PathBuf::from(OsString::from_vec(path)) });
+        }
+    }
+    let cut = match walked.stop {
+        Stop::Cut(cut) if cut.may_create_tablespace() => Some(cut),
+        _ => None,
+    };
+    Ok((cut, walked.rest.len))
+}
+
+fn may_create(path: &Path, identity: &WalIdentity) -> Result<bool> {
+    let mut file = File::open(path).map_err(|error| Error::io("open", path, error))?;
+    let mut bytes = Vec::with_capacity(READ_BYTES);
+    loop {
+        bytes.clear();
+        let read = file.by_ref().take(READ_BYTES as u64).read_to_end(&mut bytes);
+        read.map_err(|error| Error::io("read", path, error))?;
+        if bytes.is_empty() {
+            return Ok(false);
+        }
+        if may_create_tablespace(&bytes, identity.page_bytes as usize) {
+            return Ok(true);
+        }
+    }
+}
