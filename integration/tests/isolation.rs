@@ -46,6 +46,17 @@ fn a_clone_of_a_subscriber_leaves_the_publisher_alone() {
     assert_eq!((rows(&clone).as_str(), numbers(&dump)), ("10", 10));
     assert_eq!(slot(), before, "a clone moved the slot");
     clone.stop(&[]);
+    let copy = stanza.place().join("copy");
+    let told = stanza.run(["restore", &copy.display().to_string()]).ok();
+    assert!(told.contains("it is a copy: no archiving, no subscriptions"), "{told}");
+    let restored = Cluster::open(15, &copy, &[]);
+    assert_eq!(restored.psql(&format!("SHOW max_logical_replication_workers; {workers}")), "0\n0");
+    assert_eq!((rows(&restored).as_str(), slot()), ("10", before), "a restored copy moved the slot");
+    drop(restored);
+    let replacement = stanza.place().join("replacement");
+    stanza.run(["restore", "--archive-mode=preserve", &replacement.display().to_string()]).ok();
+    let conf = fs::read_to_string(replacement.join("postgresql.auto.conf")).unwrap();
+    assert!(!conf.contains("max_logical_replication_workers"), "{conf}");
 
     subscriber.start();
     publisher.psql("INSERT INTO t VALUES (21);");
@@ -91,7 +102,14 @@ fn a_linked_configuration_leads_no_copy_to_its_source() {
     assert_eq!(clone.psql("SHOW log_directory; SHOW logging_collector;"), "log\noff");
     clone.stop(&[]);
     assert!(control() == before, "the clone ran on its source");
-    assert_eq!(fs::read_dir(&logs).unwrap().count(), 0, "the clone wrote into its source's logs");
+    let copy = stanza.place().join("copy");
+    stanza.run(["restore", &copy.display().to_string()]).ok();
+    let restored = Cluster::open(15, &copy, &[("logging_collector", "on")]);
+    assert_eq!(restored.psql("SHOW data_directory; SELECT count(*) FROM t;"), format!("{}\n10", copy.display()));
+    drop(restored);
+    assert!(control() == before, "the restored copy ran on its source");
+    assert_eq!(fs::read_dir(&logs).unwrap().count(), 0, "a copy wrote into its source's logs");
+    assert!(!ended.exists(), "a copy ran its source's command");
     stanza.assert_nothing_left();
 }
 
@@ -222,6 +240,13 @@ fn a_tablespace_made_after_the_backup_stays_the_sources() {
     assert!(led.iter().all(|link| fs::read_dir(link).unwrap().count() == 1), "{led:?}");
     drop(mount);
     assert!(files() == before, "a recovered mount wrote into the source's tablespace");
+
+    let copy = stanza.place().join("copy");
+    let target = ["--type=time", "--target", &then, "--target-action=promote"];
+    stanza.run([&["restore", &copy.display().to_string()][..], &target].concat()).ok();
+    let log = Cluster::try_open(15, &copy, &[]).unwrap_err();
+    assert!(log.contains("where another server has its files: the copy would write to them"), "{log}");
+    assert!(files() == before, "a restored copy wrote into the source's tablespace");
     stanza.assert_nothing_left();
     assert_eq!(cluster.psql("SELECT n, count(*) FROM t GROUP BY 1;"), "1|1000");
 }
@@ -280,5 +305,37 @@ fn a_clone_reaches_no_server_unless_it_is_told_to() {
     let written = clone.try_psql(&format!("COPY (SELECT 1) TO '{}';", cluster.home().join("written").display()));
     assert!(written.unwrap_err().contains("Read-only file system"));
     clone.stop(&[]);
+    stanza.assert_nothing_left();
+}
+
+/// The jobs of a pg_cron that has them once a minute: what runs them tells more in less time.
+#[test]
+fn jobs_of_the_source_do_not_run_in_a_clone() {
+    let stanza = Stanza::in_directory();
+    let cluster =
+        Cluster::builder().conf("shared_preload_libraries", "pg_cron").conf("cron.use_background_workers", "on");
+    let cluster = stanza.archiving(cluster).start();
+    cluster.psql("CREATE EXTENSION pg_cron; SELECT cron.schedule('* * * * *', 'CREATE TABLE IF NOT EXISTS ran ()');");
+    stanza.create(&cluster);
+    stanza.backup(&cluster);
+    let launchers = |server: &Client| {
+        server.psql("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pg_cron%' OR backend_type LIKE 'pg_cron%';")
+    };
+    wait_until(LONG, "the source's jobs to run", || launchers(&cluster) == "1");
+    let clone = stanza.start("jobs", &[]);
+    assert_eq!((launchers(&clone).as_str(), clone.psql("SELECT count(*) FROM cron.job;").as_str()), ("0", "1"));
+    clone.stop(&[]);
+    let clone = stanza.start("reader", &["--read-only"]);
+    assert_eq!(launchers(&clone), "0");
+    clone.psql("SELECT pg_wal_replay_resume();");
+    wait_until(LONG, "the reader to be a server", || clone.psql("SELECT pg_is_in_recovery();") == "f");
+    assert_eq!(clone.psql("SHOW cron.max_running_jobs;"), "0");
+    clone.stop(&[]);
+    let copy = stanza.place().join("copy");
+    let told = stanza.run(["restore", &copy.display().to_string()]).ok();
+    assert!(told.contains("loads pg_cron, which may run workers"), "{told}");
+    let restored = Cluster::open(15, &copy, &[]);
+    assert_eq!(restored.psql("SHOW cron.max_running_jobs;"), "0");
+    drop(restored);
     stanza.assert_nothing_left();
 }

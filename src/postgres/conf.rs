@@ -83,6 +83,7 @@ pub fn of_copy(major: u32) -> Vec<(&'static str, &'static str)> {
     let mut settings = vec![
         ("max_logical_replication_workers", "0"),
         ("cron.launch_active_jobs", "off"),
+        ("cron.max_running_jobs", "0"),
         ("archive_cleanup_command", ""),
         ("recovery_end_command", ""),
         ("external_pid_file", ""),

@@ -172,6 +172,36 @@ fn a_record_that_two_segments_share_is_found_from_both() {
 }
 
 #[test]
+fn a_tablespace_is_found_wherever_its_record_lies() {
+    let data = [&16_384u32.to_le_bytes()[..], b"/srv/fast\0"].concat();
+    let expected = Event::Tablespace { oid: 16_384, path: b"/srv/fast".to_vec() };
+    for left in (8..120).chain(PAGE - 120..PAGE + 120).step_by(8) {
+        let mut wal = Writer::new(1);
+        wal.fill(left);
+        wal.record(TABLESPACE, CREATE, 7, &data);
+        wal.record(TABLESPACE, 0x10, 7, &16_384u32.to_le_bytes());
+        let segments = wal.segments();
+        let (found, walk) = events(1, &segments[0]);
+        let glances: Vec<bool> = segments.iter().map(|bytes| may_create_tablespace(bytes, PAGE)).collect();
+        assert!(glances.contains(&true), "{left} bytes left");
+        match walk.stop {
+            Stop::Cut(cut) if found.is_empty() => {
+                assert!(cut.may_create_tablespace(), "{left} bytes left");
+                let rest = events(2, &segments[1]).1.rest;
+                assert_eq!(cut.joined(&rest, identity().major).as_ref(), Some(&expected));
+                // the segment that holds the end of the record's header is the one that is looked into
+                assert_eq!(glances, [cut.has_header(), !cut.has_header()], "{left} bytes left");
+            }
+            _ => assert_eq!(found.iter().map(|(_, event)| event).collect::<Vec<_>>(), [&expected], "{left} bytes left"),
+        }
+    }
+    let mut wal = Writer::new(1);
+    wal.record(TABLESPACE, 0x10, 7, &16_384u32.to_le_bytes());
+    wal.fill(0);
+    assert!(!may_create_tablespace(&wal.segments()[0], PAGE));
+}
+
+#[test]
 fn a_record_longer_than_a_segment_is_passed_over() {
     let mut wal = Writer::new(1);
     wal.commit(5, 1);
