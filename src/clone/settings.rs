@@ -99,9 +99,9 @@ impl Settings {
             // no library can start a worker: jobs of pg_cron, apply workers of pglogical
             None => self.add(Wall, "max_worker_processes", "0"),
         }
-        // the first is known to pg_cron from 1.5 on
-        self.add(Wall, "cron.launch_active_jobs", "off");
-        self.add(Wall, "cron.max_running_jobs", "0");
+        for (name, value) in conf::NO_JOBS {
+            self.add(Wall, name, value);
+        }
         // it would fetch all that its source had in memory
         self.add(Wall, "pg_prewarm.autoprewarm", "off");
         self.add(Wall, "synchronous_standby_names", "");

@@ -76,19 +76,22 @@ pub fn comment_out(contents: &[u8], of_these: impl Fn(&str) -> bool) -> Vec<u8> 
     result
 }
 
+/// Settings by which pg_cron runs no job. Before 1.5 it knows no switch: it connects to run each, here to nowhere.
+pub const NO_JOBS: [(&str, &str); 3] =
+    [("cron.launch_active_jobs", "off"), ("cron.use_background_workers", "off"), ("cron.host", "/nowhere")];
+
 /// Settings of a server that is a copy of another: it must not act in its place. It archives nothing, takes over no replication
 /// slot of a publisher, runs no jobs of pg_cron, and none of its source's commands; it writes into none of its source's
 /// directories. Foreign servers, and background workers of other libraries, are as they were.
 pub fn of_copy(major: u32) -> Vec<(&'static str, &'static str)> {
     let mut settings = vec![
         ("max_logical_replication_workers", "0"),
-        ("cron.launch_active_jobs", "off"),
-        ("cron.max_running_jobs", "0"),
         ("archive_cleanup_command", ""),
         ("recovery_end_command", ""),
         ("external_pid_file", ""),
         ("log_directory", "log"),
     ];
+    settings.extend(NO_JOBS);
     settings.extend((major < 15).then_some(("stats_temp_directory", "pg_stat_tmp")));
     settings.extend((major >= 17).then_some(("sync_replication_slots", "off")));
     settings.push(("archive_mode", "off"));
