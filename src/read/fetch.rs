@@ -21,7 +21,7 @@ use crate::store::{ErrorKind, StoreError};
 /// than the bytes do.
 const GAP_BYTES: u64 = 64 * 1024;
 /// The most one request asks for.
-const REQUEST_BYTES: u64 = 4 * 1024 * 1024;
+pub(super) const REQUEST_BYTES: u64 = 4 * 1024 * 1024;
 
 /// Plaintext of one chunk, shared by all who read it.
 pub type Plain = Arc<Vec<u8>>;
@@ -70,6 +70,15 @@ struct Memory {
     chunks: LruCache<ChunkId, Plain>,
     bytes: usize,
     limit: usize,
+}
+
+/// Neighbouring chunks as they are stored.
+#[derive(Debug)]
+pub struct Stored {
+    key: String,
+    /// where in the object they begin
+    from: u64,
+    bytes: Bytes,
 }
 
 /// A fetch under way, for those who want the same chunk.
@@ -184,16 +193,33 @@ impl Fetcher {
         while !order.is_empty() {
             let run: Vec<usize> = order.drain(..run_len(wanted, &order)).collect();
             let chunks: Vec<ChunkRef> = run.iter().map(|number| wanted[*number]).collect();
-            let (key, from, bytes) = self.get_range(&chunks)?;
+            let stored = self.stored(&chunks)?;
             for (number, chunk) in run.into_iter().zip(&chunks) {
-                let stored = &bytes[(u64::from(chunk.offset) - from) as usize..(chunk.end() - from) as usize];
-                with_decoder(|decoder| {
-                    Ok(decoder.decode_sealed(&self.repository.keys, &key, chunk, stored, &mut plain)?)
-                })?;
+                self.unseal(&stored, chunk, &mut plain)?;
                 each(number, &plain)?;
             }
         }
         Ok(())
+    }
+
+    /// The stored bytes of chunks that lie in one object in ascending order, got by one request.
+    pub fn stored(&self, chunks: &[ChunkRef]) -> Result<Stored> {
+        let (key, from, bytes) = self.get_range(chunks)?;
+        Ok(Stored { key, from, bytes })
+    }
+
+    /// Replaces `plain` by the plaintext of one of the chunks of `stored`, proved by its seal as by [`Self::sealed`].
+    pub fn unseal(&self, stored: &Stored, chunk: &ChunkRef, plain: &mut Vec<u8>) -> Result<()> {
+        let Stored { key, from, bytes } = stored;
+        let range = u64::from(chunk.offset).checked_sub(*from).map(|at| at as usize..(chunk.end() - from) as usize);
+        let sealed = range.and_then(|range| bytes.get(range));
+        let sealed = sealed.ok_or_else(|| Error::new(format!("chunk {} of {key} was not fetched", chunk.id)))?;
+        with_decoder(|decoder| Ok(decoder.decode_sealed(&self.repository.keys, key, chunk, sealed, plain)?))
+    }
+
+    /// True for a chunk whose stored bytes are kept for good, see [`Self::hold`].
+    pub fn is_held(&self, chunk: &ChunkRef) -> bool {
+        self.held.lock().contains_key(&(chunk.pack, chunk.offset))
     }
 
     /// True when the chunk is at hand, without reading it.

@@ -10,6 +10,7 @@ mod delta;
 mod local;
 mod marker;
 mod plan;
+mod small;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -168,18 +169,19 @@ fn write(
     monitor.stage("restoring", plan.bytes.values().sum());
     let is_there = |(number, _): &(usize, &Target)| local.files.contains_key(number);
     let (there, absent): (Vec<_>, Vec<_>) = plan.files.iter().enumerate().partition(is_there);
-    let targets = |of: Vec<(usize, &Target)>| of.into_iter().map(|(_, target)| target.clone()).collect::<Vec<_>>();
     for (number, target) in &there {
         if local.files[number] > target.size {
             cut_to(&target.path, target.size)?;
         }
     }
     let delta = Delta::new(view);
-    write_files(view, &targets(there), Some(&delta), options, monitor)?;
-    write_files(view, &targets(absent), None, options, monitor)?;
+    let there: Vec<&Target> = there.into_iter().map(|(_, target)| target).collect();
+    let absent: Vec<&Target> = absent.into_iter().map(|(_, target)| target).collect();
+    write_files(view, &there, Some(&delta), options, monitor)?;
+    write_files(view, &absent, None, options, monitor)?;
     plan.zeros.iter().try_for_each(|target| write_zeros(target, options.owner))?;
     let later = Target { path: root.join(CONTROL_LATER), ..plan.control.clone() };
-    write_files(view, std::slice::from_ref(&later), None, options, monitor)?;
+    write_files(view, &[&later], None, options, monitor)?;
     match fs::remove_file(root.join(VERSION_BEFORE)) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(Error::io("remove", &root.join(VERSION_BEFORE), error))

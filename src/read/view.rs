@@ -229,6 +229,11 @@ impl View {
         self.nodes.get(node as usize).ok_or_else(|| Error::new(format!("the view has no node {node}")))
     }
 
+    /// The chunk of this number; all numbers come from this view.
+    pub(super) fn chunk(&self, number: u32) -> &ChunkRef {
+        &self.chunks[number as usize]
+    }
+
     /// How many nodes there are.
     pub fn len(&self) -> usize {
         self.nodes.len()

@@ -36,12 +36,13 @@ enum Known {
 
 /// What came of reading a range.
 #[derive(Default)]
-struct Compared {
+pub(super) struct Compared {
     /// runs that are the same
-    parts: Vec<Part>,
+    pub(super) parts: Vec<Part>,
     /// runs that are not, from first byte to behind the last
-    differing: Vec<(u64, u64)>,
-    equal: u64,
+    pub(super) differing: Vec<(u64, u64)>,
+    /// bytes that are the same
+    pub(super) equal: u64,
 }
 
 impl<'a> Delta<'a> {
@@ -57,9 +58,7 @@ impl<'a> Delta<'a> {
 
     /// Makes a range of a file equal, which begins where a leaf does; gives the file, and CRC32C and length of what is there now.
     pub(super) fn range(&self, target: &Target, from: u64, to: u64) -> Result<(File, u32, usize)> {
-        let flags = OFlag::O_NOFOLLOW.bits();
-        let opened = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&target.path);
-        let file = opened.map_err(|error| Error::io("open", &target.path, error))?;
+        let file = open(target)?;
         let known = self.known(target, from, to)?;
         let Compared { mut parts, differing, equal } = self.compare(&file, target, &known, from, to)?;
         self.view.each_of_ranges(target.node, &differing, &mut |at, bytes| {
@@ -68,6 +67,15 @@ impl<'a> Delta<'a> {
         })?;
         self.equal.fetch_add(equal, Ordering::Relaxed);
         Ok((file, whole_crc(parts), (to - from) as usize))
+    }
+
+    /// Compares a whole small file and writes nothing.
+    pub(super) fn small(&self, target: &Target) -> Result<(File, Compared)> {
+        let file = open(target)?;
+        let known = self.known(target, 0, target.size)?;
+        let compared = self.compare(&file, target, &known, 0, target.size)?;
+        self.equal.fetch_add(compared.equal, Ordering::Relaxed);
+        Ok((file, compared))
     }
 
     fn known(&self, target: &Target, from: u64, to: u64) -> Result<Known> {
@@ -155,6 +163,12 @@ impl Compared {
         self.equal += unit.len() as u64;
         add_part(&mut self.parts, at, unit);
     }
+}
+
+fn open(target: &Target) -> Result<File> {
+    let flags = OFlag::O_NOFOLLOW.bits();
+    let opened = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&target.path);
+    opened.map_err(|error| Error::io("open", &target.path, error))
 }
 
 /// Fills `buf` from `at` of a file as far as it goes; gives how far.

@@ -21,6 +21,8 @@ const CONTROL: &[u8] = include_bytes!("../../postgres/fixtures/pg_control_15");
 const LARGE: &str = "base/5/20002";
 const VERSION: &str = "PG_15_202209061";
 
+mod small;
+
 /// A cluster, its backup, and a place for copies.
 struct Fixture {
     place: tempfile::TempDir,
@@ -32,6 +34,11 @@ struct Fixture {
 
 impl Fixture {
     fn new(secret: &[u8]) -> Self {
+        Self::with(secret, |_| {})
+    }
+
+    /// With more files in the source.
+    fn with(secret: &[u8], more: impl FnOnce(&Path)) -> Self {
         let place = tempfile::tempdir().unwrap();
         let source = place.path().join("source");
         for directory in ["global", "base/1", "base/5", "pg_wal/archive_status", "pg_tblspc", "pg_notify"] {
@@ -53,6 +60,7 @@ impl Fixture {
         file("base/5/pg_filenode.map", content(8, 512));
         file(LARGE, content(3, LEAF_BYTES as usize + 2 * SLOT));
         file(&format!("pg_tblspc/16400/{VERSION}/5/20003"), content(4, 2 << 20));
+        more(&source);
         let fault = Fault::new(MemoryStore::new());
         let faults = fault.plan();
         let record = Record::new(fault);
