@@ -1,16 +1,16 @@
 //! Reading manifests: entry by entry, so that a million of them need not be in memory; by path; or their pack table alone.
 
 use std::collections::VecDeque;
-use std::num::NonZeroUsize;
 
 use bytes::Bytes;
-use lru::LruCache;
 
 use super::{Repository, keys};
 use crate::error::{Context, Result};
 use crate::format::FormatError;
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
-use crate::format::manifest::{Description, Entry, ManifestReader, PackUse, decode_packs, decode_proof, path_cmp};
+use crate::format::manifest::{
+    BlockWriter, Description, Entry, ManifestReader, PackUse, decode_packs, decode_proof, path_cmp,
+};
 use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer};
 
 /// A manifest that is being read.
@@ -24,17 +24,20 @@ pub struct ManifestCursor {
     entries: VecDeque<Entry>,
 }
 
-/// A manifest whose entries are asked for in any order.
+/// A manifest whose entries are asked for in any order: a server sends the files of a directory in no order. Its entries are
+/// kept in blocks so small that to decode one costs little; a small file takes some 45 bytes.
 #[derive(Debug)]
 pub struct ManifestIndex {
-    object: Object,
-    /// the path of each block's first entry, and the block's number among the chunks
-    blocks: Vec<(Vec<u8>, usize)>,
-    read: LruCache<usize, Vec<Entry>>,
+    /// the manifest's key
+    key: String,
+    /// of each block: length of the path of its first entry, that path, and the block
+    blocks: Vec<u8>,
+    /// where each of them begins
+    starts: Vec<usize>,
 }
 
-/// Blocks of an index that stay decoded, some 300 KiB each: who asks walks a few directories at a time.
-const BLOCKS_DECODED: NonZeroUsize = NonZeroUsize::new(16).expect("not zero");
+/// Entries of one block of an index.
+const INDEX_ENTRIES: usize = 16;
 
 /// Bytes at the end of a large manifest that are fetched for its pack table: that of some ten thousand packs is in them.
 const TAIL_BYTES: u64 = 1 << 20;
@@ -105,16 +108,20 @@ impl ManifestCursor {
     /// The same manifest, from its beginning, by path. `each` sees every entry, in path order.
     pub fn by_path(&self, mut each: impl FnMut(&Entry)) -> Result<ManifestIndex> {
         let mut object = self.object.again()?;
-        let (mut reader, mut blocks) = (ManifestReader::new(&object.key), Vec::new());
+        let mut index = ManifestIndex { key: object.key.clone(), blocks: Vec::new(), starts: Vec::new() };
+        let (mut reader, mut gathered) = (ManifestReader::new(&object.key), Vec::new());
         for number in 0..object.chunks.len() {
-            let mut first = None;
             reader.chunk(&object.plain(number)?, |entry| {
                 each(&entry);
-                first.get_or_insert(entry.path);
+                gathered.push(entry);
+                if gathered.len() == INDEX_ENTRIES {
+                    index.add(&gathered);
+                    gathered.clear();
+                }
             })?;
-            blocks.extend(first.map(|path| (path, number)));
         }
-        Ok(ManifestIndex { object, blocks, read: LruCache::new(BLOCKS_DECODED) })
+        index.add(&gathered);
+        Ok(index)
     }
 
     /// The name by which entries refer to chunks that lie in the manifest itself.
@@ -141,13 +148,49 @@ impl ManifestCursor {
 
 impl ManifestIndex {
     /// The entry of this path.
-    pub fn find(&mut self, path: &[u8]) -> Result<Option<Entry>> {
-        let after = self.blocks.partition_point(|(first, _)| path_cmp(first, path).is_le());
-        let Some((_, number)) = after.checked_sub(1).and_then(|at| self.blocks.get(at)) else { return Ok(None) };
-        let object = &mut self.object;
-        let entries = self.read.try_get_or_insert(*number, || object.entries(*number))?;
-        let found = entries.binary_search_by(|entry| path_cmp(&entry.path, path));
-        Ok(found.ok().map(|at| entries[at].clone()))
+    pub fn find(&self, path: &[u8]) -> Result<Option<Entry>> {
+        let after = self.starts.partition_point(|start| path_cmp(self.block(*start).0, path).is_le());
+        let Some(number) = after.checked_sub(1) else { return Ok(None) };
+        let end = self.starts.get(after).copied().unwrap_or(self.blocks.len());
+        let (mut at, mut found) = (self.starts[number], None);
+        while at < end {
+            let (_, block, next) = self.block(at);
+            ManifestReader::new(&self.key).chunk(block, |entry| {
+                if entry.path == path {
+                    found = Some(entry);
+                }
+            })?;
+            at = next;
+        }
+        Ok(found)
+    }
+
+    /// Adds entries that follow those added before.
+    fn add(&mut self, entries: &[Entry]) {
+        let Some(first) = entries.first() else { return };
+        self.starts.push(self.blocks.len());
+        let mut writer = BlockWriter::default();
+        // entries of many extents may fill more than one block
+        let mut blocks: Vec<Vec<u8>> = entries.iter().filter_map(|entry| writer.push(entry)).collect();
+        blocks.extend(writer.finish());
+        for block in blocks {
+            for part in [&first.path, &block] {
+                self.blocks.extend_from_slice(&(part.len() as u32).to_le_bytes());
+                self.blocks.extend_from_slice(part);
+            }
+        }
+    }
+
+    /// The path before the block at `at`, the block, and where the next one begins.
+    fn block(&self, at: usize) -> (&[u8], &[u8], usize) {
+        let part = |at: usize| {
+            let bytes = self.blocks.get(at..).and_then(|rest| rest.split_first_chunk::<4>());
+            let (len, rest) = bytes.map_or((0, &[][..]), |(len, rest)| (u32::from_le_bytes(*len) as usize, rest));
+            (&rest[..len.min(rest.len())], at + 4 + len)
+        };
+        let (path, block_at) = part(at);
+        let (block, next) = part(block_at);
+        (path, block, next)
     }
 }
 
@@ -215,12 +258,6 @@ impl Object {
         Ok(self.decoder.decode(&self.keys, &self.key, chunk, stored)?.plain)
     }
 
-    fn entries(&mut self, number: usize) -> Result<Vec<Entry>> {
-        let mut entries = Vec::new();
-        ManifestReader::new(&self.key).chunk(&self.plain(number)?, |entry| entries.push(entry))?;
-        Ok(entries)
-    }
-
     fn whole_packs(&mut self) -> Result<Vec<PackUse>> {
         let packs = self.packs()?;
         packs.ok_or_else(|| FormatError::new(&self.key, 0, "only the end of it was read").into())
@@ -258,7 +295,8 @@ mod tests {
 
     use super::*;
     use crate::format::chunk::{Encoder, Keys};
-    use crate::format::manifest::{encode_packs, encode_proof};
+    use crate::format::manifest::{ENTRY_LEAVES, Place, encode_packs, encode_proof};
+    use crate::format::map::LeafRef;
     use crate::format::pack::PackWriter;
     use crate::format::seal::SealKind;
     use crate::store::{Body, MemoryStore, Operation, Record};
@@ -377,6 +415,37 @@ mod tests {
                 let is_object_hash = at == bytes.len() - 20 && !whole;
                 assert!(read.is_err() || is_object_hash && read.unwrap() == table, "{at} of {}", bytes.len());
             }
+        }
+    }
+    #[test]
+    fn entries_are_found_by_path_in_any_order() {
+        let entry = |number: usize| Entry {
+            path: format!("base/5/{number}").into_bytes(),
+            mode: 0o600,
+            mtime: 7,
+            node: crate::format::manifest::Node::Symlink(vec![b'x'; number % 50]),
+        };
+        let mut entries: Vec<Entry> = (0..3000).map(entry).collect();
+        entries.sort_by(|a, b| path_cmp(&a.path, &b.path));
+        // more than one block's worth in one run of entries
+        let chunk = |number: u32| ChunkRef {
+            pack: PackId([1; 16]),
+            offset: 32 + number,
+            stored_len: 20,
+            plain_len: 20,
+            id: crate::format::chunk::ChunkId(*blake3::hash(&number.to_le_bytes()).as_bytes()),
+        };
+        let leaves = (0..ENTRY_LEAVES as u32).map(|at| LeafRef { map: chunk(2 * at), changes: chunk(2 * at + 1) });
+        let size = ENTRY_LEAVES as u64 * crate::format::LEAF_BYTES;
+        let file = crate::format::manifest::File { size, crc: 1, place: Place::Leaves(leaves.collect()) };
+        (16..28).for_each(|at| entries[at].node = crate::format::manifest::Node::File(file.clone()));
+        let mut index = ManifestIndex { key: "m".into(), blocks: Vec::new(), starts: Vec::new() };
+        entries.chunks(INDEX_ENTRIES).for_each(|run| index.add(run));
+        for number in (0..3000).map(|number| number * 7919 % 3000) {
+            assert_eq!(index.find(&entries[number].path).unwrap().as_ref(), Some(&entries[number]));
+        }
+        for absent in ["", "a", "base/5/", "base/5/3000", "base/5/17x", "zzz"] {
+            assert_eq!(index.find(absent.as_bytes()).unwrap(), None, "{absent}");
         }
     }
 }

@@ -77,7 +77,7 @@ impl Twins {
     }
 
     /// The file under this path.
-    pub(super) fn at(&mut self, path: &[u8]) -> Result<Option<File>> {
+    pub(super) fn at(&self, path: &[u8]) -> Result<Option<File>> {
         Ok(self.index.find(path)?.and_then(|entry| match entry.node {
             Node::File(file) => Some(file),
             Node::Directory | Node::Symlink(_) => None,
