@@ -4,11 +4,12 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use pgcairn_integration::process::run_ok;
 use pgcairn_integration::stanza::{number, status};
-use pgcairn_integration::{Cluster, Data, Place, Stanza, install};
+use pgcairn_integration::{Cluster, Data, Place, Stanza, StopMode, install, wait_until};
 use pgcairn_s3_server::{ACCESS_KEY, S3Server, SECRET_KEY, Trouble};
 
 const LONG: Duration = Duration::from_secs(120);
@@ -147,6 +148,44 @@ fn a_store_that_goes_away_during_a_backup() {
     setup.server().trouble(Trouble::StatusAfter(500, "InternalError"), 2);
     let again = setup.stanza.backup(&cluster);
     assert!(again >= label);
+    setup.stanza.assert_nothing_left();
+}
+
+/// The server is stopped while a backup copies its files, over a store that takes its time.
+#[test]
+fn a_backup_whose_server_stops_ends_at_once_and_what_it_stored_is_used() {
+    let setup = Setup::new();
+    let mut cluster = Cluster::builder().wal_segsize_mb(1).start();
+    Data::tiny().random_mb(100).load(&cluster);
+    setup.stanza.create(&cluster);
+    let packs = || {
+        let found = pgcairn_integration::files::contents(setup.objects.path());
+        found.into_iter().filter(|(path, _)| path.to_string_lossy().contains("/chunk/")).collect::<Vec<_>>()
+    };
+    let stored = |packs: &[(_, Vec<u8>)]| packs.iter().map(|(_, bytes)| bytes.len()).sum::<usize>();
+    let mut command = setup.stanza.command();
+    // one pack is uploaded at a time
+    command.args(["backup", "--process-max=1", "--buffer-size=1", "--pg", cluster.conninfo()]);
+    setup.server().set_latency(Duration::from_millis(200));
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_until(LONG, "packs to be stored", || !packs().is_empty());
+    setup.server().set_latency(Duration::from_secs(2));
+    cluster.stop(StopMode::Immediate);
+    let output = child.wait_with_output().unwrap();
+    setup.server().set_latency(Duration::ZERO);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("the server was stopped or the connection was cut"), "{told}");
+    let left = stored(&packs());
+    assert!(left < 80 << 20, "{left} bytes were stored: it copied on");
+
+    cluster.start();
+    setup.stanza.backup(&cluster);
+    let all = packs();
+    let (first, whole) = (left, stored(&all));
+    // what was stored once is there once
+    assert!(whole - first < (110 << 20) - first * 9 / 10, "{first} bytes at first, {whole} in the end");
+    setup.stanza.run(["verify"]).ok();
     setup.stanza.assert_nothing_left();
 }
 

@@ -120,6 +120,9 @@ pub struct LockInfo {
     /// what it works on: the label of the backup
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub note: String,
+    /// its holder failed and holds it no more: what it stored may be used again
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub failed: bool,
     /// version of pgcairn
     pub pgcairn: String,
 }
@@ -170,6 +173,10 @@ impl Info for Harm {
 
 impl Info for Mark {
     const NAME: &'static str = "mark";
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// Begins the line that stands for the JSON where it is encrypted.

@@ -65,6 +65,8 @@ pub struct Lock {
     held: Arc<Held>,
     stop: Option<Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
+    /// its object stays when it is dropped
+    stays: bool,
 }
 
 /// What came of the wish for a lock.
@@ -140,7 +142,7 @@ impl Repository {
         let held = Held::new(self, kind, note, timing)?;
         process::holds(&held.key);
         // from here on, dropping it takes the object away
-        let mut lock = Lock { held: Arc::new(held), stop: None, thread: None };
+        let mut lock = Lock { held: Arc::new(held), stop: None, thread: None, stays: false };
         lock.held.renew()?;
         let since = match lock.held.win()? {
             Ok(since) => since,
@@ -205,6 +207,30 @@ impl Lock {
         Ok(others)
     }
 
+    /// Gives the lock back, but leaves its object, which says that its holder failed: what a backup stored until then may be
+    /// used again. It stands for the `dead` ones too, which go, so that a backup that fails every hour leaves one object.
+    pub fn leave(mut self, dead: &[Other]) {
+        self.end_heartbeat();
+        self.stays = true;
+        let since = dead.iter().filter_map(Other::since).min();
+        {
+            let info = &mut self.held.state.lock().info;
+            info.failed = true;
+            info.since = info.since.into_iter().chain(since).min();
+        }
+        if let Err(error) = self.held.renew().and_then(|()| self.remove(dead)) {
+            tracing::warn!(%error, key = self.held.key, "a lock could not be given back; it counts as dead before long");
+        }
+    }
+
+    /// Ends the thread that renews the lock, whose last write would otherwise come after the end.
+    fn end_heartbeat(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            _ = thread.join();
+        }
+    }
+
     /// Takes away what dead holders left.
     pub fn remove(&self, dead: &[Other]) -> Result<()> {
         let keys: Vec<String> = dead.iter().filter(|other| other.dead).map(|other| other.key.clone()).collect();
@@ -214,12 +240,11 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // first the thread, or its last write would come after the end
-        self.stop = None;
-        if let Some(thread) = self.thread.take() {
-            _ = thread.join();
-        }
-        if let Err(error) = self.held.repository.store.delete(std::slice::from_ref(&self.held.key)) {
+        self.end_heartbeat();
+        let key = std::slice::from_ref(&self.held.key);
+        if !self.stays
+            && let Err(error) = self.held.repository.store.delete(key)
+        {
             tracing::warn!(%error, key = self.held.key, "a lock could not be removed; it counts as dead before long");
         }
         process::holds_no_more(&self.held.key);
@@ -241,6 +266,7 @@ impl Held {
             user: process::user(),
             process: process::identity(std::process::id()),
             note: note.to_owned(),
+            failed: false,
             pgcairn: env!("CARGO_PKG_VERSION").into(),
         };
         Ok(Self {
@@ -381,7 +407,7 @@ fn list(repository: &Repository, timing: &Timing, own: Option<&str>) -> Result<(
             Err(error) => return Err(error.into()),
         };
         let age = now.saturating_sub(object.modified).max(0);
-        let gone = info.as_ref().is_some_and(|info| process::is_gone(&object.key, info));
+        let gone = info.as_ref().is_some_and(|info| info.failed || process::is_gone(&object.key, info));
         let dead = gone || age as u64 > timing.stale.as_secs();
         others.push(Other { key: object.key, modified: object.modified, age, info, dead });
     }

@@ -177,8 +177,37 @@ fn attempt(
         parent.trusted(repository, start, &server.data_directory, &started.source, options)
     };
     let compared = compared.map(trust).transpose()?;
-    let left = left_behind(repository, &lock.dead_backups()?)?;
-    let mut copied = copy_all(repository, &mut server, stream, &started, compared, left, options, monitor)?;
+    let dead = lock.dead_backups()?;
+    let left = left_behind(repository, &dead)?;
+    match store(repository, &mut server, stream, started, compared, left, &lock, options, monitor) {
+        Ok(description) => {
+            if let Err(error) = lock.dead_backups().and_then(|dead| lock.remove(&dead)) {
+                tracing::warn!(%error, "locks of backups that died could not be removed");
+            }
+            Ok(description)
+        }
+        Err(error) => {
+            // the next backup takes over what this one and those before it stored
+            lock.leave(&dead);
+            Err(error)
+        }
+    }
+}
+
+/// Copies everything and commits the backup.
+#[expect(clippy::too_many_arguments, reason = "what is copied, from where, and what is known of it")]
+fn store(
+    repository: &Repository,
+    server: &mut Server,
+    stream: Option<Stream>,
+    started: Started,
+    compared: Option<Compared>,
+    left: HashMap<PackId, u64>,
+    lock: &Lock,
+    options: &BackupOptions,
+    monitor: &dyn Monitor,
+) -> Result<Description> {
+    let mut copied = copy_all(repository, server, stream, &started, compared, left, options, monitor)?;
     let totals = copied.assembler.totals();
     let page_errors = totals.page_errors(copied.ended.stopped.lsn);
     if let (true, Some(file)) = (options.page_errors_fail, page_errors.first()) {
@@ -187,11 +216,8 @@ fn attempt(
     }
     let packs = copied.packs.table(&totals.weights)?;
     prove_old(repository, &copied.packs, &packs)?;
-    let description = describe(&mut server, started, &copied, totals, &packs)?;
-    commit(repository, copied.assembler, &description, &packs, &lock)?;
-    if let Err(error) = lock.dead_backups().and_then(|dead| lock.remove(&dead)) {
-        tracing::warn!(%error, "locks of backups that died could not be removed");
-    }
+    let description = describe(server, started, &copied, totals, &packs)?;
+    commit(repository, copied.assembler, &description, &packs, lock)?;
     Ok(description)
 }
 

@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
 use super::assemble::{Assembler, Done, Later};
@@ -20,6 +21,8 @@ use crate::progress::Monitor;
 /// Files and bytes one batch of small files holds at most.
 const BATCH_FILES: usize = 256;
 const BATCH_BYTES: u64 = 4 * 1024 * 1024;
+/// How often the server is asked whether it still runs.
+const ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// Jobs handed out beyond the first that is not complete: bounds what waits for its turn in the manifest.
 const JOBS_AHEAD: usize = 64;
 
@@ -66,13 +69,15 @@ pub struct Files {
     pub now: i64,
 }
 
-/// Has the workers read all that `supply` hands out; returns what that knows at its end.
+/// Has the workers read all that `supply` hands out; returns what that knows at its end. `alive` is asked again and again
+/// whether the backup can still succeed.
 pub fn copy<S: Supply>(
     cutting: &Cutting<'_>,
     supply: S,
     workers: usize,
     assembler: &mut Assembler,
     monitor: &dyn Monitor,
+    alive: &mut dyn FnMut() -> Result<()>,
 ) -> Result<S::End> {
     let (job_queue, jobs) = bounded::<(usize, Job)>(workers);
     let (results_queue, results) = bounded::<Result<(usize, Done)>>(workers);
@@ -95,9 +100,17 @@ pub fn copy<S: Supply>(
             *handed.lock() = Some(supply.hand_out(&mut jobs));
             total.store(jobs.number, Ordering::Release);
         });
-        let mut complete = 0;
-        while let Ok(result) = results.recv() {
-            let (number, done) = result?;
+        let (mut complete, mut asked) = (0, Instant::now());
+        loop {
+            if asked.elapsed() >= ALIVE_EVERY {
+                alive()?;
+                asked = Instant::now();
+            }
+            let (number, done) = match results.recv_timeout(ALIVE_EVERY) {
+                Ok(result) => result?,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => break,
+            };
             let now = assembler.take(number, done, &index)?;
             (complete..now).for_each(|_| _ = tickets.recv());
             complete = now;

@@ -31,7 +31,7 @@ pub(super) fn copy_files(copying: Copying<'_>) -> Result<Ended> {
     let Scan { found, tablespaces, bytes } = scan(&server.data_directory, layout)?;
     monitor.stage("copying", bytes);
     let files = Files { found, parent, now: started.start_time };
-    let control = copy(cutting, files, workers, assembler, monitor)?;
+    let control = copy(cutting, files, workers, assembler, monitor, &mut || server.alive())?;
     server.alive()?;
     let control = copy_control(server, control, started, assembler)?;
     monitor.stage("stopping", 0);

@@ -236,7 +236,11 @@ impl Server {
 
     /// Fails when the session is gone, or the standby was promoted: the backup is void then.
     pub fn alive(&mut self) -> Result<()> {
-        let gone = |error: Error| error.hint("the server was stopped or the connection was cut; run the backup again");
+        let gone = |error: Error| {
+            error.hint(
+                "the server was stopped or the connection was cut; run the backup again: it takes over what was stored",
+            )
+        };
         let in_recovery = self.value(IN_RECOVERY).map_err(gone)? == "t";
         match self.in_recovery == in_recovery {
             true => Ok(()),

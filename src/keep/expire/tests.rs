@@ -168,6 +168,7 @@ fn lock_of(made: &Made, dead: bool) -> LockInfo {
         user: "postgres".into(),
         process: None,
         note: String::new(),
+        failed: false,
         pgcairn: "0.1.0".into(),
     }
 }

@@ -84,6 +84,7 @@ fn foreign(kind: LockKind) -> LockInfo {
         user: "postgres".into(),
         process: Some("another-boot pid:[1] 77".into()),
         note: "20240107-120000F".into(),
+        failed: false,
         pgcairn: "0.1.0".into(),
     }
 }

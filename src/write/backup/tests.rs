@@ -47,16 +47,36 @@ fn attempt_directory(
         parent.trusted(repository, start, of.root, &started.source, &options)
     };
     let compared = compared.map(trust).transpose()?;
-    let left = left_behind(repository, &lock.dead_backups()?)?;
+    let dead = lock.dead_backups()?;
+    let left = left_behind(repository, &dead)?;
+    let description = match store_directory(repository, of, started, compared, left, &lock) {
+        Ok(description) => description,
+        Err(error) => {
+            lock.leave(&dead);
+            return Err(error);
+        }
+    };
+    if let Ok(dead) = lock.dead_backups() {
+        _ = lock.remove(&dead);
+    }
+    Ok(description)
+}
+
+/// As [`store`] does.
+fn store_directory(
+    repository: &Repository,
+    of: &mut Directory<'_>,
+    started: Started,
+    compared: Option<Compared>,
+    left: HashMap<PackId, u64>,
+    lock: &Lock,
+) -> Result<Description> {
     let mut copied = copy_directory(repository, of, &started, compared, left)?;
     let totals = copied.assembler.totals();
     let packs = copied.packs.table(&totals.weights)?;
     prove_old(repository, &copied.packs, &packs)?;
     let description = described(of, started, &copied);
-    commit(repository, copied.assembler, &description, &packs, &lock)?;
-    if let Ok(dead) = lock.dead_backups() {
-        _ = lock.remove(&dead);
-    }
+    commit(repository, copied.assembler, &description, &packs, lock)?;
     Ok(description)
 }
 
@@ -129,7 +149,7 @@ fn copy_directory(
     let mut assembler = Assembler::new(repository.keys.clone(), &[])?;
     let found = scan(of.root, started.database.layout().unwrap())?;
     let files = Files { found: found.found, parent: parent_files, now: of.now };
-    let control = copy(&cutting, files, 2, &mut assembler, &Silent)?;
+    let control = copy(&cutting, files, 2, &mut assembler, &Silent, &mut || Ok(()))?;
     let bytes = std::fs::read(of.root.join("global/pg_control")).unwrap();
     assembler.fill_control(&Scanned { kind: ScannedKind::File, ..control }, &bytes)?;
     assembler.fill_wal(Vec::new(), &|_| Err(Error::new("no index here")))?;

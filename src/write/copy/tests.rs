@@ -66,7 +66,7 @@ pub(crate) fn copy_since(
     };
     let mut assembler = Assembler::new(repository.keys.clone(), &[])?;
     let files = Files { found: scan.found, parent: files, now };
-    let control = copy(&cutting, files, 3, &mut assembler, &Silent)?;
+    let control = copy(&cutting, files, 3, &mut assembler, &Silent, &mut || Ok(()))?;
     let found = Scanned { kind: ScannedKind::File, ..control };
     assembler.fill_control(&found, &fs::read(root.join("global/pg_control")).unwrap())?;
     assembler.fill_wal(Vec::new(), &|_| Err(Error::new("no index here")))?;

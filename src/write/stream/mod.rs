@@ -90,7 +90,7 @@ impl Stream {
             parent: parent.map(ParentFiles::by_path).transpose()?,
             budget: Budget::new(PIECES_MAX),
         };
-        let arrived = copy(cutting, incoming, workers, assembler, monitor)?;
+        let arrived = copy(cutting, incoming, workers, assembler, monitor, &mut || server.alive())?;
         let Arrived { stop, owner, backup_label, tablespace_map, control: (found, control), segments } = arrived;
         server.alive()?;
         let parsed = ControlFile::parse(&control).map_err(|error| {
