@@ -2,8 +2,11 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::path::PathBuf;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use crate::install;
@@ -12,11 +15,40 @@ use crate::process::{Finished, run};
 /// How long one run may take.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
-/// The binary: `PGCAIRN_BIN`, or the one cargo built beside this test's own executable.
+/// The binary: `PGCAIRN_BIN`, or the one cargo built beside this test's own executable; a copy of it if the server's user
+/// cannot run it where it is, as below `/root`.
 ///
 /// # Panics
 /// When there is none.
 pub fn path() -> PathBuf {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let built = built();
+        let runs =
+            install::as_server_user(&built).arg("--version").output().is_ok_and(|output| output.status.success());
+        if runs { built } else { copy_for_servers(&built) }
+    })
+    .clone()
+}
+
+/// A copy that the server's user can run, made once for each build.
+fn copy_for_servers(built: &Path) -> PathBuf {
+    let stamp = fs::metadata(built).and_then(|found| found.modified()).expect("the program is there");
+    let directory = install::cache().join("program");
+    fs::create_dir_all(&directory).unwrap_or_else(|error| panic!("cannot make {}: {error}", directory.display()));
+    let name = built.display().to_string().replace('/', "-");
+    let copy = directory.join(format!("pgcairn{name}"));
+    if fs::metadata(&copy).and_then(|found| found.modified()).is_ok_and(|made| made >= stamp) {
+        return copy;
+    }
+    let fresh = directory.join(format!("{}.{}", copy.file_name().expect("named above").display(), std::process::id()));
+    fs::copy(built, &fresh).unwrap_or_else(|error| panic!("cannot write {}: {error}", fresh.display()));
+    fs::set_permissions(&fresh, Permissions::from_mode(0o755)).expect("an owner may change modes");
+    fs::rename(&fresh, &copy).unwrap_or_else(|error| panic!("cannot write {}: {error}", copy.display()));
+    copy
+}
+
+fn built() -> PathBuf {
     let path = env::var_os("PGCAIRN_BIN").map(PathBuf::from).unwrap_or_else(|| {
         let test = env::current_exe().expect("this test has an executable");
         // target/<profile>/deps/<test>

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use crate::client::Client;
 use crate::install;
 use crate::process::{is_running, run, run_ok};
-use crate::wait::poll;
+use crate::wait::{poll, wait_until};
 use crate::watchdog::Watchdog;
 
 /// How long initdb, a start or a stop may take.
@@ -255,6 +255,15 @@ impl Cluster {
         install::make_server_directory(&directory, 0o700);
         self.psql(&format!("CREATE TABLESPACE {name} LOCATION '{}';", directory.display()));
         directory
+    }
+
+    /// Waits until no backup has a session: that of one that was killed ends some time after it.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn wait_for_backup_sessions_to_end(&self) {
+        let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgcairn%';";
+        wait_until(TIMEOUT, "the sessions of backups to end", || self.psql(sessions) == "0");
     }
 
     /// A client of the database `postgres`.

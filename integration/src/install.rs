@@ -15,7 +15,8 @@ pub const CLIENT_MAJOR: u32 = 15;
 /// Where `scripts/setup.sh` unpacks the majors that Debian does not have, unless `PGCAIRN_TEST_CACHE` says otherwise.
 pub const CACHE: &str = "/var/cache/pgcairn-test";
 
-fn cache() -> PathBuf {
+/// Where the tests keep what serves many runs.
+pub fn cache() -> PathBuf {
     env::var_os("PGCAIRN_TEST_CACHE").map_or_else(|| PathBuf::from(CACHE), PathBuf::from)
 }
 

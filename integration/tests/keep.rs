@@ -161,9 +161,7 @@ fn a_killed_backup_does_not_lock_the_next_one_out() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(held());
-    pgcairn_integration::wait_until(LONG, "the session to end", || {
-        cluster.psql("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgcairn';") == "0"
-    });
+    cluster.wait_for_backup_sessions_to_end();
     stanza.backup(&cluster);
     assert!(!held());
 }

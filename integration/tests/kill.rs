@@ -54,10 +54,7 @@ fn a_killed_backup_is_none() {
         assert!(!status.success() || now.len() == committed.len() + 1, "it said yes, but there is no backup");
         committed = now;
         // what the killed one held of the server goes with its session
-        wait_until(LONG, "the session to end", || {
-            let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgcairn';";
-            cluster.psql(sessions) == "0"
-        });
+        cluster.wait_for_backup_sessions_to_end();
         if number % 3 == 0 {
             committed.push(stanza.backup(&cluster));
             assert_eq!(labels(&stanza), committed);

@@ -38,7 +38,8 @@ pub fn parse(text: &str, now: &Zoned) -> Result<Moment> {
     if lower == "now" {
         return Ok(Moment { is_relative: true, ..moment(now.timestamp(), None)? });
     }
-    if lower.ends_with("ago") {
+    // not the end of a zone, as of America/Chicago
+    if lower.ends_with(" ago") {
         let span: Span = lower.parse().map_err(|error| bad("no such time span").source(error))?;
         let then = now.checked_add(span).map_err(|error| bad("too long ago").source(error))?;
         return Ok(Moment { is_relative: true, ..moment(then.timestamp(), None)? });
@@ -161,6 +162,7 @@ mod tests {
             ("Yesterday 14:30", "2026-07-14 12:30:00+00"),
             ("now", "2026-07-15 14:00:00.500000+00"),
             ("10 minutes ago", "2026-07-15 13:50:00.500000+00"),
+            ("2026-07-15 09:30 America/Chicago", "2026-07-15 14:30:00+00"),
             ("1 hour 30 minutes ago", "2026-07-15 12:30:00.500000+00"),
             ("2h ago", "2026-07-15 12:00:00.500000+00"),
             ("3 days ago", "2026-07-12 14:00:00.500000+00"),

@@ -20,6 +20,7 @@ pub mod dedup;
 mod local;
 pub mod packer;
 pub mod parent;
+mod peer;
 pub mod pieces;
 mod place;
 pub mod push;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use postgres::{Client, Config, NoTls, SimpleQueryMessage};
 
+use super::peer;
 use crate::error::{Context, Error, Result};
 use crate::postgres::{Lsn, Major, Timeline};
 
@@ -72,7 +73,7 @@ impl Server {
     /// Connects with a libpq conninfo string or URI; what it leaves out is taken from the `PG*` environment.
     pub fn connect(conninfo: &str) -> Result<Self> {
         let config = config(conninfo)?;
-        let mut client = config.connect(NoTls).map_err(|error| {
+        let mut client = peer::connect(&config, |config| config.connect(NoTls)).map_err(|error| {
             Error::new(format!("cannot connect to the server at {}", describe(&config)))
                 .hint("check --pg (a libpq conninfo string such as \"host=/var/run/postgresql user=postgres\") and that the server runs")
                 .source(error)

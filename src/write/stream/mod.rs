@@ -17,6 +17,7 @@ use self::wire::Wire;
 use super::backup::{Begun, Copying, Ended, now_s, wal_needed};
 use super::copy::copy;
 use super::parent::ParentFiles;
+use super::peer;
 use super::pieces::{Budget, PIECES_MAX};
 use super::scan::{Scanned, ScannedKind};
 use super::server::{Server, Stopped, config, describe};
@@ -44,7 +45,7 @@ impl Stream {
     /// Connects to the server of that session. A conninfo string can name several, so that is proved.
     pub(super) fn connect(server: &mut Server, conninfo: &str) -> Result<Self> {
         let config = config(conninfo)?;
-        let mut wire = Wire::connect(&config)?;
+        let mut wire = peer::connect(&config, Wire::connect)?;
         wire.query(WHICH_SERVER)?;
         let answer = wire.rows()?.pop().and_then(|mut row| row.pop()).flatten();
         wire.ready()?;
