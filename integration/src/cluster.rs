@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::client::Client;
+use crate::clock::WrongClock;
 use crate::install;
 use crate::process::{is_running, run, run_ok};
 use crate::wait::{poll, wait_until};
@@ -45,6 +46,7 @@ pub struct Cluster {
     data: PathBuf,
     port: u16,
     options: Vec<(String, String)>,
+    environment: Vec<(&'static str, String)>,
     // in this order: the watchdog removes what `home` names, then `home` finds nothing left to do
     _watchdog: Watchdog,
     home: TempDir,
@@ -57,9 +59,16 @@ pub struct Builder {
     checksums: bool,
     wal_segsize_mb: u32,
     conf: Vec<(String, String)>,
+    environment: Vec<(&'static str, String)>,
 }
 
 impl Builder {
+    /// A clock of the server's own.
+    pub fn clock(mut self, clock: &WrongClock) -> Self {
+        self.environment = clock.environment().into();
+        self
+    }
+
     /// The major version; 15 unless told.
     pub fn major(mut self, major: u32) -> Self {
         self.major = major;
@@ -103,6 +112,7 @@ impl Builder {
         }
         append(&data.join("postgresql.conf"), &conf);
         let mut cluster = Cluster::new(self.major, bin, data, home, Vec::new());
+        cluster.environment = self.environment;
         cluster.start();
         cluster
     }
@@ -168,7 +178,13 @@ rm -rf "$1"
 impl Cluster {
     /// A new cluster.
     pub fn builder() -> Builder {
-        Builder { major: install::CLIENT_MAJOR, checksums: false, wal_segsize_mb: 16, conf: Vec::new() }
+        Builder {
+            major: install::CLIENT_MAJOR,
+            checksums: false,
+            wal_segsize_mb: 16,
+            conf: Vec::new(),
+            environment: Vec::new(),
+        }
     }
 
     /// Starts a server on a data directory that is there already, such as a restored copy or a mounted backup.
@@ -199,7 +215,17 @@ impl Cluster {
         let Home { path: home, port, watchdog } = home;
         let run = home.path().join("run");
         let conninfo = format!("host={} port={port} user=postgres dbname=postgres", run.display());
-        Self { client: Client::new(conninfo), major, bin, data, port, options, _watchdog: watchdog, home }
+        Self {
+            client: Client::new(conninfo),
+            major,
+            bin,
+            data,
+            port,
+            options,
+            environment: Vec::new(),
+            _watchdog: watchdog,
+            home,
+        }
     }
 
     /// Starts the server, after a [`Self::stop`].
@@ -317,6 +343,7 @@ impl Cluster {
     fn pg_ctl(&self) -> std::process::Command {
         let mut pg_ctl = install::as_server_user(self.bin.join("pg_ctl"));
         pg_ctl.arg("-s").arg("-D").arg(&self.data);
+        pg_ctl.envs(self.environment.iter().map(|(name, value)| (name, value)));
         pg_ctl
     }
 

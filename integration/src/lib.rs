@@ -11,6 +11,7 @@
 //! | [`place`] | the directory all of a test's things are in, and their end |
 //! | [`files`] | comparing trees of files |
 //! | [`mounts`] | the end of a mount and of its daemon |
+//! | [`clock`] | a clock that can be set for single programs |
 //! | [`wait`] | waiting for what happens elsewhere |
 //! | [`install`] | where servers, clients and users are found on this machine |
 //! | [`watchdog`] | cleaning up when the test itself is killed |
@@ -20,6 +21,7 @@
 
 pub mod bin;
 pub mod client;
+pub mod clock;
 pub mod cluster;
 pub mod data;
 pub mod files;
@@ -34,6 +36,7 @@ pub mod watchdog;
 
 pub use bin::{Output, pgcairn};
 pub use client::Client;
+pub use clock::WrongClock;
 pub use cluster::{Cluster, StopMode};
 pub use data::Data;
 pub use mounts::MountGuard;

@@ -390,7 +390,7 @@ fn recovery_takes_what_was_fetched_ahead() {
     }
     setup.settle();
     let copy = setup.stanza.place().join("copy");
-    setup.stanza.run(["restore", copy.to_str().unwrap()]).ok();
+    setup.stanza.run(["restore", "--type=none", copy.to_str().unwrap()]).ok();
     let command = setup.stanza.archive_command().replace("archive-push %p", "--log-level=info archive-get %f %p");
     fs::write(copy.join("recovery.signal"), b"").unwrap();
     install::give_to_server_user(&copy.join("recovery.signal"));

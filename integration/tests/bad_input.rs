@@ -266,7 +266,7 @@ fn directories_that_cannot_be_restored_into() {
     // the tablespace's own place is the source's
     let copy = place.join("restored");
     let oid = cluster.psql("SELECT oid FROM pg_tablespace WHERE spcname = 'elsewhere';");
-    refused(stanza.run(["restore", text(&copy)]), &["tablespace-elsewhere", "not empty"]);
+    refused(stanza.run(["restore", text(&copy)]), &["tablespace-elsewhere", "is the place of tablespace"]);
     let unknown = ["restore", "--tablespace-map", "1=/tmp/x", text(&copy)];
     refused(stanza.run(unknown), &["has no tablespace 1"]);
     let taken = format!("{oid}={}", full.display());

@@ -281,7 +281,7 @@ fn a_flipped_byte_harms_one_chunk_of_a_mounted_file() {
 
     // a copy of it is not made
     let copy = stanza.place().join("copy");
-    stanza.run(["restore", copy.to_str().unwrap()]).fails(1, "is damaged").fails(1, "hint:");
+    stanza.run(["restore", "--type=none", copy.to_str().unwrap()]).fails(1, "is damaged").fails(1, "hint:");
     assert!(!copy.join("global/pg_control").exists(), "half a copy can be started");
 }
 
@@ -326,7 +326,7 @@ fn a_path_that_leads_out_is_refused() {
     let stanza = written(objects);
     fs::write(manifest_path(&stanza), alone).unwrap();
     let copy = stanza.place().join("copy");
-    stanza.run(["restore", copy.to_str().unwrap()]).fails(1, "error:");
+    stanza.run(["restore", "--type=none", copy.to_str().unwrap()]).fails(1, "error:");
     assert!(!copy.join("global/pg_control").exists());
     assert_eq!(files::files(&victim), Vec::<PathBuf>::new());
 }
@@ -345,7 +345,7 @@ fn refused(what: &str, objects: &Objects, manifest: &[u8]) {
     assert!(output.code == Some(1) && output.stderr.contains("hint:"), "{what}: {output:?}");
     assert!(!pgcairn_integration::mounts::is_mounted(&mountpoint));
     let copy = stanza.place().join("copy");
-    let output = stanza.run(["restore", copy.to_str().unwrap()]);
+    let output = stanza.run(["restore", "--type=none", copy.to_str().unwrap()]);
     assert!(output.code == Some(1) && output.stderr.contains("error:"), "{what}: {output:?}");
     assert!(!copy.exists(), "{what}: something was written");
 }

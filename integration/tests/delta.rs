@@ -71,7 +71,7 @@ fn a_damaged_old_copy_becomes_what_a_fresh_restore_is() {
     let (copy, spaces) = (stanza.place().join("copy"), stanza.place().join("spaces"));
     let spaces_option = format!("--tablespace-map-all={}", spaces.display());
     let onto = |arguments: &[&str]| stanza.run([&["restore", text(&copy), &spaces_option], arguments].concat());
-    onto(&[]).ok();
+    onto(&["--type=none"]).ok();
     assert!(spaces.join("elsewhere").is_dir(), "tablespaces are found by their names");
     let mut server = Cluster::open(MAJOR, &copy, &[]);
     server.psql("UPDATE pgbench_accounts SET abalance = 7 WHERE aid % 50 = 0; CREATE TABLE strange AS SELECT 1 AS i;");
@@ -118,7 +118,7 @@ fn a_damaged_old_copy_becomes_what_a_fresh_restore_is() {
     )
     .unwrap();
     assert!(Cluster::try_open(MAJOR, &copy, &[]).is_err());
-    onto(&["--delta", "--set", &label]).ok();
+    onto(&["--delta", "--type=none", "--set", &label]).ok();
     prove(&copy, &rows, &[]);
     drop(cluster);
     stanza.assert_nothing_left();

@@ -96,7 +96,7 @@ fn refused_without(stanza: &Stanza, cluster: &Cluster) {
         (1, &["repo", "repair"]),
         (1, &["mount", &target]),
         (1, &["start"]),
-        (1, &["restore", &target]),
+        (1, &["restore", "--type=none", &target]),
         (1, &["stanza-create", "--pg", pg]),
         (1, &["archive-push", &wal]),
         (250, &["archive-get", "000000010000000000000001", &target]),

@@ -30,7 +30,7 @@ fn stored_new(backup: &serde_json::Value) -> u64 {
 /// Restores a backup, has its pages judged, and gives the server on it.
 fn restored(stanza: &Stanza, label: &str) -> Cluster {
     let copy = stanza.place().join(&format!("copy-{label}"));
-    stanza.run(["restore", copy.to_str().unwrap(), "--set", label]).ok();
+    stanza.run(["restore", "--type=none", copy.to_str().unwrap(), "--set", label]).ok();
     let mut cluster = Cluster::open(15, &copy, &[]);
     cluster.stop(StopMode::Fast);
     run_ok(install::client("pg_checksums").args(["--check", "-D"]).arg(&copy), &[], LONG);

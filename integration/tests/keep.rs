@@ -79,7 +79,7 @@ fn what_expire_leaves_is_whole() {
     assert_eq!((&again["packs"]["unneeded"], &again["packs"]["deleted"]), (&0.into(), &0.into()), "{again}");
 
     let copy = stanza.place().join("copy");
-    stanza.run(["restore", copy.to_str().unwrap()]).ok();
+    stanza.run(["restore", "--type=none", copy.to_str().unwrap()]).ok();
     assert_eq!(Cluster::open(15, &copy, &[]).fingerprint(), expected);
     stanza.run(["expire", "--set", &third]).fails(1, "last full backup");
 
@@ -126,7 +126,7 @@ fn a_stanza_goes_on_with_an_upgraded_cluster() {
     assert!(fs::exists(format!("{}/archive/main/15-2", stanza.repo())).unwrap());
     for (label, table) in [(&before, None), (&after, Some("upgraded"))] {
         let copy = stanza.place().join(label);
-        stanza.run(["restore", "--set", label, copy.to_str().unwrap()]).ok();
+        stanza.run(["restore", "--type=none", "--set", label, copy.to_str().unwrap()]).ok();
         let cluster = Cluster::open(15, &copy, &[]);
         match table {
             None => assert_eq!(cluster.fingerprint(), expected),

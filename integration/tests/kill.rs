@@ -67,7 +67,7 @@ fn a_killed_backup_is_none() {
     let expected = cluster.fingerprint();
     stanza.backup(&cluster);
     let copy = stanza.place().join("copy");
-    stanza.run(["restore", copy.to_str().unwrap()]).ok();
+    stanza.run(["restore", "--type=none", copy.to_str().unwrap()]).ok();
     assert_eq!(Cluster::open(15, &copy, &[]).fingerprint(), expected);
 }
 

@@ -42,7 +42,7 @@ fn prove(stanza: &Stanza, cluster: &Cluster, backup: &Value) {
     let (copy, spaces) =
         (stanza.place().join(&format!("copy-{label}")), stanza.place().join(&format!("spaces-{label}")));
     let map = format!("--tablespace-map-all={}", spaces.display());
-    stanza.run(["restore", copy.to_str().unwrap(), "--set", label, &map]).ok();
+    stanza.run(["restore", "--type=none", copy.to_str().unwrap(), "--set", label, &map]).ok();
     let mut opened = Cluster::open(15, &copy, &[]);
     assert_eq!(opened.fingerprint(), cluster.fingerprint());
     let dump = |of: &Cluster| of.dumpall().lines().filter(|line| !line.contains("LOCATION")).collect::<String>();

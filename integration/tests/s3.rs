@@ -106,7 +106,7 @@ fn the_main_path() {
 
     let (copy, tablespaces) = (stanza.place().join("copy"), stanza.place().join("tablespaces"));
     let map = format!("--tablespace-map-all={}", tablespaces.display());
-    stanza.run(["restore", &map, copy.to_str().unwrap()]).ok();
+    stanza.run(["restore", "--type=none", &map, copy.to_str().unwrap()]).ok();
     assert_eq!(Cluster::open(15, &copy, &[]).fingerprint(), expected);
     stanza.assert_nothing_left();
 }
@@ -138,7 +138,7 @@ fn a_store_that_goes_away_during_a_backup() {
         assert!(info.contains("no backup yet"), "{trouble:?} after {after}: {info}");
         setup
             .stanza
-            .run(["restore", setup.stanza.place().join("copy").to_str().unwrap()])
+            .run(["restore", "--type=none", setup.stanza.place().join("copy").to_str().unwrap()])
             .fails(1, "has no backup yet");
         setup.stanza.run(["start"]).fails(1, "has no backup yet");
     }

@@ -61,7 +61,7 @@ fn read_all(backup: &Value) -> bool {
 /// Restores a backup and starts it.
 fn restored(stanza: &Stanza, backup: &Value, name: &str) -> Cluster {
     let copy = stanza.place().join(name);
-    stanza.run(["restore", "--set", backup["label"].as_str().unwrap(), copy.to_str().unwrap()]).ok();
+    stanza.run(["restore", "--type=none", "--set", backup["label"].as_str().unwrap(), copy.to_str().unwrap()]).ok();
     Cluster::open(15, &copy, &[])
 }
 

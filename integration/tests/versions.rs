@@ -28,7 +28,7 @@ fn the_whole_way(major: u32, wal_segsize_mb: u32) {
 
     let (copy, tablespaces) = (stanza.place().join("copy"), stanza.place().join("tablespaces"));
     let map = format!("--tablespace-map-all={}", tablespaces.display());
-    stanza.run(["restore", &map, copy.to_str().unwrap()]).ok();
+    stanza.run(["restore", "--type=none", &map, copy.to_str().unwrap()]).ok();
     let mut opened = Cluster::open(major, &copy, &[]);
     assert_eq!(opened.fingerprint(), expected);
     opened.stop(StopMode::Fast);

@@ -6,6 +6,7 @@ use jiff::Zoned;
 use super::options::{Cache, Common};
 use super::output;
 use crate::error::{Error, Result};
+use crate::postgres::Label;
 use crate::read::course::{Bound, Course};
 use crate::read::horizon::Horizon;
 use crate::read::point::{Action, Point, PointParts, Target, TargetType};
@@ -16,7 +17,8 @@ use crate::repo::Repository;
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Point options")]
 pub(super) struct PointOptions {
-    /// What the target is [default: what it reads like; without a target, the backup as it is]
+    /// What the target is [default: what it reads like; without a target, "restore" goes to the end of the archive, and all
+    /// else takes the backup as it is]
     #[arg(long = "type", value_name = "TYPE")]
     kind: Option<Type>,
     /// Time ("2026-11-22 14:30", "yesterday 14:30", "10 minutes ago"), LSN, transaction or name of a restore point
@@ -85,6 +87,18 @@ impl PointOptions {
         Ok(point)
     }
 
+    /// The same, but of a backup, without a word on what to reach, the end of the archive.
+    pub(super) fn point_or_end(&self, named: Option<&str>) -> Result<Point> {
+        let is_backup = named.is_none_or(|name| name == "latest" || name.parse::<Label>().is_ok());
+        let kind = self.kind.or((is_backup && self.target.is_none()).then_some(Type::Default));
+        Self { kind, ..self.clone() }.point(named)
+    }
+
+    /// True when it is said what to reach, or how.
+    pub(super) fn is_explicit(&self) -> bool {
+        !self.is_empty()
+    }
+
     /// True when the server is to wait at its target.
     pub(super) fn waits(&self) -> bool {
         self.target_action == Some(TargetAction::Pause)
@@ -104,7 +118,9 @@ impl PointOptions {
 pub(super) fn find(repository: &Repository, point: &Point, bound: Bound, cache: &Cache) -> Result<Course> {
     let directory = cache.directory();
     let horizon = || Horizon::load(repository, point.label.as_deref(), directory.as_deref());
-    Ok(Course::find(repository, point, bound, horizon)?)
+    let course = Course::find(repository, point, bound, horizon)?;
+    course.recovery.iter().flat_map(|recovery| &recovery.notes).for_each(|text| output::note(&format!("note: {text}")));
+    Ok(course)
 }
 
 /// What a view shows of a course: a data directory whose recovery finds its WAL in `pg_wal`, and asks `restore_command` for the

@@ -1,5 +1,7 @@
 use std::collections::BTreeMap;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
@@ -11,22 +13,25 @@ use super::point::{self, PointOptions, WalFor};
 use crate::error::{Error, Result};
 use crate::format::manifest::{Description, Tablespace};
 use crate::postgres::{AUTO_CONF, conf};
-use crate::read::course::Bound;
-use crate::read::point::Action;
+use crate::read::course::{Bound, Course, Recovery};
+use crate::read::point::{Action, Point, Target};
 use crate::read::recovery::Prepared;
 use crate::read::restore::{Databases, RestoreOptions, Restored, restore};
+use crate::read::tree::Owner;
 use crate::read::view::{View, ViewOptions};
+use crate::repo::Repository;
 
 /// Copy a backup out into an empty directory, or make a data directory equal to it
 ///
 /// Every byte is checked. Until all of it is durable the directory has no pg_control, so that nothing starts on a half of it;
 /// --delta goes on where a restore was interrupted.
+/// The copy's server recovers to the end of the archive, unless --type or --target say otherwise; --type=none is the backup alone.
 /// The copy does not archive WAL unless --archive-mode=preserve: it is on its source's timeline.
 #[derive(Debug, Args)]
 pub(super) struct Restore {
     /// Directory to write to: empty, or not there yet; with --delta also this cluster's
     directory: PathBuf,
-    /// Which backup: a label, or latest [default: with a target the last one before it, else the latest]
+    /// Which backup to begin with: a label, or latest [default: with a target the last one before it, else the latest]
     #[arg(long = "set", env = "PGCAIRN_SET", value_name = "LABEL")]
     set: Option<String>,
     #[command(flatten)]
@@ -71,9 +76,9 @@ enum ArchiveMode {
 
 impl Restore {
     pub(super) fn run(self, common: &Common) -> Result<()> {
-        let point = self.point.point(self.set.as_deref())?;
+        let point = self.point.point_or_end(self.set.as_deref())?;
         let repository = common.repository()?;
-        let course = point::find(&repository, &point, Bound::Open, &no_cache())?;
+        let course = self.course(&repository, &point)?;
         let copy = self.archive_mode == ArchiveMode::Off;
         let wal_for = if copy { WalFor::Copy } else { WalFor::Replacement };
         let prepared = match &course.recovery {
@@ -88,7 +93,7 @@ impl Restore {
         let label = course.label;
         let fetcher = no_cache().fetcher(repository)?;
         let options = ViewOptions { copy, ..ViewOptions::default() };
-        let to = prepared.as_ref().map(|prepared| prepared.recovery.to.clone());
+        let recovery = prepared.as_ref().map(|prepared| prepared.recovery.clone());
         let view = View::load(fetcher, &label, &ViewOptions { changes: self.delta, ..options.prepared(prepared) })?;
         let root = nix::unistd::geteuid().is_root();
         let owner = match root || self.owner.is_some() {
@@ -100,18 +105,56 @@ impl Restore {
         let directory = absolute(&self.directory)?;
         let progress = Progress::new(false);
         let started = Instant::now();
+        if let Some(owner) = owner.filter(|_| root && recovery.is_some()) {
+            warn_of_program(owner);
+        }
         let databases = Databases { include: self.db_include, exclude: self.db_exclude };
         let options = RestoreOptions { process_max, owner, tablespaces, delta: self.delta, databases, copy };
         let restored = restore(&view, &directory, &options, &progress)?;
         progress.clear();
         let reaches = if copy { outside(&directory) } else { Vec::new() };
         let seconds = started.elapsed().as_secs_f64();
-        let told = Told { label, directory, restored, seconds, to, delta: self.delta, copy, reaches };
+        let told = Told { label, directory, restored, seconds, recovery, delta: self.delta, copy, reaches };
         match self.output {
             Output::Json => output::line(&serde_json::to_string_pretty(&told.json())?),
             Output::Text => told.lines().iter().for_each(|line| output::line(line)),
         }
         Ok(())
+    }
+}
+
+impl Restore {
+    /// The way to the point. Where nothing is asked for and no WAL is archived after the backup, that is the backup.
+    fn course(&self, repository: &Repository, point: &Point) -> Result<Course> {
+        let course = point::find(repository, point, Bound::Open, &no_cache());
+        if self.point.is_explicit() || point.target != Target::End {
+            return course;
+        }
+        let course = course.map_err(|error| match error.hint_text() {
+            Some(_) => error,
+            None => error.hint("\"--type=none\" restores a backup without what was archived after it"),
+        })?;
+        let has_wal = course.recovery.as_ref().is_some_and(|recovery| !recovery.wal.is_empty());
+        match !has_wal && repository.description(&course.label)?.wal_stored {
+            true => Ok(Course { recovery: None, ..course }),
+            false => Ok(course),
+        }
+    }
+}
+
+/// Says so when the user that the server will run as cannot run this program, which its restore_command names.
+fn warn_of_program(owner: Owner) {
+    let Ok(program) = std::env::current_exe() else { return };
+    let mut run = Command::new(&program);
+    run.arg("--version").current_dir("/").uid(owner.uid).gid(owner.gid);
+    run.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    if !run.status().is_ok_and(|status| status.success()) {
+        output::note(&format!(
+            "note: user {} cannot run {}, which the copy's restore_command names: its server will not start; \
+             install pgcairn where that user can run it",
+            owner.uid,
+            program.display()
+        ));
     }
 }
 
@@ -121,7 +164,7 @@ struct Told {
     directory: PathBuf,
     restored: Restored,
     seconds: f64,
-    to: Option<String>,
+    recovery: Option<Recovery>,
     delta: bool,
     copy: bool,
     reaches: Vec<String>,
@@ -146,11 +189,20 @@ impl Told {
                 of.removed
             ));
         }
+        lines.extend(of.note.clone());
         if !of.zeroed.is_empty() {
             let names: Vec<String> = of.zeroed.iter().map(ToString::to_string).collect();
             lines.push(format!("restored as zeros: {}; drop these databases", names.join(", ")));
         }
-        lines.extend(self.to.as_ref().map(|to| format!("its server recovers to {to} when it is started")));
+        lines.push(match &self.recovery {
+            Some(recovery) => {
+                let reaches = recovery.reaches.as_ref().map(|reached| format!("; {reached}")).unwrap_or_default();
+                format!("its server recovers to {} when it is started{reaches}", recovery.to)
+            }
+            None => {
+                "its server will be at the end of the backup, and replays nothing that was archived after it".to_owned()
+            }
+        });
         if self.copy {
             lines.push(
                 "it is a copy: no archiving, no subscriptions, no jobs of pg_cron (see the end of its postgresql.auto.conf; \
@@ -173,7 +225,10 @@ impl Told {
             "bytes-equal": of.equal,
             "files-removed": of.removed,
             "databases-zeroed": of.zeroed,
-            "recovers-to": self.to,
+            "recovers-to": self.recovery.as_ref().map(|recovery| &recovery.to),
+            "reaches": self.recovery.as_ref().and_then(|recovery| recovery.reaches.as_ref()),
+            "notes": self.recovery.as_ref().map(|recovery| &recovery.notes),
+            "note": of.note,
             "copy": self.copy,
             "reaches-outside": self.reaches,
             "seconds": self.seconds,
@@ -229,7 +284,7 @@ fn places(of: &Description, map: &[(String, PathBuf)], all: Option<&Path>) -> Re
             };
             Error::new(format!("backup {} has no tablespace {wanted}", of.label)).hint(hint)
         })?;
-        if places.insert(found.oid, place.clone()).is_some() {
+        if places.insert(found.oid, absolute(place)?).is_some() {
             return Err(Error::new(format!("tablespace {wanted} is mapped twice")).hint("say one place for each"));
         }
     }

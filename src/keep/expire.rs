@@ -137,6 +137,7 @@ pub fn expire(repository: &Repository, options: &ExpireOptions, monitor: &dyn Mo
     let mut report = Report {
         dry_run: options.dry_run,
         backups: decision.backups.iter().map(BackupReport::from).collect(),
+        notes: decision.notes.clone(),
         ..Report::default()
     };
     if options.retention.is_none() && options.set.is_none() {

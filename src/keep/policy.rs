@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::postgres::{BackupKind, Label, SegmentName};
+use crate::postgres::{BackupKind, Label, SegmentName, TimestampTz};
+use crate::repo::clock::Clock;
 
 /// What `repo-retention-full` counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,6 +78,8 @@ pub struct Decision {
     pub backups: Vec<Fate>,
     /// by number of the cluster
     pub archives: BTreeMap<u32, (WalRule, String)>,
+    /// what looks wrong
+    pub notes: Vec<String>,
 }
 
 impl Retention {
@@ -110,9 +113,27 @@ pub fn decide(known: &[Known], retention: &Retention, clusters: &[u32], now: i64
     let mut known = known.to_vec();
     known.sort_by_key(|backup| backup.label);
     let mut gone: BTreeMap<Label, String> = BTreeMap::new();
-    expire_fulls(&known, retention, now, &mut gone);
+    let clock = Clock::new(known.iter().map(|backup| backup.stop_time).collect(), now);
+    expire_fulls(&known, retention, (&clock, now), &mut gone);
     expire_diffs(&known, retention, &mut gone);
-    decision(&known, gone, retention, clusters)
+    let notes = match (retention.full, retention.full_type) {
+        (Some(_), FullType::Time) => doubts(&known, &clock),
+        _ => Vec::new(),
+    };
+    Decision { notes, ..decision(&known, gone, retention, clusters) }
+}
+
+/// Says which times are not believed.
+fn doubts(known: &[Known], clock: &Clock) -> Vec<String> {
+    let time = |seconds: i64| TimestampTz::from_unix_s(seconds).unwrap_or_default();
+    let wrong = known.iter().enumerate().filter(|(number, _)| !clock.believes(*number)).map(|(_, of)| {
+        format!(
+            "backup {} says that it ended {}, which does not fit the others: a clock was wrong; it does not count as old",
+            of.label,
+            time(of.stop_time)
+        )
+    });
+    wrong.collect()
 }
 
 /// What stays when a person removes one backup, and with it what is said to build on it.
@@ -146,7 +167,7 @@ fn decision(known: &[Known], mut gone: BTreeMap<Label, String>, retention: &Rete
         Some(why) => Fate { label: backup.label, keep: false, why },
         None => Fate { label: backup.label, keep: true, why: why_kept(backup, known, retention) },
     };
-    Decision { backups: known.iter().map(fate).collect(), archives }
+    Decision { backups: known.iter().map(fate).collect(), archives, notes: Vec::new() }
 }
 
 fn is_full(backup: &Known) -> bool {
@@ -163,7 +184,12 @@ fn why_kept(backup: &Known, known: &[Known], retention: &Retention) -> String {
     }
 }
 
-fn expire_fulls(known: &[Known], retention: &Retention, now: i64, gone: &mut BTreeMap<Label, String>) {
+fn expire_fulls(
+    known: &[Known],
+    retention: &Retention,
+    (clock, now): (&Clock, i64),
+    gone: &mut BTreeMap<Label, String>,
+) {
     let Some(count) = retention.full else { return };
     let fulls: Vec<&Known> = known.iter().filter(|backup| is_full(backup)).collect();
     // never the last one, whatever was asked for
@@ -175,8 +201,9 @@ fn expire_fulls(known: &[Known], retention: &Retention, now: i64, gone: &mut BTr
         FullType::Time => {
             // the newest one that is old enough stays: without it nobody could reach back that far
             let oldest = now.saturating_sub(i64::from(count) * 86_400);
-            let reaches = |full: &&&Known| full.stop_time <= oldest;
-            let first_kept = fulls.iter().rposition(|full| reaches(&full)).unwrap_or(0);
+            let is_old = |number: usize| is_full(&known[number]) && clock.at_most(number) <= oldest;
+            let reaching = (0..known.len()).rev().find(|number| is_old(*number));
+            let first_kept = reaching.map_or(0, |number| known[..number].iter().filter(|of| is_full(of)).count());
             (first_kept, format!("a newer full backup reaches back {count} days (repo-retention-full)"))
         }
     };

@@ -3,6 +3,7 @@
 //! The rules are those of PostgreSQL's own base backup (`basebackup.c`) and of `pg_checksums`.
 
 use std::collections::HashSet;
+use std::path::{Component, Path, PathBuf};
 
 use super::version::TablespaceDirectory;
 
@@ -265,6 +266,24 @@ impl UnloggedRelations {
 
 fn relation_name(name: &[u8]) -> Option<RelationName> {
     RelationName::parse(std::str::from_utf8(name).ok()?)
+}
+
+/// Returns where a link in `pg_tblspc` of `data_directory` leads. A relative link counts from the
+/// directory in which it lies, and becomes a path without `..`; no symbolic link on the way is
+/// followed.
+pub fn tablespace_place(data_directory: &Path, link: &Path) -> PathBuf {
+    if link.is_absolute() {
+        return link.to_owned();
+    }
+    let mut place = PathBuf::new();
+    for part in data_directory.join("pg_tblspc").join(link).components() {
+        match part {
+            Component::ParentDir => _ = place.pop(),
+            Component::CurDir => {}
+            part => place.push(part),
+        }
+    }
+    place
 }
 
 #[cfg(test)]

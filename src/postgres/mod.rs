@@ -34,7 +34,7 @@ pub use backup_label::{BackupLabel, BackupLabelError, BackupSource, TablespaceLi
 pub use control::{Checkpoint, ClusterState, ControlError, ControlFile, WalLevel};
 pub use files::{
     AUTO_CONF, CONTROL_FILE, FileClass, Fork, Layout, RECOVERY_SIGNAL, RelationFile, STANDBY_SIGNAL, SkipReason,
-    UnloggedRelations,
+    UnloggedRelations, tablespace_place,
 };
 pub use label::{BackupKind, Label, LabelError};
 pub use lsn::{Lsn, LsnError, Timeline, TimelineError};

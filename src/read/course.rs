@@ -1,14 +1,15 @@
 //! The way to a point: which backup, along which timeline, what PostgreSQL is told, which WAL it needs for that.
 
-use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::crossing::{self, StopPoint};
 use super::horizon::{Horizon, Range, Stone};
-use super::point::{Action, Point, Target, TargetTimeline};
+use super::point::{Point, Target, TargetTimeline};
+pub use super::settings::{Reached, Recovery};
 use crate::error::{Error, Result};
 use crate::postgres::wal::coverage::{Road, RoadEnd};
 use crate::postgres::wal::records::Event;
-use crate::postgres::{Lsn, SegmentSize, Timeline, TimelineHistory, TimestampTz};
+use crate::postgres::{Lsn, Timeline, TimelineHistory, TimestampTz};
 use crate::repo::Repository;
 
 /// A point that was found.
@@ -20,24 +21,6 @@ pub struct Course {
     /// what is done beyond its consistency; none: nothing
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recovery: Option<Recovery>,
-}
-
-/// An archive recovery.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Recovery {
-    /// stay a standby
-    pub standby: bool,
-    /// settings that say what is reached; `restore_command` and the action are the verb's
-    pub settings: Vec<(String, String)>,
-    /// true: the settings name a target, so that PostgreSQL fails rather than stop before it
-    pub has_target: bool,
-    /// the WAL that is needed, as consecutive segments: timeline, first number, last number
-    pub wal: Vec<(u32, u64, u64)>,
-    /// timelines whose history files are needed
-    pub histories: Vec<u32>,
-    /// in words
-    pub to: String,
 }
 
 /// Why there is no way to a point.
@@ -111,6 +94,8 @@ struct Way<'a> {
     history: TimelineHistory,
     road: Road,
     target: Option<(&'static str, String)>,
+    reaches: Option<StopPoint>,
+    notes: Vec<String>,
 }
 
 impl Search<'_> {
@@ -187,23 +172,36 @@ impl Search<'_> {
         let stone = stone.filter(named).find(|stone| stone.is_on(history));
         let stone = stone.ok_or_else(|| NoCourse::Unreachable(self.no_backup()))?;
         let road = self.consistent_road(stone, history)?;
-        let target = match self.point.target {
-            Target::Immediate => Some(("recovery_target", "immediate".to_owned())),
-            Target::End if self.bound == Bound::Archive => {
-                let end = self.horizon.end_of(&road)?;
-                // a backup with its own WAL and none behind it ends where it is consistent
-                Some(match end.last_record.filter(|(_, lsn)| *lsn >= stone.stop) {
-                    Some((_, lsn)) => ("recovery_target_lsn", lsn.to_string()),
-                    None => ("recovery_target", "immediate".to_owned()),
-                })
+        if self.point.target == Target::Immediate {
+            return Ok(self.up_to_stop(stone, history, &road, None));
+        }
+        let end = self.horizon.end_of(&road)?;
+        let last = end.last_stop.filter(|last| last.lsn >= stone.stop);
+        let mut notes = Vec::new();
+        if let RoadEnd::Gap { missing, then } = road.end {
+            let reached =
+                last.map_or_else(|| format!("with backup {}", stone.label), |last| format!("at {}", last.time));
+            notes.push(format!(
+                "WAL segment {missing} is missing, the next there is {then}: recovery ends before it, at LSN {}; the \
+                 last transaction that can be reached ended {reached}",
+                road.end_lsn()
+            ));
+        }
+        let way = match self.bound {
+            Bound::Archive if last.is_some() || end.last_record.is_none_or(|(_, lsn)| lsn < stone.stop) => {
+                let way = self.up_to_stop(stone, history, &road, last);
+                Way { road, ..way }
             }
-            _ => None,
+            // a long transaction that has not ended
+            Bound::Archive => {
+                let target = end.last_record.map(|(_, lsn)| ("recovery_target_lsn", lsn.to_string()));
+                Way { stone, history: history.clone(), road, target, reaches: None, notes: Vec::new() }
+            }
+            Bound::Open => {
+                Way { stone, history: history.clone(), road, target: None, reaches: last, notes: Vec::new() }
+            }
         };
-        let up_to = match self.point.target {
-            Target::Immediate => road.index_of(Lsn(stone.stop.0.saturating_sub(1))).unwrap_or(0),
-            _ => u64::MAX - 1,
-        };
-        Ok(Way { stone, history: history.clone(), road: road.up_to(up_to), target })
+        Ok(Way { notes, ..way })
     }
 
     /// The road behind a backup, which must reach where that is consistent.
@@ -228,41 +226,79 @@ impl Search<'_> {
     }
 
     fn to_time(&self, history: &TimelineHistory, at: TimestampTz) -> Found<Way<'_>> {
-        let passes = |time: TimestampTz| if self.point.exclusive { time >= at } else { time > at };
-        for stone in self.own_stones(history) {
-            if stone.stop_s > at.unix_s() {
-                continue;
-            }
-            let road = self.consistent_road(stone, history)?;
-            if stone.stop_s == at.unix_s() && !self.is_consistent_before(stone, history, at)? {
-                continue;
-            }
-            let from = road.index_of(stone.stop).unwrap_or(0);
-            let value = at.to_string();
-            if let Some(index) = self.horizon.first_passing(&road, from, passes)? {
-                let target = Some(("recovery_target_time", value));
-                return Ok(Way { stone, history: history.clone(), road: road.up_to(index), target });
-            }
-            // nothing ended after it, but something else proves that the archive goes on beyond it
-            let end = self.horizon.end_of(&road)?;
-            if let (Some(latest), Some((_, lsn))) = (end.latest, end.last_record)
-                && latest > at
-                && lsn >= stone.stop
-                && road.end == RoadEnd::Open
-            {
-                let target = Some(("recovery_target_lsn", lsn.to_string()));
-                return Ok(Way { stone, history: history.clone(), road, target });
-            }
-            return Err(NoCourse::Unreachable(self.behind(history, &road, Some(at))?));
+        let Some(stone) = self.stone_before(history, at)? else {
+            return Err(NoCourse::Unreachable(self.before(history, Some(at))?));
+        };
+        let road = self.consistent_road(stone, history)?;
+        let search = crossing::Search {
+            horizon: self.horizon,
+            road: &road,
+            start: stone.stop,
+            at,
+            exclusive: self.point.exclusive,
+        };
+        if let Some(found) = search.find()? {
+            let way = self.up_to_stop(stone, history, &road, found.last);
+            return Ok(Way { notes: found.warning.into_iter().collect(), ..way });
         }
-        Err(NoCourse::Unreachable(self.before(history, Some(at))?))
+        // nothing ended after it, but something else proves that the archive goes on beyond it
+        let end = self.horizon.end_of(&road)?;
+        match end.latest.filter(|latest| *latest > at && road.end == RoadEnd::Open).and(end.last_record) {
+            Some((_, lsn)) if lsn >= stone.stop => {
+                let last = end.last_stop.filter(|last| last.lsn >= stone.stop);
+                Ok(self.up_to_stop(stone, history, &road, last))
+            }
+            _ => Err(NoCourse::Unreachable(self.behind(history, &road, Some(at))?)),
+        }
     }
 
-    /// Whether no transaction that `passes` ended before the backup was consistent, or before it began: PostgreSQL would not notice
-    /// that it was there already. The last time told before that is the proof, since times rise; without one the answer is no.
-    fn is_consistent_before(&self, stone: &Stone, history: &TimelineHistory, at: TimestampTz) -> Result<bool> {
-        let last = self.horizon.last_told_before(history, stone.stop)?;
-        Ok(last.is_some_and(|last| if self.point.exclusive { last < at } else { last <= at }))
+    /// The newest backup before whose consistency no transaction ended after the moment, by the times
+    /// in the WAL. The times of backups say where to begin to look: they are another clock's.
+    fn stone_before(&self, history: &TimelineHistory, at: TimestampTz) -> Result<Option<&Stone>> {
+        let stones: Vec<&Stone> = self.own_stones(history).collect();
+        let is_before = |stone: &Stone| -> Result<bool> {
+            let last = self.horizon.last_told_before(history, stone.stop)?;
+            let Some(last) = last else { return Ok(stone.stop_s <= at.unix_s()) };
+            Ok(if self.point.exclusive { last < at } else { last <= at })
+        };
+        let hint = stones.iter().position(|stone| stone.stop_s <= at.unix_s()).unwrap_or(stones.len());
+        let mut chosen = hint;
+        while let Some(stone) = stones.get(chosen)
+            && !is_before(stone)?
+        {
+            chosen += 1;
+        }
+        while chosen <= hint
+            && let Some(newer) = chosen.checked_sub(1)
+            && is_before(stones[newer])?
+        {
+            chosen = newer;
+        }
+        Ok(stones.get(chosen).copied())
+    }
+
+    /// To the end of a transaction, after which recovery stops; without one, to the backup's consistency.
+    /// What lies between that and the target changes nothing that can be seen, but holds locks of
+    /// transactions that had not ended, for which a server that waits there would wait for ever.
+    fn up_to_stop<'a>(
+        &self,
+        stone: &'a Stone,
+        history: &TimelineHistory,
+        road: &Road,
+        last: Option<StopPoint>,
+    ) -> Way<'a> {
+        let (target, index) = match last {
+            // the record may go on in the next segment
+            Some(last) => {
+                (("recovery_target_lsn", last.lsn.to_string()), road.index_of(last.lsn).map(|index| index + 1))
+            }
+            None => {
+                let index = road.index_of(Lsn(stone.stop.0.saturating_sub(1)));
+                (("recovery_target", "immediate".to_owned()), Some(index.unwrap_or(0)))
+            }
+        };
+        let road = road.up_to(index.unwrap_or(u64::MAX - 1));
+        Way { stone, history: history.clone(), road, target: Some(target), reaches: last, notes: Vec::new() }
     }
 
     fn to_lsn(&self, history: &TimelineHistory, lsn: Lsn) -> Found<Way<'_>> {
@@ -275,7 +311,8 @@ impl Search<'_> {
             (Some(index), Some((_, last))) if last >= lsn => {
                 let target = Some(("recovery_target_lsn", lsn.to_string()));
                 // the record there may begin, or go on, in the next segment
-                Ok(Way { stone, history: history.clone(), road: road.up_to(index + 1), target })
+                let road = road.up_to(index + 1);
+                Ok(Way { stone, history: history.clone(), road, target, reaches: None, notes: Vec::new() })
             }
             _ => Err(NoCourse::Unreachable(self.behind(history, &road, None)?)),
         }
@@ -286,12 +323,10 @@ impl Search<'_> {
         self.horizon.each_stretch(history, &mut |stone, road, from, to| {
             self.horizon.look_at(road, from, to)?;
             for index in from..to {
-                let Some(name) = road.segment(index) else { continue };
                 if !self.horizon.segment(road, index)?.may_end(xid) {
                     continue;
                 }
-                let before = index.checked_sub(1).and_then(|index| road.segment(index));
-                self.horizon.times().events(name, before, &mut |lsn, event| match event {
+                self.horizon.events(road, index, &mut |lsn, event| match event {
                     Event::End { xid: ended, .. } if *ended == xid && lsn >= stone.stop => found = Some(lsn),
                     _ => {}
                 })?;
@@ -302,14 +337,14 @@ impl Search<'_> {
             let error = Error::new(format!("transaction {xid} does not end in the WAL that can be reached"));
             return Err(NoCourse::Unreachable(self.hinted(error, history, None)?));
         };
-        self.to_record(history, lsn, ("recovery_target_xid", xid.to_string()))
+        self.to_record(history, lsn, !self.point.exclusive)
     }
 
     fn to_name(&self, history: &TimelineHistory, name: &str) -> Found<Way<'_>> {
         let points = self.horizon.restore_points(history)?;
         let named: Vec<_> = points.iter().filter(|point| point.name == name).collect();
         match named[..] {
-            [point] => self.to_record(history, Lsn(point.lsn), ("recovery_target_name", name.to_owned())),
+            [point] => self.to_record(history, Lsn(point.lsn), false),
             [] => {
                 let error = Error::new(format!("there is no restore point \"{name}\" in the WAL that can be reached"));
                 let newest: Vec<String> =
@@ -331,18 +366,22 @@ impl Search<'_> {
         }
     }
 
-    /// To a record that was found at `lsn`.
-    fn to_record(&self, history: &TimelineHistory, lsn: Lsn, target: (&'static str, String)) -> Found<Way<'_>> {
+    /// To a record that was found at `lsn`: with the end of a transaction there, or just before it.
+    fn to_record(&self, history: &TimelineHistory, lsn: Lsn, with: bool) -> Found<Way<'_>> {
         let Some(stone) = self.own_stones(history).find(|stone| stone.stop <= lsn) else {
             return Err(NoCourse::Unreachable(self.before(history, None)?));
         };
         let road = self.consistent_road(stone, history)?;
-        match road.index_of(lsn) {
-            Some(index) => {
-                Ok(Way { stone, history: history.clone(), road: road.up_to(index + 1), target: Some(target) })
-            }
-            None => Err(NoCourse::Unreachable(self.behind(history, &road, None)?)),
-        }
+        let Some(index) = road.index_of(lsn) else {
+            return Err(NoCourse::Unreachable(self.behind(history, &road, None)?));
+        };
+        let at = TimestampTz(i64::MAX);
+        let search = crossing::Search { horizon: self.horizon, road: &road, start: stone.stop, at, exclusive: false };
+        let end = if with { Lsn(lsn.0.saturating_add(1)) } else { lsn };
+        // a record that goes on in the next segment is told there
+        let index = (index + 1).min(road.len().saturating_sub(1));
+        let last = search.last_before(index, end)?;
+        Ok(self.up_to_stop(stone, history, &road, last))
     }
 
     fn own_stones(&self, history: &TimelineHistory) -> std::vec::IntoIter<&Stone> {
@@ -398,7 +437,7 @@ impl Search<'_> {
     }
 
     fn settle(&self, way: Way<'_>) -> Course {
-        let Way { stone, history, road, target } = way;
+        let Way { stone, history, road, target, reaches, notes } = way;
         let mut settings = Vec::new();
         let has_target = target.is_some();
         if let Some((name, value)) = target {
@@ -415,7 +454,9 @@ impl Search<'_> {
         }
         let follows = matches!(self.point.target, Target::Standby | Target::End) && self.bound == Bound::Open;
         let timeline = match self.point.timeline {
-            TargetTimeline::Latest if follows => "latest".to_owned(),
+            TargetTimeline::Latest if follows && self.horizon.timelines().last() == Some(&history.timeline) => {
+                "latest".to_owned()
+            }
             _ if history.timeline == stone.timeline => "current".to_owned(),
             _ => history.timeline.to_string(),
         };
@@ -424,40 +465,17 @@ impl Search<'_> {
         let histories =
             histories.filter(|timeline| *timeline != Timeline(1) && self.horizon.coverage().has_history(*timeline));
         let recovery = Recovery {
+            major: self.horizon.times().database().version,
             standby: self.point.target == Target::Standby,
             settings,
             has_target,
             wal: road.legs.iter().map(|leg| (leg.timeline.0, leg.first, leg.last)).collect(),
             histories: histories.map(|timeline| timeline.0).collect(),
             to: self.point.target.to_string(),
+            reaches: reaches.map(Reached::from),
+            notes,
         };
         Course { label: stone.label.clone(), recovery: Some(recovery) }
-    }
-}
-
-impl Recovery {
-    /// The names of the segments it needs.
-    pub fn segments(&self, size: SegmentSize) -> impl Iterator<Item = crate::postgres::SegmentName> + '_ {
-        let of_leg = move |(timeline, first, last): &(u32, u64, u64)| {
-            let timeline = Timeline(*timeline);
-            (*first..=*last).map(move |number| crate::postgres::SegmentName::of_number(timeline, number, size))
-        };
-        self.wal.iter().flat_map(of_leg)
-    }
-
-    /// All settings of it for `postgresql.auto.conf`.
-    pub fn settings_with(&self, action: Action, restore_command: &str) -> Vec<(String, String)> {
-        let mut settings = self.settings.clone();
-        if self.has_target {
-            let action = match action {
-                Action::Pause => "pause",
-                Action::Promote => "promote",
-                Action::Shutdown => "shutdown",
-            };
-            settings.push(("recovery_target_action".to_owned(), action.to_owned()));
-        }
-        settings.push(("restore_command".to_owned(), restore_command.to_owned()));
-        settings
     }
 }
 
@@ -468,23 +486,4 @@ fn nearest(ranges: &[Range], at: Option<TimestampTz>) -> &[Range] {
         None => ranges.len(),
     };
     &ranges[next.saturating_sub(1).min(ranges.len().saturating_sub(2))..ranges.len().min(next + 1)]
-}
-
-impl Range {
-    fn contains(&self, at: TimestampTz) -> bool {
-        self.from.stop_s <= at.unix_s() && self.to.is_some_and(|to| at < to)
-    }
-}
-
-/// `from 2026-11-22 14:00:00+00 (0/3000100) to 2026-11-22 15:00:00.123456+00 (0/5000000)`
-impl std::fmt::Display for Range {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let from = Timestamp::from_second(self.from.stop_s).ok();
-        let from = from.and_then(|from| TimestampTz::from_unix_us(from.as_microsecond())).unwrap_or_default();
-        write!(f, "from {from} (LSN {})", self.from.stop)?;
-        match self.to {
-            Some(to) => write!(f, " to {to} (LSN {})", self.to_lsn),
-            None => write!(f, " to LSN {}", self.to_lsn),
-        }
-    }
 }

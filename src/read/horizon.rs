@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::crossing::{OUT_OF_ORDER_US, StopPoint};
 use super::times::{RestorePoint, SegmentTimes, Times};
 use crate::error::{Context, Error, Result};
 use crate::format::info::BackupSummary;
@@ -135,9 +136,25 @@ impl Horizon {
         }
     }
 
-    /// The first segment of a road, from `from` on, in which a transaction ended that `passes`; times are taken to rise.
-    pub fn first_passing(&self, road: &Road, from: u64, passes: impl Fn(TimestampTz) -> bool) -> Result<Option<u64>> {
-        let (mut low, mut high) = (from, road.len());
+    /// Hands every event that the segment at `index` of a road tells to `each`, in order; that of the
+    /// record which began before it comes first.
+    pub fn events(&self, road: &Road, index: u64, each: &mut dyn FnMut(Lsn, &Event)) -> Result<()> {
+        let before = index.checked_sub(1).and_then(|before| road.segment(before));
+        match road.segment(index) {
+            Some(name) => self.times.events(name, before, each),
+            None => Ok(()),
+        }
+    }
+
+    /// The first of these segments of a road in which a transaction ended that `passes`; times are
+    /// taken to rise.
+    pub fn first_passing(
+        &self,
+        road: &Road,
+        within: std::ops::Range<u64>,
+        passes: impl Fn(TimestampTz) -> bool,
+    ) -> Result<Option<u64>> {
+        let (mut low, mut high) = (within.start, within.end);
         let mut found = None;
         while low < high {
             let middle = low + (high - low) / 2;
@@ -145,7 +162,7 @@ impl Horizon {
             let mut probe = middle;
             let mut last = None;
             while probe < high {
-                last = self.times_at(road, probe)?.last_end();
+                last = self.last_end(road, probe)?;
                 if last.is_some() {
                     break;
                 }
@@ -163,23 +180,44 @@ impl Horizon {
         Ok(found)
     }
 
-    /// The last exact time that the WAL before `lsn` tells, if it is not far before.
+    /// The last time of a segment. That of a record which began before it is looked for only if the
+    /// segment has no other.
+    fn last_end(&self, road: &Road, index: u64) -> Result<Option<TimestampTz>> {
+        let name = road.segment(index).ok_or_else(|| Error::new(format!("the road has no segment {index}")))?;
+        let times = self.times.of(name)?;
+        match times.last_end().is_none() && times.begins_with_rest() {
+            true => Ok(self.segment(road, index)?.last_end()),
+            false => Ok(times.last_end()),
+        }
+    }
+
+    /// The last time that the WAL before `lsn` tells, if it is not far before. A clock that was set
+    /// back meanwhile tells only what came after that.
     pub fn last_told_before(&self, history: &TimelineHistory, lsn: Lsn) -> Result<Option<TimestampTz>> {
         let size = self.coverage.size();
         let last = size.segment_of(Lsn(lsn.0.saturating_sub(1)));
+        let mut checkpoint = None;
         for number in (last.saturating_sub(LOOK_BACK)..=last).rev() {
             let road = self.coverage.road(history, size.first_lsn(number).unwrap_or(lsn));
             let Some(name) = road.segment(0) else { break };
-            let mut told = None;
+            let mut told: Option<TimestampTz> = None;
+            let mut last_checkpoint = None;
             self.times.events(name, None, &mut |at, event| match event {
-                Event::End { time, .. } | Event::RestorePoint { time, .. } if at < lsn => told = told.max(Some(*time)),
+                Event::End { time, .. } | Event::RestorePoint { time, .. } | Event::Prepared { time } if at < lsn => {
+                    let is_set_back = told.is_some_and(|told| told.0 - time.0 > OUT_OF_ORDER_US);
+                    told = if is_set_back { Some(*time) } else { told.max(Some(*time)) };
+                }
+                // whole seconds, rounded down
+                Event::Checkpoint { time } if at < lsn => last_checkpoint = Some(TimestampTz(time.0 + 999_999)),
                 _ => {}
             })?;
             if told.is_some() {
                 return Ok(told);
             }
+            checkpoint = checkpoint.or(last_checkpoint);
         }
-        Ok(None)
+        // where no transaction ended for so long, none ended after the checkpoint
+        Ok(checkpoint)
     }
 
     /// Finds out what these segments of a road tell, and the one before them.
@@ -187,13 +225,17 @@ impl Horizon {
         self.look_at_all(road, from.saturating_sub(1)..to)
     }
 
+    /// The same of segments that need not be neighbours.
+    pub fn look_at_each(&self, road: &Road, indexes: &[u64]) -> Result<()> {
+        let mut all: Vec<u64> = indexes.iter().flat_map(|index| index.saturating_sub(1)..=*index).collect();
+        all.sort_unstable();
+        all.dedup();
+        self.look_at_all(road, all)
+    }
+
     fn look_at_all(&self, road: &Road, indexes: impl IntoIterator<Item = u64>) -> Result<()> {
         let names: Vec<SegmentName> = indexes.into_iter().filter_map(|index| road.segment(index)).collect();
         self.times.look_at(&names)
-    }
-
-    fn times_at(&self, road: &Road, index: u64) -> Result<Arc<SegmentTimes>> {
-        self.times.of(road.segment(index).ok_or_else(|| Error::new(format!("the road has no segment {index}")))?)
     }
 
     /// The last record of a road, the last time at which a transaction ended, and the last time that anything tells.
@@ -205,6 +247,7 @@ impl Horizon {
             end.last_record = end.last_record.or(times.last_record().map(|lsn| (index, lsn)));
             end.latest = end.latest.max(times.latest());
             end.last_end = end.last_end.or(times.last_end());
+            end.last_stop = end.last_stop.or(times.last_stop());
             if end.last_end.is_some() && end.last_record.is_some() {
                 break;
             }
@@ -270,7 +313,9 @@ impl Horizon {
             };
             let to_lsn = road.end_lsn().max(stone.stop);
             match ranges.last_mut().filter(|_| continues) {
-                Some((range, last)) if to_lsn >= range.to_lsn => {
+                // of two that end at the same place the longer one has more times
+                Some((range, _)) if to_lsn == range.to_lsn => range.end = road.end,
+                Some((range, last)) if to_lsn > range.to_lsn => {
                     (range.to_lsn, range.end) = (to_lsn, road.end);
                     *last = road;
                 }
@@ -295,6 +340,8 @@ pub struct RoadsEnd {
     pub last_record: Option<(u64, Lsn)>,
     /// the last end of a transaction
     pub last_end: Option<TimestampTz>,
+    /// the last end of a transaction, or the last that was prepared, with its place
+    pub last_stop: Option<StopPoint>,
     /// the latest time of anything behind that, a checkpoint for one
     pub latest: Option<TimestampTz>,
 }
@@ -318,8 +365,28 @@ impl Stone {
     }
 }
 
+impl Range {
+    /// Whether a moment lies in it, by the clocks of its ends.
+    pub fn contains(&self, at: TimestampTz) -> bool {
+        self.from.stop_s <= at.unix_s() && self.to.is_some_and(|to| at < to)
+    }
+}
+
+/// `from 2026-11-22 14:00:00+00 (0/3000100) to 2026-11-22 15:00:00.123456+00 (0/5000000)`
+impl std::fmt::Display for Range {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let from = jiff::Timestamp::from_second(self.from.stop_s).ok();
+        let from = from.and_then(|from| TimestampTz::from_unix_us(from.as_microsecond())).unwrap_or_default();
+        write!(f, "from {from} (LSN {})", self.from.stop)?;
+        match self.to {
+            Some(to) => write!(f, " to {to} (LSN {})", self.to_lsn),
+            None => write!(f, " to LSN {}", self.to_lsn),
+        }
+    }
+}
+
 /// Lists an archive and reads its history files; and the segments in which a restore point may begin.
-fn coverage(repository: &Repository, database: &Database) -> Result<(Coverage, HashSet<SegmentName>)> {
+pub(super) fn coverage(repository: &Repository, database: &Database) -> Result<(Coverage, HashSet<SegmentName>)> {
     let size = SegmentSize::new(database.wal_segment_size).context(|| "archive.info".into())?;
     let mut coverage = Coverage::new(size);
     let archive = repository.archive(database);

@@ -13,6 +13,7 @@ mod plan;
 mod small;
 #[cfg(test)]
 mod tests;
+mod unarchived;
 mod write;
 
 use std::collections::BTreeMap;
@@ -23,11 +24,12 @@ use std::path::{Path, PathBuf};
 
 pub use self::databases::{Databases, ZeroedDatabase};
 
-use self::before::{is_vacant, recognise, refuse_occupied};
+use self::before::{is_vacant, recognise, refuse_occupied, refuse_occupied_place};
 use self::delta::Delta;
 use self::local::{Local, look};
 use self::marker::{Marker, Said};
 use self::plan::{Plan, Target, enough_space, plan, refuse_nested};
+use self::unarchived::refuse_unarchived;
 use self::write::{write_files, write_zeros};
 use super::tablespaces::created_in;
 use super::tree::Owner;
@@ -67,6 +69,8 @@ pub struct Restored {
     pub equal: u64,
     /// files and links that did not belong
     pub removed: u64,
+    /// what else the user must know
+    pub note: Option<String>,
     /// databases whose relations are zeros now
     pub zeroed: Vec<ZeroedDatabase>,
 }
@@ -90,7 +94,9 @@ pub fn restore(view: &View, root: &Path, options: &RestoreOptions, monitor: &dyn
     let local = match is_delta {
         true => recognised(view, root, &plan)?,
         false => {
-            plan.places.values().try_for_each(|place| refuse_occupied(place))?;
+            plan.places
+                .iter()
+                .try_for_each(|(oid, place)| refuse_occupied_place(root, *oid, place, &view.description))?;
             Local::default()
         }
     };
@@ -115,6 +121,7 @@ pub fn restore(view: &View, root: &Path, options: &RestoreOptions, monitor: &dyn
         bytes: plan.bytes.values().sum(),
         equal,
         removed: local.removed_files,
+        note: local.note,
         zeroed: zeroed.into_values().collect(),
     })
 }
@@ -132,8 +139,9 @@ fn refuse_used(root: &Path, of: &Description) -> Result<()> {
 /// What of this cluster is in `root`; refuses anything else.
 fn recognised(view: &View, root: &Path, plan: &Plan) -> Result<Local> {
     recognise(root, plan, &view.description)?;
+    let note = refuse_unarchived(root, view)?;
     let layout = view.description.database.layout().context(|| "the manifest".into())?;
-    look(plan, root, &layout.tablespace_directory.to_string())
+    Ok(Local { note, ..look(plan, root, &layout.tablespace_directory.to_string())? })
 }
 
 /// From here on the directory changes: it is marked, cannot start, and is freed of what does not belong.

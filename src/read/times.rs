@@ -12,6 +12,7 @@ use std::thread;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
+use super::crossing::StopPoint;
 use crate::error::{Context, Error, Result};
 use crate::format::manifest::Database;
 use crate::postgres::wal::records::{CutRecord, Event, Rest, Stop, walk};
@@ -38,6 +39,8 @@ pub struct SegmentTimes {
     other: Option<i64>,
     /// restore points
     points: Vec<RestorePoint>,
+    /// the last end of a transaction, or prepared one: where its record begins, and its time
+    stop: Option<(u64, i64)>,
     /// where the last whole record begins, and one past its end
     last: Option<(u64, u64)>,
     /// a record that goes on in the next segment: where it begins, how much of it is here, its first bytes
@@ -97,6 +100,11 @@ impl SegmentTimes {
                 self.ends = Some((first.min(time.0), last.max(time.0)));
                 let (low, high) = self.ended.unwrap_or((*xid, *xid));
                 self.ended = Some((low.min(*xid), high.max(*xid)));
+                self.stop = self.stop.max(Some((lsn.0, time.0)));
+            }
+            Event::Prepared { time } => {
+                self.other = self.other.max(Some(time.0));
+                self.stop = self.stop.max(Some((lsn.0, time.0)));
             }
             Event::RestorePoint { name, time } => {
                 self.points.push(RestorePoint { name: name.clone(), lsn: lsn.0, time: time.0 });
@@ -130,6 +138,16 @@ impl SegmentTimes {
     /// The latest time at which a transaction ended in it.
     pub fn last_end(&self) -> Option<TimestampTz> {
         self.ends.map(|(_, last)| TimestampTz(last))
+    }
+
+    /// The last end of a transaction in it, or the last that was prepared.
+    pub fn last_stop(&self) -> Option<StopPoint> {
+        self.stop.map(|(lsn, time)| StopPoint { lsn: Lsn(lsn), time: TimestampTz(time) })
+    }
+
+    /// Whether it begins with the rest of a record, which [`Self::joined`] adds.
+    pub fn begins_with_rest(&self) -> bool {
+        self.rest.0 > 0
     }
 
     /// Whether the transaction `xid` may have ended in it.
@@ -170,7 +188,7 @@ pub struct Times {
 impl Times {
     /// Those of `database`; what is found out is kept below `cache`, too.
     pub fn new(repository: &Repository, database: &Database, cache: Option<&Path>) -> Self {
-        let directory = cache.map(|cache| cache.join(format!("times-2/{}-{}", repository.stanza, database.system_id)));
+        let directory = cache.map(|cache| cache.join(format!("times-3/{}-{}", repository.stanza, database.system_id)));
         Self { repository: repository.clone(), database: database.clone(), directory, kept: Mutex::default() }
     }
 
@@ -207,6 +225,11 @@ impl Times {
             let threads: Vec<_> = (0..at_once.min(unknown.len() as u64)).map(|_| scope.spawn(look)).collect();
             threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
         })
+    }
+
+    /// When a segment was archived, by the clock of the store, in seconds since 1970.
+    pub fn uploaded_s(&self, name: SegmentName) -> Result<i64> {
+        Ok(self.find(name)?.modified)
     }
 
     fn kept(&self, name: SegmentName) -> Option<Arc<SegmentTimes>> {

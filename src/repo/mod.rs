@@ -2,6 +2,7 @@
 
 pub mod catalog;
 pub mod chunks;
+pub mod clock;
 pub mod harm;
 pub mod keys;
 pub mod lock;

@@ -30,6 +30,9 @@ use crate::repo::lock::Lock;
 use crate::repo::{Repository, keys};
 use crate::store::Body;
 
+/// Seconds that two clocks may be apart before it is said.
+const CLOCKS_APART_MAX: u64 = 5;
+
 /// How a backup is taken.
 #[derive(Clone, Debug)]
 pub struct BackupOptions {
@@ -96,6 +99,8 @@ pub(super) struct Started {
     pub(super) timeline: Timeline,
     pub(super) start_lsn: Lsn,
     pub(super) start_time: i64,
+    /// the same by the server's clock
+    server_time: i64,
     pub(super) wal_stored: bool,
     source: Source,
 }
@@ -173,7 +178,7 @@ fn attempt(
     let started = start(repository, &mut server, stream.as_mut(), database, kind, prior, options, monitor)?;
     lock.set_note(&started.label.to_string());
     let trust = |parent: Compared| {
-        let start = (started.timeline, started.start_lsn, started.start_time);
+        let start = (started.timeline, started.start_lsn, (started.start_time, started.server_time));
         parent.trusted(repository, start, &server.data_directory, &started.source, options)
     };
     let compared = compared.map(trust).transpose()?;
@@ -420,7 +425,14 @@ fn start(
         standby::prove_archived(server, &archive, &database, (timeline, start_lsn), timeout)?;
     }
     let prior = prior.filter(|_| kind != BackupKind::Full);
-    Ok(Started { database, label, prior, timeline, start_lsn, start_time: now_s(), wal_stored, source })
+    let (start_time, server_time) = (now_s(), server.now_s()?);
+    if server_time.abs_diff(start_time) > CLOCKS_APART_MAX {
+        monitor.note(&format!(
+            "the server's clock and this machine's are {} s apart: the backup's end is noted by the server's",
+            server_time.abs_diff(start_time)
+        ));
+    }
+    Ok(Started { database, label, prior, timeline, start_lsn, start_time, server_time, wal_stored, source })
 }
 
 fn is_wal_stored(server: &Server, options: &BackupOptions) -> Result<bool> {

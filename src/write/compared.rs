@@ -71,7 +71,7 @@ impl Compared {
     pub(super) fn trusted(
         self,
         repository: &Repository,
-        (timeline, start_lsn, start_time): (Timeline, Lsn, i64),
+        (timeline, start_lsn, (start_time, server_time)): (Timeline, Lsn, (i64, i64)),
         data_directory: &Path,
         source: &Source,
         options: &BackupOptions,
@@ -80,7 +80,9 @@ impl Compared {
         // a cluster or a clock that went back: what the parent read may never have happened. A standby's backup begins at the
         // last checkpoint that was replayed, which may be the parent's
         let reached = if source.standby { &parent.start_lsn } else { &parent.stop_lsn };
-        let is_later = reached.parse::<Lsn>().is_ok_and(|lsn| lsn <= start_lsn) && parent.stop_time <= start_time;
+        let is_later = reached.parse::<Lsn>().is_ok_and(|lsn| lsn <= start_lsn)
+            && parent.start_time <= start_time
+            && parent.stop_time <= server_time;
         let is_same = |of: &Source| (&of.host, &of.mark) == (&source.host, &source.mark);
         let trusted = is_later
             && parent.timeline == timeline.0

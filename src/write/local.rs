@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::assemble::{Assembler, Done};
-use super::backup::{Begun, Copying, Ended, Started, now_s, seconds, wal_needed};
+use super::backup::{Begun, Copying, Ended, Started, seconds, wal_needed};
 use super::check::{read_control, source};
 use super::copy::{Files, copy};
 use super::cut::{Cut, Worker};
@@ -39,7 +39,7 @@ pub(super) fn copy_files(copying: Copying<'_>) -> Result<Ended> {
     if server.in_recovery {
         standby::prove_stop(server, &control, stopped.lsn)?;
     }
-    let stop_time = now_s();
+    let stop_time = server.now_s()?;
     let mut last = Worker::new(cutting)?;
     let wal = match started.wal_stored {
         true => read_wal(&mut last, started, &wal_needed(started, &stopped)?)?,

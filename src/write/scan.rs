@@ -180,7 +180,12 @@ impl Scanner<'_> {
                 .hint("in-place tablespaces are for PostgreSQL's own tests; move its tables to an ordinary one"));
         }
         let target = fs::read_link(&on_disk).map_err(|error| Error::io("read the link", &on_disk, error))?;
-        self.scan.tablespaces.push(Tablespace { oid, name: None, path: target.to_string_lossy().into_owned() });
+        // a relative link means something else wherever it is read next
+        let place = match target.is_relative() {
+            true => fs::canonicalize(&on_disk).map_err(|error| Error::io("follow", &on_disk, error))?,
+            false => target.clone(),
+        };
+        self.scan.tablespaces.push(Tablespace { oid, name: None, path: place.to_string_lossy().into_owned() });
         let link = ScannedKind::Link(target.into_os_string().into_vec().into());
         self.push(path, metadata, link, None);
         self.directory(path, true)

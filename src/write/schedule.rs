@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::format::info::BackupSummary;
 use crate::postgres::BackupKind;
+use crate::repo::clock::Clock;
 
 /// How often backups of each kind are taken; incremental ones in between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,10 +19,15 @@ pub struct Schedule {
 const EARLY_MAX: Duration = Duration::from_secs(1800);
 
 impl Schedule {
-    /// The kind that is due at `now` (seconds since 1970), after these backups.
-    pub fn due<'a>(&self, backups: impl Iterator<Item = &'a BackupSummary> + Clone, now: i64) -> BackupKind {
-        let last =
-            |kinds: &[BackupKind]| backups.clone().filter(|of| kinds.contains(&of.kind)).map(|of| of.start_time).max();
+    /// The kind that is due at `now` (seconds since 1970), after these backups, in the order of their
+    /// labels. A time that cannot be right counts as the one before it, so that a backup which a clock
+    /// of the future dated does not put off the next for years.
+    pub fn due<'a>(&self, backups: impl Iterator<Item = &'a BackupSummary>, now: i64) -> BackupKind {
+        let backups: Vec<&BackupSummary> = backups.collect();
+        let clock = Clock::new(backups.iter().map(|of| of.start_time).collect(), now);
+        let last = |kinds: &[BackupKind]| {
+            backups.iter().rposition(|of| kinds.contains(&of.kind)).and_then(|number| clock.at_least(number))
+        };
         let is_due = |last: Option<i64>, every: Duration| {
             let early = EARLY_MAX.min(every / 4);
             last.is_none_or(|last| now.saturating_sub(last) >= (every - early).as_secs() as i64)
@@ -85,6 +91,24 @@ mod tests {
         let full = summary(BackupKind::Full, 0);
         assert_eq!(schedule.due([&full].into_iter(), 3 * DAY), BackupKind::Diff);
         assert_eq!(schedule.due([&full].into_iter(), 30 * DAY), BackupKind::Full);
-        assert_eq!(schedule.due([&full].into_iter(), -DAY), BackupKind::Incr, "a clock set back");
+        assert_eq!(schedule.due([&full].into_iter(), -DAY), BackupKind::Full, "a clock set back");
+    }
+
+    #[test]
+    fn a_wrong_clock_does_not_put_off_the_next_full() {
+        use BackupKind::{Diff, Full, Incr};
+        let schedule =
+            Schedule { full_every: Duration::from_secs(7 * 86_400), diff_every: Duration::from_secs(86_400) };
+        let due = |taken: &[(BackupKind, i64)], now: i64| {
+            let taken: Vec<BackupSummary> = taken.iter().map(|(kind, day)| summary(*kind, day * DAY)).collect();
+            schedule.due(taken.iter(), now * DAY)
+        };
+        // a full of the year after
+        assert_eq!(due(&[(Full, 0), (Full, 400), (Incr, 8)], 9), Full);
+        assert_eq!(due(&[(Full, 400), (Incr, 1), (Incr, 2)], 9), Full);
+        assert_eq!(due(&[(Full, 0), (Incr, 6), (Full, 400), (Incr, 8)], 9), Diff);
+        // one of 1970
+        assert_eq!(due(&[(Full, 10), (Incr, 16), (Full, -10_000), (Incr, 17)], 18), Diff);
+        assert_eq!(due(&[(Full, 10), (Diff, 17), (Full, -10_000), (Incr, 17)], 17), Incr);
     }
 }

@@ -186,6 +186,12 @@ impl Server {
         parse_lsn(&lsn)
     }
 
+    /// What its clock shows, in seconds since 1970: times of commits are of this clock.
+    pub fn now_s(&mut self) -> Result<i64> {
+        let now = self.value("SELECT floor(extract(epoch FROM clock_timestamp()))::bigint")?;
+        now.parse().context(|| format!("the server answers \"{now}\" where a time belongs"))
+    }
+
     /// The timeline of the last checkpoint.
     pub fn timeline(&mut self) -> Result<Timeline> {
         let timeline = self.value("SELECT timeline_id FROM pg_control_checkpoint()")?;

@@ -42,6 +42,11 @@ pub enum Event {
         /// committed, not rolled back
         committed: bool,
     },
+    /// `PREPARE TRANSACTION`: from here on the transaction survives
+    Prepared {
+        /// when
+        time: TimestampTz,
+    },
     /// `pg_create_restore_point`; recovery can stop here
     RestorePoint {
         /// its name
@@ -388,6 +393,7 @@ const SWITCH: u8 = 0x40;
 const RESTORE_POINT: u8 = 0x70;
 const END_OF_RECOVERY: u8 = 0x90;
 const COMMIT: u8 = 0x00;
+const PREPARE: u8 = 0x10;
 const ABORT: u8 = 0x20;
 const COMMIT_PREPARED: u8 = 0x30;
 const ABORT_PREPARED: u8 = 0x40;
@@ -413,7 +419,7 @@ fn tells(head: &[u8]) -> bool {
         Some((XLOG, what)) => {
             matches!(what, CHECKPOINT_SHUTDOWN | CHECKPOINT_ONLINE | RESTORE_POINT | END_OF_RECOVERY)
         }
-        Some((XACT, what)) => matches!(what, COMMIT | ABORT | COMMIT_PREPARED | ABORT_PREPARED),
+        Some((XACT, what)) => matches!(what, COMMIT | PREPARE | ABORT | COMMIT_PREPARED | ABORT_PREPARED),
         Some((TABLESPACE, what)) => what == CREATE,
         _ => false,
     }
@@ -436,6 +442,8 @@ fn event(record: &[u8], major: Major) -> Option<Event> {
     let data = main_data(record)?;
     let time = |at| Some(TimestampTz(u64_at(data, at)? as i64));
     Some(match (manager, what) {
+        // an xl_xact_prepare: magic (4), length (4), transaction (4), database (4), time, ...
+        (XACT, PREPARE) => Event::Prepared { time: time(16)? },
         (XACT, _) => {
             let of_prepared = matches!(what, COMMIT_PREPARED | ABORT_PREPARED);
             let own = u32_at(record, 4)?;

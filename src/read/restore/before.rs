@@ -44,6 +44,18 @@ pub(super) fn refuse_occupied(path: &Path) -> Result<()> {
     }
 }
 
+/// Refuses a tablespace's directory in which something is. `--delta` is no way out: the directory
+/// may be that of a live cluster.
+pub(super) fn refuse_occupied_place(root: &Path, oid: u32, place: &Path, of: &Description) -> Result<()> {
+    if is_vacant(place)? {
+        return Ok(());
+    }
+    refuse_of_source(root, oid, place, of)?;
+    Err(Error::new(format!("{}, where tablespace {oid} goes, is not empty", place.display())).hint(format!(
+        "let it go elsewhere: --tablespace-map {oid}=DIR, or --tablespace-map-all DIR for all tablespaces"
+    )))
+}
+
 /// Refuses to overwrite what is not this cluster's, or what a server works with.
 pub(super) fn recognise(root: &Path, plan: &Plan, of: &Description) -> Result<()> {
     refuse_running(root)?;
@@ -58,7 +70,6 @@ pub(super) fn recognise(root: &Path, plan: &Plan, of: &Description) -> Result<()
         ))
         .hint("check the directory and --stanza, or restore into an empty directory"));
     }
-    refuse_unarchived(root)?;
     for (oid, place) in &plan.places {
         if is_vacant(place)? {
             continue;
@@ -137,30 +148,6 @@ fn is_attached(id: &str) -> bool {
         .lines()
         .map(fields)
         .any(|line| line.get(1).is_some_and(|found| found == id) && line.get(6).is_some_and(|attached| attached != "0"))
-}
-
-/// Refuses a directory whose server had WAL to archive: it may be the only trace of the last transactions, and would be removed.
-fn refuse_unarchived(root: &Path) -> Result<()> {
-    let wal = root.join("pg_wal");
-    let status = wal.join("archive_status");
-    let entries = match fs::read_dir(&status) {
-        Ok(entries) => entries,
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(()),
-        Err(error) => return Err(Error::io("list", &status, error)),
-    };
-    let mut waiting = Vec::new();
-    for entry in entries {
-        let name = entry.map_err(|error| Error::io("list", &status, error))?.file_name();
-        let name = name.to_string_lossy();
-        waiting.extend(name.strip_suffix(".ready").filter(|name| wal.join(name).exists()).map(str::to_owned));
-    }
-    let (Some(first), Some(last)) = (waiting.iter().min(), waiting.iter().max()) else { return Ok(()) };
-    let count = waiting.len();
-    Err(Error::new(format!("{count} WAL files in {} were not archived yet, {first} to {last}", wal.display())).hint(format!(
-        "they would be removed: archive each with \"pgcairn archive-push {}/NAME\", or, if nobody needs them, remove {}/*.ready",
-        wal.display(),
-        status.display()
-    )))
 }
 
 /// Refuses a tablespace's directory that the cluster which was backed up works with: a copy of a data directory has the links of

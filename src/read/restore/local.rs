@@ -21,6 +21,8 @@ pub(super) struct Local {
     pub(super) removed: Vec<PathBuf>,
     /// how many files and links of these are at paths that the backup does not have
     pub(super) removed_files: u64,
+    /// what is to be said of what goes
+    pub(super) note: Option<String>,
     /// bytes of all regular files found, by place: space that need not be free
     pub(super) bytes: HashMap<PathBuf, u64>,
 }

@@ -10,7 +10,8 @@ use super::RestoreOptions;
 use super::databases::{Zeroed, is_zeroed};
 use super::marker::MARKER;
 use crate::error::{Context, Error, Result};
-use crate::postgres::CONTROL_FILE;
+use crate::format::manifest::{Description, Tablespace};
+use crate::postgres::{CONTROL_FILE, tablespace_place};
 use crate::read::recovery::stored_path;
 use crate::read::view::{Content, NodeIndex, View};
 
@@ -137,11 +138,28 @@ fn places(view: &View, options: &RestoreOptions) -> Result<BTreeMap<u32, PathBuf
         return Err(Error::new(format!("backup {} has no tablespace {unknown}", view.description.label))
             .hint(format!("its tablespaces are {known:?}")));
     }
-    let place = |tablespace: &crate::format::manifest::Tablespace| {
+    let place = |tablespace: &Tablespace| {
         let mapped = options.tablespaces.get(&tablespace.oid).cloned();
-        (tablespace.oid, mapped.unwrap_or_else(|| PathBuf::from(&tablespace.path)))
+        Ok((tablespace.oid, mapped.map_or_else(|| source_place(&view.description, tablespace), Ok)?))
     };
-    Ok(view.description.tablespaces.iter().map(place).collect())
+    view.description.tablespaces.iter().map(place).collect()
+}
+
+/// Where the source had a tablespace, as an absolute path. Older backups have the text of its link,
+/// which may be relative to the source's `pg_tblspc`.
+fn source_place(of: &Description, tablespace: &Tablespace) -> Result<PathBuf> {
+    let source = Path::new(&of.data_directory);
+    let source = fs::canonicalize(source).unwrap_or_else(|_| source.to_owned());
+    let place = tablespace_place(&source, Path::new(&tablespace.path));
+    let oid = tablespace.oid;
+    match place.starts_with(&source) {
+        true => Err(Error::new(format!(
+            "the source had tablespace {oid} inside its data directory, in {}",
+            place.display()
+        ))
+        .hint(format!("say where it goes: --tablespace-map {oid}=DIR, or --tablespace-map-all DIR"))),
+        false => Ok(place),
+    }
 }
 
 /// Where a path of the view goes, and whose space it takes; none for what only a mount shows.

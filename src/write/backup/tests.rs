@@ -43,7 +43,7 @@ fn attempt_directory(
     let started = started(repository, of, database, kind, prior)?;
     lock.set_note(&started.label.to_string());
     let trust = |parent: Compared| {
-        let start = (started.timeline, started.start_lsn, started.start_time);
+        let start = (started.timeline, started.start_lsn, (started.start_time, started.server_time));
         parent.trusted(repository, start, of.root, &started.source, &options)
     };
     let compared = compared.map(trust).transpose()?;
@@ -116,6 +116,7 @@ fn started(
         timeline: segment.timeline(),
         start_lsn: segment.first_lsn(size).unwrap().checked_add(100).unwrap(),
         start_time: of.now,
+        server_time: of.now,
         wal_stored: false,
         source: Source { standby: false, host: "here".into(), mark: "one".into() },
     })

@@ -11,10 +11,12 @@ mod base;
 mod supply;
 mod wire;
 
+use std::path::Path;
+
 use self::base::{BaseBackup, Begin, Command};
 use self::supply::{Arrived, Incoming};
 use self::wire::Wire;
-use super::backup::{Begun, Copying, Ended, now_s, wal_needed};
+use super::backup::{Begun, Copying, Ended, wal_needed};
 use super::copy::copy;
 use super::parent::ParentFiles;
 use super::peer;
@@ -24,7 +26,7 @@ use super::server::{Server, Stopped, config, describe};
 use super::standby;
 use crate::error::{Context, Error, Result};
 use crate::format::manifest::Source;
-use crate::postgres::{CONTROL_FILE, ControlFile};
+use crate::postgres::{CONTROL_FILE, ControlFile, tablespace_place};
 
 /// What tells one start of a server from every other.
 const WHICH_SERVER: &str = "SELECT concat(pg_is_in_recovery(), ' ', pg_postmaster_start_time())";
@@ -61,13 +63,14 @@ impl Stream {
         let State::Connected(wire) = std::mem::replace(&mut self.state, State::Lost) else {
             return Err(Error::new("the backup has begun already"));
         };
-        let (backup, begin) = BaseBackup::begin(wire, server.major, &Command { label, fast, wal })
+        let (backup, mut begin) = BaseBackup::begin(wire, server.major, &Command { label, fast, wal })
             .context(|| "the server does not begin a backup".into())?;
-        for of in &begin.tablespaces {
-            if !of.path.starts_with('/') {
+        for of in &mut begin.tablespaces {
+            if of.path.starts_with("pg_tblspc/") {
                 return Err(Error::new(format!("tablespace {} is a directory inside the data directory", of.oid))
                     .hint("in-place tablespaces are for PostgreSQL's own tests; move its tables to an ordinary one"));
             }
+            of.path = tablespace_place(&server.data_directory, Path::new(&of.path)).display().to_string();
         }
         // nothing is ever taken over by its time from a backup with this mark
         let source = Source { standby: server.in_recovery, host: self.host.clone(), mark: "stream".into() };
@@ -122,7 +125,7 @@ impl Stream {
                 return Err(Error::new(format!("the server did not send WAL segment {missing}")));
             }
         }
-        Ok(Ended { stopped, stop_time: now_s(), tablespaces, owner })
+        Ok(Ended { stopped, stop_time: server.now_s()?, tablespaces, owner })
     }
 }
 
