@@ -80,6 +80,11 @@ impl Error {
         self.find::<StoreError>().is_some_and(|error| error.kind == ErrorKind::NotFound)
     }
 
+    /// True when the cause is that the store could not be reached, however often it was tried.
+    pub fn is_unreachable(&self) -> bool {
+        self.find::<StoreError>().is_some_and(|error| error.kind == ErrorKind::Transient)
+    }
+
     /// True when the cause is that an object is shorter than what was to be read of it.
     pub fn is_truncated(&self) -> bool {
         self.find::<StoreError>().is_some_and(|error| error.kind == ErrorKind::Truncated)

@@ -24,6 +24,7 @@
 //! - [`clone`](mod@clone): the server of a clone: its settings, its environment, the namespaces in which it sees nothing of its source.
 //! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep, verify, repair, another passphrase.
 //! - `pgcairn_mount`, a crate of its own: a FUSE filesystem over any `Tree`, with a copy-on-write scratch.
+//! - [`files`]: files that appear whole or not at all.
 //! - [`error`], [`progress`]: how failures and long work are told; nothing but `cli` prints.
 //!
 //! Dependencies point one way: `cli -> {write, read, keep} -> repo -> {format, store}`; `cli -> clone -> postgres`; `postgres` is a leaf.
@@ -63,12 +64,17 @@
 //!    `integration/tests/encrypted.rs`, which searches every object for what must not be there. There is always a passphrase that
 //!    opens, wherever a change of it dies: `keep::passwd`'s tests.
 //!
+//! 10. **What was fsynced through a mount is there after a power loss**, and nothing that was there before is zeros. A
+//!     mount that was unmounted lets go of its scratch, whoever has an idle copy of it. Held by `pgcairn_mount`; tests:
+//!     `mount/tests/power_cut.rs`, with real power cuts, and `integration/tests/durable.rs`, with PostgreSQL.
+//!
 //! Further: there is one place where sync code waits for async code (`store::s3::bridge`), and the library prints nowhere. Both
 //! are lints, and `tests/architecture.rs` holds them too.
 
 pub mod cli;
 pub mod clone;
 pub mod error;
+pub mod files;
 pub mod format;
 pub mod keep;
 pub mod postgres;

@@ -11,6 +11,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::files::{self, Outlives};
 
 /// Held by the one worker, from before it takes anything away to its end.
 const LOCK: &str = "lock";
@@ -131,11 +132,8 @@ impl Spool {
     /// Writes a file, which appears whole or not at all.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let (temporary, path) = (self.file(&format!("{TEMPORARY}{name}")), self.file(name));
-        let written = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, &path));
-        written.map_err(|error| {
-            _ = fs::remove_file(&temporary);
-            Error::io("write", &path, error).hint(HINT)
-        })
+        let write = |to: &Path| fs::write(to, bytes).map_err(|error| Error::io("write", to, error));
+        files::place(&temporary, &path, Outlives::Process, write).map_err(|error| error.hint(HINT))
     }
 
     /// Reads a file, `None` when there is none.

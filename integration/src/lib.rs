@@ -9,6 +9,7 @@
 //! | [`stanza`] | a stanza of a throwaway repository, its mounts and clones |
 //! | [`patroni`] | etcd, and Patroni nodes with their servers |
 //! | [`place`] | the directory all of a test's things are in, and their end |
+//! | [`disk`] | a disk that loses power, and other mount namespaces |
 //! | [`files`] | comparing trees of files |
 //! | [`mounts`] | the end of a mount and of its daemon |
 //! | [`clock`] | a clock that can be set for single programs |
@@ -24,6 +25,7 @@ pub mod client;
 pub mod clock;
 pub mod cluster;
 pub mod data;
+pub mod disk;
 pub mod files;
 pub mod install;
 pub mod mounts;

@@ -92,7 +92,8 @@ impl Stanza {
         self.prepared(bin::command())
     }
 
-    fn prepared(&self, mut command: Command) -> Command {
+    /// Another command that runs `pgcairn`, such as in another mount namespace, with what every run of this stanza needs.
+    pub fn prepared(&self, mut command: Command) -> Command {
         command.args(["--repo", &self.repo, "--stanza", NAME]);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command

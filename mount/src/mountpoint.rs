@@ -135,7 +135,7 @@ fn fusermount(path: &Path, patience: Patience) -> Result<()> {
 }
 
 /// Whether the daemon behind a FUSE mount is gone. statfs is never answered from a cache.
-fn is_dead(path: &Path) -> bool {
+pub fn is_dead(path: &Path) -> bool {
     matches!(nix::sys::statvfs::statvfs(path), Err(Errno::ENOTCONN | Errno::ECONNABORTED))
 }
 

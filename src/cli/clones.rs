@@ -1,6 +1,6 @@
 //! Running clones: where each keeps its things, and how its server is started and stopped.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -11,9 +11,20 @@ use serde::{Deserialize, Serialize};
 use super::options::state_directory;
 use crate::clone::environment;
 use crate::error::{Error, Result};
+use crate::files::{self, Outlives};
 use crate::read::recovery::Prepared;
 use crate::read::tablespaces::Created;
 use crate::read::tree::Owner;
+
+/// What a clone's directory holds.
+const MOUNT: &str = "data";
+const SCRATCH: &str = "scratch";
+const RUN: &str = "run";
+const MOUNT_LOG: &str = "mount.log";
+const RECORD: &str = "clone.json";
+const RECORD_NEW: &str = "clone.json.new";
+/// How the names of a server's socket and its lock begin.
+const SOCKET: &str = ".s.PGSQL.";
 
 /// What is kept of a clone while it exists.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,17 +81,17 @@ impl Place {
 
     /// The mount, which is the data directory.
     pub fn mount(&self) -> PathBuf {
-        self.root.join("data")
+        self.root.join(MOUNT)
     }
 
     /// What was written.
     pub fn scratch(&self) -> PathBuf {
-        self.root.join("scratch")
+        self.root.join(SCRATCH)
     }
 
     /// Socket, pg_hba.conf; only the server's user and root may enter.
     pub fn run(&self) -> PathBuf {
-        self.root.join("run")
+        self.root.join(RUN)
     }
 
     /// The server's log.
@@ -90,7 +101,7 @@ impl Place {
 
     /// The log of the mount's daemon, which goes with the clone.
     pub fn mount_log(&self) -> PathBuf {
-        self.root.join("mount.log")
+        self.root.join(MOUNT_LOG)
     }
 
     /// Where the server notes its process id, readable also when the mount is dead.
@@ -99,7 +110,45 @@ impl Place {
     }
 
     fn record(&self) -> PathBuf {
-        self.root.join("clone.json")
+        self.root.join(RECORD)
+    }
+
+    /// Takes the clone for this run: two that start or stop it would pull the mount away from one another.
+    ///
+    /// # Errors
+    /// When another run has it.
+    pub fn take(&self) -> Result<File> {
+        let directory = File::open(&self.root).map_err(|error| Error::io("open", &self.root, error))?;
+        match directory.try_lock() {
+            Ok(()) => Ok(directory),
+            Err(TryLockError::Error(error)) => Err(Error::io("lock", &self.root, error)),
+            Err(TryLockError::WouldBlock) => {
+                Err(Error::new(format!("another run of pgcairn starts or stops the clone in {}", self.root.display()))
+                    .hint("wait for its end"))
+            }
+        }
+    }
+
+    /// True where there are a clone's things and nothing else, with or without a record that can be read: what may be
+    /// removed without knowing more of it.
+    pub fn is_clone(&self) -> bool {
+        let Ok(entries) = fs::read_dir(&self.root) else { return false };
+        let names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
+        let ours = [MOUNT, SCRATCH, RUN, MOUNT_LOG, RECORD, RECORD_NEW];
+        names.iter().any(|name| *name == RUN) && names.iter().all(|name| ours.iter().any(|our| name == our))
+    }
+
+    /// Removes what a server that ended without cleaning up left beside its socket: PostgreSQL would take the lock for
+    /// held while another process has that number. No server of this clone runs when this is called.
+    pub fn forget_sockets(&self) -> Result<()> {
+        let run = self.run();
+        for entry in fs::read_dir(&run).map_err(|error| Error::io("list", &run, error))?.flatten() {
+            if entry.file_name().as_encoded_bytes().starts_with(SOCKET.as_bytes()) {
+                let path = entry.path();
+                fs::remove_file(&path).map_err(|error| Error::io("remove", &path, error))?;
+            }
+        }
+        Ok(())
     }
 
     /// Creates the directories.
@@ -123,20 +172,33 @@ impl Place {
 
     /// Writes what must be known to stop it.
     pub fn save(&self, clone: &Clone) -> Result<()> {
-        let path = self.record();
-        fs::write(&path, serde_json::to_vec_pretty(clone)?).map_err(|error| Error::io("write", &path, error))
+        let record = serde_json::to_vec_pretty(clone)?;
+        let new = self.root.join(RECORD_NEW);
+        files::place(&new, &self.record(), Outlives::PowerLoss, |to| {
+            fs::write(to, &record).map_err(|error| Error::io("write", to, error))
+        })?;
+        files::sync_directories(self.root.parent())
     }
 
     /// Reads it back; none where no clone is.
+    ///
+    /// # Errors
+    /// When what is there cannot be read, as after a power loss with an older pgcairn.
     pub fn load(&self) -> Result<Option<Clone>> {
         let path = self.record();
         match fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .map(Some)
-                .map_err(|error| Error::new(format!("{} is damaged", path.display())).source(error)),
+            Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|error| self.damaged(bytes.len(), error)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io("read", &path, error)),
         }
+    }
+
+    fn damaged(&self, bytes: usize, error: serde_json::Error) -> Error {
+        let (path, name) = (self.record(), self.root.file_name().unwrap_or_default().display());
+        let what = if bytes == 0 { "is empty" } else { "is damaged" };
+        Error::new(format!("{} {what}: which backup the clone stands on is not known", path.display()))
+            .hint(format!("\"pgcairn stop {name}\" ends what runs of it and removes it, with what was written"))
+            .source(error)
     }
 
     /// Removes all of it but, with `keep_scratch`, what was written.

@@ -13,6 +13,7 @@ use super::start::{Running, Start};
 use super::{output, pg, stop};
 use crate::clone::environment;
 use crate::error::{Error, Result};
+use crate::files::{self, Outlives};
 
 /// Bring back one table as it was at a point
 ///
@@ -93,13 +94,7 @@ impl Extract {
             (Some(file), _) => {
                 let temporary = file.with_extension("pgcairn-tmp");
                 let out = File::create_new(&temporary).map_err(|error| Error::io("create", &temporary, error))?;
-                let written = finish(dump.stdout(out), &pg_dump, table).and_then(|()| {
-                    std::fs::rename(&temporary, file).map_err(|error| Error::io("rename to", file, error))
-                });
-                if written.is_err() {
-                    _ = std::fs::remove_file(&temporary);
-                }
-                written?;
+                files::place(&temporary, file, Outlives::PowerLoss, |_| finish(dump.stdout(out), &pg_dump, table))?;
                 output::line(&format!("{} is in {}{}", self.table, file.display(), fetched(running)));
             }
             (None, Some(into)) => {

@@ -27,11 +27,27 @@ pub(super) struct Stop {
 impl Stop {
     pub(super) fn run(self) -> Result<()> {
         let place = Place::new(self.clone_path.as_deref(), &self.name)?;
-        let clone = place.load()?.ok_or_else(|| self.unknown())?;
-        bring_down(&place, &clone, self.keep)?;
-        let kept = if self.keep { ", what was written is kept" } else { "" };
-        output::line(&format!("clone {} stopped{kept}", clone.name));
+        let clone = self.known(&place)?;
+        let _turn = place.take()?;
+        take_down(&place, clone.as_ref())?;
+        place.remove(self.keep)?;
+        let kept = if self.keep { "kept" } else { "removed" };
+        output::line(&format!("clone {} stopped, what was written is {kept}", self.name));
         Ok(())
+    }
+
+    /// What is known of the clone: nothing where its record is missing or damaged. Then its directory alone must do, and
+    /// suffices to remove it.
+    fn known(&self, place: &Place) -> Result<Option<Clone>> {
+        match place.load() {
+            Ok(None) if place.is_clone() && !self.keep => Ok(None),
+            Ok(None) => Err(self.unknown()),
+            Err(error) if place.is_clone() && !self.keep => {
+                tracing::warn!("{error}; it is removed");
+                Ok(None)
+            }
+            known => known,
+        }
     }
 
     fn unknown(&self) -> Error {
@@ -52,7 +68,16 @@ impl Stop {
 
 /// Stops server and mount, then removes the clone's files.
 pub(super) fn bring_down(place: &Place, clone: &Clone, keep: bool) -> Result<()> {
-    if place.mount().join("postmaster.pid").exists() {
+    take_down(place, Some(clone))?;
+    place.remove(keep)
+}
+
+/// Stops server and mount, also where one of them died, or where it is not known how the server was started. Returns once
+/// the scratch is free.
+pub(super) fn take_down(place: &Place, clone: Option<&Clone>) -> Result<()> {
+    // a lock file that a dead server left may name a process of somebody else by now
+    let is_ours = running_server(place).is_some() && place.mount().join("postmaster.pid").exists();
+    if let Some(clone) = clone.filter(|_| is_ours) {
         let mut command = clone.pg_ctl(place);
         command.args(["stop", "-s", "-w", "-t", "60", "-m", "fast"]);
         _ = command.output();
@@ -75,11 +100,22 @@ pub(super) fn bring_down(place: &Place, clone: &Clone, keep: bool) -> Result<()>
     while mounted()?.is_some() || scratch_is_held(place) {
         if started.elapsed() > Duration::from_secs(30) {
             return Err(Error::new(format!("{} is still in use", place.mount().display()))
-                .hint("see who uses it with \"fuser -vm\", then stop the clone again"));
+                .hint("somebody uses a copy of the mount in another mount namespace: end that, then try again"));
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    place.remove(keep)
+    Ok(())
+}
+
+/// True while a server runs on a mount that works.
+pub(super) fn is_running(place: &Place) -> Result<bool> {
+    let mount = pgcairn_mount::mountpoint::mounted_on(&place.mount()).map_err(mount_error)?;
+    let works = match mount {
+        Some(_) => !pgcairn_mount::mountpoint::is_dead(&place.mount()),
+        // taken out of sight, and served on
+        None => scratch_is_held(place),
+    };
+    Ok(works && running_server(place).is_some())
 }
 
 /// Ends a server that pg_ctl could not: its mount may be dead, and its data directory with it.

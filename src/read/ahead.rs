@@ -14,6 +14,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::wal::{TEMPORARY, deliver};
 use crate::error::{Error, Result};
+use crate::files::{self, Outlives};
 use crate::format::manifest::Database;
 use crate::postgres::{SegmentName, SegmentSize};
 use crate::repo::Repository;
@@ -107,10 +108,8 @@ fn move_to(from: &Path, target: &Path) -> Result<bool> {
         Err(error) => return Err(Error::io("rename to", target, error)),
     }
     let temporary = target.with_extension(TEMPORARY);
-    let copied = fs::copy(from, &temporary).and_then(|_| fs::rename(&temporary, target));
-    copied.map_err(|error| {
-        _ = fs::remove_file(&temporary);
-        Error::io("copy to", target, error)
+    files::place(&temporary, target, Outlives::Process, |to| {
+        fs::copy(from, to).map(drop).map_err(|error| Error::io("copy to", to, error))
     })?;
     _ = fs::remove_file(from);
     Ok(true)

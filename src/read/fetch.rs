@@ -1,15 +1,19 @@
 //! Chunks from memory, from the disk cache, or from the store: each fetched once however many ask, neighbours in one
 //! request, every byte checked against its chunk's name before it leaves.
 
+mod stalled;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use bytes::Bytes;
 use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
 
+use self::stalled::Stalled;
 use super::cache::DiskCache;
 use crate::error::{Error, Result};
 use crate::format::FormatError;
@@ -57,6 +61,7 @@ pub struct Fetcher {
     memory: Mutex<Memory>,
     disk: Option<Arc<DiskCache>>,
     flights: Mutex<HashMap<ChunkId, Arc<Flight>>>,
+    stalled: Stalled,
     /// objects that hold chunks but are not packs below `chunk/`: files of the WAL archive
     elsewhere: Mutex<HashMap<PackId, String>>,
     /// stored bytes of chunks that lie in manifests: these may go while their backups are read
@@ -114,6 +119,7 @@ impl Fetcher {
             memory: Mutex::new(memory),
             disk: options.disk,
             flights: Mutex::default(),
+            stalled: Stalled::default(),
             elsewhere: Mutex::default(),
             held: Mutex::default(),
             counters: Counters::default(),
@@ -162,7 +168,8 @@ impl Fetcher {
     }
 
     /// Hands the plaintext of every chunk to `each` with its number, in any order; what has to be fetched is fetched in as
-    /// few requests as possible. A chunk that cannot be had fails the call after the others were delivered.
+    /// few requests as possible. A chunk that cannot be had fails the call after the others were delivered; a store that
+    /// cannot be reached fails it at once: all that is asked for here has one deadline.
     pub fn chunks(&self, wanted: &[ChunkRef], mut each: impl FnMut(usize, Plain)) -> Result<()> {
         let mut missing = Vec::new();
         for (number, chunk) in wanted.iter().enumerate() {
@@ -172,14 +179,23 @@ impl Fetcher {
             }
         }
         missing.sort_unstable_by_key(|number| (wanted[*number].pack, wanted[*number].offset));
+        if let Some(error) = missing.iter().find_map(|number| self.stalled.error(&wanted[*number].id)) {
+            self.counters.errors.fetch_add(1, Ordering::Relaxed);
+            return Err(Error::new(error.to_string()).source(error));
+        }
+        let begun = Instant::now();
         let mut failure = None;
         while !missing.is_empty() {
-            let run = run_len(wanted, &missing);
-            let run: Vec<usize> = missing.drain(..run).collect();
-            if let Err(error) = self.fetch_run(wanted, &run, &mut each) {
-                self.counters.errors.fetch_add(1, Ordering::Relaxed);
-                failure.get_or_insert(error);
+            let run: Vec<usize> = missing.drain(..run_len(wanted, &missing)).collect();
+            let Err(error) = self.fetch_run(wanted, &run, &mut each) else { continue };
+            self.counters.errors.fetch_add(1, Ordering::Relaxed);
+            if error.is_unreachable() {
+                let error = Arc::new(error);
+                let chunks = run.iter().chain(&missing).map(|number| wanted[*number].id);
+                self.stalled.add(chunks, begun.elapsed(), &error);
+                return Err(Error::new(error.to_string()).source(error));
             }
+            failure.get_or_insert(error);
         }
         failure.map_or(Ok(()), Err)
     }

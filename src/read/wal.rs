@@ -8,6 +8,7 @@ use std::thread;
 
 use super::fetch::Fetcher;
 use crate::error::{Context, Error, Result};
+use crate::files::{self, Outlives};
 use crate::format::chunk::{ChunkRef, Decoder};
 use crate::format::manifest::Database;
 use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer, WalKey};
@@ -99,12 +100,8 @@ pub(super) fn deliver(
     threads: usize,
 ) -> Result<()> {
     let temporary = target.with_extension(TEMPORARY);
-    let written = write(repository, database, name, key, &temporary, threads)
-        .and_then(|()| std::fs::rename(&temporary, target).map_err(|error| Error::io("rename to", target, error)));
-    if written.is_err() {
-        _ = std::fs::remove_file(&temporary);
-    }
-    written
+    // PostgreSQL makes durable what it takes
+    files::place(&temporary, target, Outlives::Process, |to| write(repository, database, name, key, to, threads))
 }
 
 /// What a file is called while it is written.

@@ -130,9 +130,10 @@ impl Start {
         let repository = common.repository()?;
         let known =
             self.name.as_deref().map(|name| Place::new(self.clone_path.as_deref(), name)?.load()).transpose()?;
+        let mut turn = None;
         let (label, recovery, continued) = match known.flatten() {
             Some(clone) => {
-                self.continued(&clone, &repository.stanza)?;
+                turn = Some(self.continued(&clone, &repository.stanza)?);
                 (clone.label.clone(), clone.recovery.clone(), Some(clone))
             }
             None => {
@@ -167,6 +168,7 @@ impl Start {
             gid: owner.gid,
         };
         place.create(owner)?;
+        let _turn = turn.map_or_else(|| place.take(), Ok)?;
         place.save(&clone)?;
         let result = self.bring_up(common, &place, &mut clone, &description, owner);
         match result {
@@ -223,22 +225,28 @@ impl Start {
         Ok((course.label, prepared))
     }
 
-    /// Whether a clone can be started again by name.
-    fn continued(&self, clone: &Clone, stanza: &str) -> Result<()> {
+    /// Whether a clone can be started again by name. What is left of it where its server or its mount died is cleared
+    /// away; what was written stays. Returns the clone's lock.
+    fn continued(&self, clone: &Clone, stanza: &str) -> Result<fs::File> {
         let place = Place::new(self.clone_path.as_deref(), &clone.name)?;
-        if pgcairn_mount::mountpoint::mounted_on(&place.mount()).map_err(mount::mount_error)?.is_some() {
-            return Err(Error::new(format!("clone {} runs already", clone.name))
-                .hint(format!("\"pgcairn stop {}\" ends it; another --name starts another", clone.name)));
-        }
         let named = self.backup.as_deref().is_some_and(|backup| backup != "latest" && backup != clone.label);
         let other = named || !self.point.is_empty() || (self.read_only && !clone.read_only);
-        match other || clone.stanza != stanza {
-            true => {
-                Err(Error::new(format!("clone {} stands on backup {} of {}", clone.name, clone.label, clone.stanza))
-                    .hint("give another --name"))
-            }
-            false => Ok(()),
+        if other || clone.stanza != stanza {
+            return Err(Error::new(format!(
+                "clone {} stands on backup {} of {}",
+                clone.name, clone.label, clone.stanza
+            ))
+            .hint("give another --name"));
         }
+        let turn = place.take()?;
+        if super::stop::is_running(&place)? {
+            return Err(Error::new(format!("clone {} runs already", clone.name)).hint(format!(
+                "\"pgcairn stop {name} --keep\" ends it and keeps what was written; another --name starts another",
+                name = clone.name
+            )));
+        }
+        super::stop::take_down(&place, Some(clone))?;
+        Ok(turn)
     }
 
     fn bring_up(
@@ -257,6 +265,7 @@ impl Start {
             &self.cache,
         )?;
         super::stop::end_server(place)?;
+        place.forget_sockets()?;
         mount::spawn(&mount, common, &place.mount_log())?;
         write_files(place, owner)?;
         let superuser = of.superuser.as_deref().unwrap_or("postgres");

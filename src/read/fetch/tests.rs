@@ -116,6 +116,29 @@ fn a_failed_fetch_is_not_remembered() {
     assert!(fixture.fetcher.flights.lock().is_empty());
 }
 
+/// The kernel asks again page by page for what it did not get: that does not cost the store's deadline once more.
+#[test]
+fn after_a_long_wait_the_answer_is_the_same_without_another() {
+    let fixture = fixture(2, in_memory(64 << 20));
+    let [late, other] = [fixture.chunks[0], fixture.chunks[1]];
+    let error = Arc::new(Error::new("too late"));
+    fixture.fetcher.stalled.add([late.id], Duration::from_millis(900), &error);
+    assert!(fixture.fetcher.stalled.error(&late.id).is_none());
+    fixture.fetcher.stalled.add([late.id], Duration::from_secs(180), &error);
+    assert_eq!(fixture.fetcher.chunk(&late).unwrap_err().to_string(), "too late");
+    assert_eq!(fixture.recording.gets().calls, 0);
+    assert_eq!(*fixture.fetcher.chunk(&other).unwrap(), fixture.plain[1]);
+}
+
+/// One request of the kernel has one deadline, of however many places its bytes come.
+#[test]
+fn a_store_that_cannot_be_reached_is_not_asked_for_the_rest() {
+    let fixture = fixture(40, in_memory(64 << 20));
+    fixture.faults.add(|call| call.operation == Operation::GetRange, Effect::Fail(ErrorKind::Transient));
+    assert!(read_all(&fixture).unwrap_err().is_unreachable());
+    assert_eq!(fixture.recording.gets().calls, 1);
+}
+
 #[test]
 fn one_damaged_chunk_harms_only_itself() {
     let fixture = fixture(8, in_memory(64 << 20));
