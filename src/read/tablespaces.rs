@@ -52,8 +52,8 @@ impl Created {
     }
 }
 
-/// Those that a file of WAL creates which a server is about to replay in `data`. A record that goes on in the next file counts as
-/// one with a path that is not known.
+/// Returns the tablespaces whose creation a server replays in `data` once it has this file of WAL: each record that ends in the
+/// file. A record that began in the segment before is read together with that one, which recovery keeps in `pg_wal`.
 pub fn created_by_delivered(data: &Path, name: SegmentName, file: &Path) -> Result<(Vec<Created>, Major)> {
     let failed = |path: &Path| Error::new(format!("{} cannot be read", path.display()));
     let version = fs::read_to_string(data.join("PG_VERSION")).unwrap_or_default();
@@ -68,18 +68,34 @@ pub fn created_by_delivered(data: &Path, name: SegmentName, file: &Path) -> Resu
         segment_size: control.wal_segment_size,
         page_bytes: control.wal_page_bytes,
     };
+    Ok((created_by_next(&data.join("pg_wal"), name, file, &identity)?, major))
+}
+
+/// Returns those of a segment that is replayed after the ones in `pg_wal`.
+fn created_by_next(pg_wal: &Path, name: SegmentName, file: &Path, identity: &WalIdentity) -> Result<Vec<Created>> {
     let mut found = Vec::new();
-    if !may_create(file, &identity)? {
-        return Ok((found, major));
+    let before = cut_before(pg_wal, name, file, identity)?;
+    if before.is_some() || may_create(file, identity)? {
+        created_by(file, name, identity, before, &mut found)?;
     }
-    let (cut, rest) = created_by(file, name, &identity, None, &mut found)?;
-    let begins = cut.is_some_and(|cut| cut.has_header());
-    let goes_on =
-        (1..*TABLESPACE_BYTES.end()).contains(&rest) && may_create_tablespace(&first_words(file)?, FIRST_WORDS);
-    match begins || goes_on {
-        true => Err(Error::new(format!("a record that creates a tablespace lies across an end of segment {name}"))
-            .hint("\"pgcairn start\" or \"pgcairn mount --recovered\" can go past it")),
-        false => Ok((found, major)),
+    Ok(found)
+}
+
+/// Returns the record that creates a tablespace, or may, and goes on in this file. There is none without the segment before
+/// it: replay begins in this file, after the rest of a record.
+fn cut_before(pg_wal: &Path, name: SegmentName, file: &Path, identity: &WalIdentity) -> Result<Option<CutRecord>> {
+    let words = first_words(file)?;
+    let rest = u32::from_le_bytes([words[16], words[17], words[18], words[19]]);
+    if !(1..*TABLESPACE_BYTES.end()).contains(&rest) {
+        return Ok(None);
+    }
+    let number = name.number(identity.segment_size).and_then(|number| number.checked_sub(1));
+    let before = number.map(|number| SegmentName::of_number(name.timeline(), number, identity.segment_size));
+    let Some((before, path)) = before.map(|before| (before, pg_wal.join(before.to_string()))) else { return Ok(None) };
+    // the record's header lies in the segment before, or ends in the first words of this one
+    match path.exists() && (may_create_tablespace(&words, FIRST_WORDS) || may_create(&path, identity)?) {
+        true => created_by(&path, before, identity, None, &mut Vec::new()),
+        false => Ok(None),
     }
 }
 
@@ -107,7 +123,7 @@ pub fn created_in(pg_wal: &Path, identity: &WalIdentity) -> Result<Vec<Created>>
         // the header that tells of one may lie in the next segment
         let looked_at = may[number] || may.get(number + 1) == Some(&true);
         before = match looked_at || before.is_some() {
-            true => created_by(&path(name), *name, identity, before, &mut found)?.0,
+            true => created_by(&path(name), *name, identity, before, &mut found)?,
             false => None,
         };
     }
@@ -115,28 +131,27 @@ pub fn created_in(pg_wal: &Path, identity: &WalIdentity) -> Result<Vec<Created>>
 }
 
 /// Adds those of one segment to `found`, with the one whose record the segment before cut. Returns a record that goes on in the
-/// next segment, if it may create one, and how many bytes belong to a record before.
+/// next segment, if it may create one.
 fn created_by(
     path: &Path,
     name: SegmentName,
     identity: &WalIdentity,
     before: Option<CutRecord>,
     found: &mut Vec<Created>,
-) -> Result<(Option<CutRecord>, u32)> {
+) -> Result<Option<CutRecord>> {
     let bytes = fs::read(path).map_err(|error| Error::io("read", path, error))?;
     let mut here = Vec::new();
-    let Ok(walked) = walk(identity, name, &bytes, |_, _, event| here.push(event)) else { return Ok((None, 0)) };
+    let Ok(walked) = walk(identity, name, &bytes, |_, _, event| here.push(event)) else { return Ok(None) };
     let joined = before.and_then(|before| before.joined(&walked.rest, identity.major));
     for event in joined.into_iter().chain(here) {
         if let Event::Tablespace { oid, path } = event {
             found.push(Created { oid, path: PathBuf::from(OsString::from_vec(path)) });
         }
     }
-    let cut = match walked.stop {
+    Ok(match walked.stop {
         Stop::Cut(cut) if cut.may_create_tablespace() => Some(cut),
         _ => None,
-    };
-    Ok((cut, walked.rest.len))
+    })
 }
 
 fn may_create(path: &Path, identity: &WalIdentity) -> Result<bool> {
@@ -151,6 +166,53 @@ fn may_create(path: &Path, identity: &WalIdentity) -> Result<bool> {
         }
         if may_create_tablespace(&bytes, identity.page_bytes as usize) {
             return Ok(true);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::postgres::wal::records::tests::{Writer, create_tablespace, identity, name, record};
+
+    /// What is found in segment 1, then in segment 2 with segment 1 in `pg_wal`.
+    fn found_in(wal: &Writer) -> [Vec<Created>; 2] {
+        let place = tempfile::tempdir().unwrap();
+        let segments = wal.segments();
+        let look = |number: u64, bytes: &[u8]| {
+            let file = place.path().join("RECOVERYXLOG");
+            fs::write(&file, bytes).unwrap();
+            let found = created_by_next(place.path(), name(number), &file, &identity()).unwrap();
+            fs::rename(file, place.path().join(name(number).to_string())).unwrap();
+            found
+        };
+        [look(1, &segments[0]), segments.get(1).map_or_else(Vec::new, |bytes| look(2, bytes))]
+    }
+
+    #[test]
+    fn a_tablespace_is_found_with_the_segment_in_which_its_record_ends() {
+        let expected = vec![Created { oid: 16_384, path: "/srv/fast".into() }];
+        for left in (8..120).step_by(8) {
+            let mut wal = Writer::new(1);
+            wal.fill(left);
+            create_tablespace(&mut wal, 16_384, "/srv/fast");
+            let [first, second] = found_in(&wal);
+            let is_whole = wal.segments().len() == 1;
+            assert_eq!((first, second), if is_whole { (expected.clone(), vec![]) } else { (vec![], expected.clone()) });
+        }
+    }
+
+    #[test]
+    fn a_record_of_another_kind_across_the_end_of_a_segment_creates_none() {
+        // words that look like the end of the header of such a record, wherever the segment ends
+        let data: Vec<u8> = 0x0500u64.to_le_bytes().repeat(60);
+        for left in (8..200).step_by(8) {
+            let mut wal = Writer::new(1);
+            wal.fill(left);
+            record(&mut wal, 10, &data);
+            assert_eq!(wal.segments().len(), 2);
+            assert_eq!(found_in(&wal), [vec![], vec![]], "{left} bytes left");
         }
     }
 }
