@@ -68,6 +68,10 @@
 //!     mount that was unmounted lets go of its scratch, whoever has an idle copy of it. Held by `pgcairn_mount`; tests:
 //!     `mount/tests/power_cut.rs`, with real power cuts, and `integration/tests/durable.rs`, with PostgreSQL.
 //!
+//! 11. **"Archived" is proved by content, never by name, and a backup exists only for a server whose WAL is in this archive.** Held by
+//!     `write::rival`, `write::check::prove_archiving` and [`repo::proof`]; `archive-get` delivers WAL of the cluster that asks only
+//!     ([`repo::asking`]). Test: `integration/tests/proof.rs`.
+//!
 //! Further: there is one place where sync code waits for async code (`store::s3::bridge`), and the library prints nowhere. Both
 //! are lints, and `tests/architecture.rs` holds them too.
 

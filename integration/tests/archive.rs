@@ -155,7 +155,7 @@ fn what_is_not_this_clusters_wal_is_refused() {
         ),
         ("is not a file of pg_wal", setup.file("odd", "foo", &bytes)),
         ("is not a file of pg_wal", setup.file("odd", &format!("{segment}.gz"), &bytes)),
-        ("cannot open", setup.stanza.place().join(&format!("absent/{segment}"))),
+        ("cannot look at", setup.stanza.place().join(&format!("absent/{segment}"))),
     ];
     for (why, path) in cases {
         let refused = setup.push(&path).fails(1, "error: ");

@@ -11,13 +11,17 @@ use crate::error::{Error, Result};
 use crate::postgres::SegmentName;
 use crate::read::ahead::{Taken, follow, take};
 use crate::read::tablespaces::created_by_delivered;
-use crate::read::wal::{GetError, get_and};
+use crate::read::wal::{GetError, get_for};
+use crate::repo::asking::Asking;
 use crate::spool::Spool;
 
 /// PostgreSQL takes any status up to 125 for "there is no such file" and ends recovery; beyond that it stops instead.
 pub(super) const FAILED: u8 = 250;
 
 /// Fetch a WAL file from the archive; for restore_command = 'pgcairn archive-get %f %p'
+///
+/// Delivers WAL of the cluster that asks, which pg_control beside its pg_wal tells, and of no other: a stanza may have gone on with
+/// another cluster since.
 ///
 /// Exit status: 0 delivered; 1 the archive has no such file, which ends PostgreSQL's recovery; 250 anything else, which makes
 /// PostgreSQL stop rather than take a failing store for the end of WAL.
@@ -48,6 +52,7 @@ struct Ahead {
     spool: Spool,
     segment: SegmentName,
     wal: PathBuf,
+    asking: Asking,
 }
 
 impl ArchiveGet {
@@ -78,7 +83,8 @@ impl ArchiveGet {
     }
 
     fn deliver(&self, common: &Common) -> std::result::Result<(), GetError> {
-        let ahead = self.ahead(common);
+        let asking = Asking::of(&self.path);
+        let ahead = asking.and_then(|asking| self.ahead(common, asking));
         if let Some(ahead) = &ahead {
             match take(&ahead.spool, ahead.segment, &self.path, Duration::from_secs(self.archive_timeout)) {
                 Ok(Taken::Delivered) => {
@@ -99,17 +105,17 @@ impl ArchiveGet {
                 Err(error) => tracing::warn!(%error, "nothing is fetched ahead"),
             }
         };
-        get_and(&repository, &self.name, &self.path, &found)
+        get_for(&repository, asking.as_ref(), &self.name, &self.path, &found)
     }
 
     /// Only segments come in order; what is asked for beside them is asked of the archive.
-    fn ahead(&self, common: &Common) -> Option<Ahead> {
+    fn ahead(&self, common: &Common, asking: Asking) -> Option<Ahead> {
         let segment = self.name.parse().ok().filter(|_| self.archive_async == YesNo::Y)?;
         let open = || -> Result<Ahead> {
             let absolute =
                 std::path::absolute(&self.path).and_then(|path| path.parent().unwrap_or(&path).canonicalize());
             let wal = absolute.map_err(|error| Error::io("find the directory of", &self.path, error))?;
-            Ok(Ahead { spool: self.staging.get_spool(common, &wal)?, segment, wal })
+            Ok(Ahead { spool: self.staging.get_spool(common, &wal, &asking)?, segment, wal, asking })
         };
         match open() {
             Ok(ahead) => Some(ahead),
@@ -125,7 +131,7 @@ impl ArchiveGet {
         let start = || -> Result<()> {
             if ahead.spool.live_run()?.is_none() {
                 let (wal, queue): (&Path, _) = (&ahead.wal, self.archive_get_queue_max);
-                let worker = archive_worker::Get::new(wal, &ahead.spool, queue, &self.staging);
+                let worker = archive_worker::Get::new(wal, &ahead.spool, queue, &ahead.asking, &self.staging);
                 drop(archive_worker::start(common, &worker.arguments())?);
             }
             Ok(())

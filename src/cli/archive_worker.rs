@@ -9,6 +9,7 @@ use super::options::{Common, state_directory};
 use super::{backup, daemon};
 use crate::error::Result;
 use crate::read;
+use crate::repo::asking::Asking;
 use crate::spool::Spool;
 use crate::write::ahead::{AheadOptions, push_ahead};
 use crate::write::ask::{Fate, Place, Watch};
@@ -34,9 +35,10 @@ impl Staging {
         self.spool(common, "push", &[place.wal.as_os_str().as_encoded_bytes(), system_id.as_bytes()])
     }
 
-    /// The spool of what this stanza's archive delivers into this directory.
-    pub(super) fn get_spool(&self, common: &Common, wal: &Path) -> Result<Spool> {
-        self.spool(common, "get", &[wal.as_os_str().as_encoded_bytes()])
+    /// The spool of what this stanza's archive delivers to this cluster in this directory.
+    pub(super) fn get_spool(&self, common: &Common, wal: &Path, asking: &Asking) -> Result<Spool> {
+        let cluster = format!("{} {}", asking.system_id, asking.version.unwrap_or_default());
+        self.spool(common, "get", &[wal.as_os_str().as_encoded_bytes(), cluster.as_bytes()])
     }
 
     fn spool(&self, common: &Common, direction: &str, parts: &[&[u8]]) -> Result<Spool> {
@@ -128,25 +130,34 @@ pub(super) struct Get {
     #[arg(long)]
     queue: u64,
     #[arg(long)]
+    system_id: u64,
+    #[arg(long)]
+    major: Option<u32>,
+    #[arg(long)]
     threads: usize,
     #[arg(long, default_value_t = IDLE_S)]
     idle: u64,
 }
 
 impl Get {
-    pub(super) fn new(wal: &Path, spool: &Spool, queue: u64, staging: &Staging) -> Self {
+    pub(super) fn new(wal: &Path, spool: &Spool, queue: u64, asking: &Asking, staging: &Staging) -> Self {
         let (spool, wal) = (spool.path().to_owned(), wal.to_owned());
-        Self { spool, wal, queue, threads: staging.process_max(), idle: IDLE_S }
+        let Asking { system_id, version: major } = *asking;
+        Self { spool, wal, queue, system_id, major, threads: staging.process_max(), idle: IDLE_S }
     }
 
     pub(super) fn arguments(&self) -> Vec<String> {
-        vec![
+        [
             "get".to_owned(),
             format!("--spool={}", self.spool.display()),
             format!("--wal={}", self.wal.display()),
             format!("--queue={}", self.queue),
             format!("--threads={}", self.threads),
+            format!("--system-id={}", self.system_id),
         ]
+        .into_iter()
+        .chain(self.major.map(|major| format!("--major={major}")))
+        .collect()
     }
 
     fn run(self, common: &Common) -> Result<()> {
@@ -156,6 +167,7 @@ impl Get {
             process_max: self.threads.max(1),
             idle: Duration::from_secs(self.idle),
             wal: self.wal,
+            asking: Asking { system_id: self.system_id, version: self.major },
         };
         read::ahead::fetch_ahead(&spool, &options, &|| common.repository())
     }

@@ -54,6 +54,9 @@ pub(super) struct Backup {
     /// Where the WAL goes that the backup needs: auto is the archive if the server archives
     #[arg(long, env = "PGCAIRN_WAL", value_name = "WHERE", default_value = "auto")]
     wal: Wal,
+    /// Refuse a server with archive_mode = off where the stanza has a WAL archive: mostly it is a copy (y)
+    #[arg(long, env = "PGCAIRN_ARCHIVE_MODE_CHECK", value_name = "y|n", default_value = "y")]
+    archive_mode_check: YesNo,
     /// Seconds to wait for a WAL segment to be archived
     #[arg(long, env = "PGCAIRN_ARCHIVE_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
     archive_timeout: u64,
@@ -121,6 +124,7 @@ impl Backup {
             },
             archive_timeout: Duration::from_secs(self.archive_timeout),
             page_errors_fail: self.page_errors == PageErrors::Fail,
+            archive_mode_check: self.archive_mode_check == YesNo::Y,
             way: match self.source.source {
                 SourceKind::Files => Way::Files,
                 SourceKind::Stream => Way::Stream,

@@ -2,14 +2,17 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::options::Common;
+use super::options::{Common, YesNo};
 use super::output;
 use super::pg::SourceKind;
-use crate::error::{Context, Result};
+use crate::error::{Error, Result};
 use crate::format::manifest::Database;
-use crate::postgres::SegmentSize;
+use crate::postgres::SegmentName;
+use crate::postgres::wal::coverage::RoadEnd;
+use crate::read::horizon::Horizon;
 use crate::repo::Repository;
-use crate::write::check::{identify, prove_archiving, prove_local, prove_stream};
+use crate::write::check::{await_told, identify, prove_archiving, prove_local, prove_stream};
+use crate::write::rival::{refuse_rival, segment_size};
 use crate::write::server::{Archiving, Server};
 use crate::write::standby;
 
@@ -22,6 +25,12 @@ pub(super) struct Check {
     primary: super::pg::PrimaryOptions,
     #[command(flatten)]
     source: super::pg::SourceOptions,
+    /// Refuse a server with archive_mode = off where the stanza has a WAL archive: mostly it is a copy (y)
+    #[arg(long, env = "PGCAIRN_ARCHIVE_MODE_CHECK", value_name = "y|n", default_value = "y")]
+    archive_mode_check: YesNo,
+    /// Fail if WAL is missing behind the newest backup, instead of a warning
+    #[arg(long, env = "PGCAIRN_STRICT")]
+    strict: bool,
     /// Seconds to wait for a WAL segment to be archived
     #[arg(long, env = "PGCAIRN_ARCHIVE_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
     archive_timeout: u64,
@@ -50,6 +59,7 @@ impl Check {
         database.id = info.current()?.id;
         let ok = format!("stanza {} is PostgreSQL {}, {}", repository.stanza, database.version, database.system_id);
         output::line(&ok);
+        refuse_rival(&mut server, &repository, &database, self.archive_mode_check == YesNo::Y)?;
         let timeout = Duration::from_secs(self.archive_timeout);
         if server.in_recovery {
             return self.standby(&mut server, &repository, &database, timeout);
@@ -61,10 +71,18 @@ impl Check {
             return Ok(());
         }
         tell_waiting(&mut server);
-        let size = SegmentSize::new(database.wal_segment_size).context(|| "pg_control".into())?;
-        let segment = prove_archiving(&mut server, &repository.archive(&database), size, timeout)?;
+        let segment = prove_archiving(&mut server, &repository, &database, timeout)?;
+        let first = SegmentName::of_number(segment.timeline(), 0, segment_size(&database)?);
+        await_told(&mut server, first, segment, timeout)?;
         output::line(&format!("WAL segment {segment} was archived"));
-        Ok(())
+        match (gap(&repository, segment)?, self.strict) {
+            (Some(gap), true) => Err(gap),
+            (Some(gap), false) => {
+                output::warning(&gap);
+                Ok(())
+            }
+            (None, _) => Ok(()),
+        }
     }
 
     fn standby(
@@ -75,20 +93,31 @@ impl Check {
         timeout: Duration,
     ) -> Result<()> {
         output::line("the server is a standby");
-        let archive = repository.archive(database);
-        let size = SegmentSize::new(database.wal_segment_size).context(|| "pg_control".into())?;
         if let Some(primary) = &self.primary.pg_primary {
-            let segment = standby::prove_primary_archives(primary, server, &archive, size, timeout)?;
+            let segment = standby::prove_primary_archives(primary, server, repository, database, timeout)?;
             output::line(&format!("WAL segment {segment} was archived"));
             return Ok(());
         }
-        let start = (server.timeline()?, server.redo()?);
-        output::line(&match standby::prove_archived(server, &archive, database, start, timeout)? {
+        let (_, redo) = server.checkpoint()?;
+        output::line(&match standby::prove_archived(server, repository, database, redo, timeout)? {
             Some(segment) => format!("WAL segment {segment}, the last that was replayed to its end, is in the archive"),
             None => "no WAL segment was replayed to its end since the last checkpoint: name the primary with --pg-primary to see whether it archives".into(),
         });
         Ok(())
     }
+}
+
+/// What is missing between the newest backup and a segment that was just archived.
+fn gap(repository: &Repository, segment: SegmentName) -> Result<Option<Error>> {
+    let horizon = Horizon::load(repository, None, None)?;
+    let history = horizon.coverage().history(segment.timeline());
+    let Some(backup) = horizon.on(&history).next() else { return Ok(None) };
+    let RoadEnd::Gap { missing, then } = horizon.road(backup, &history)?.end else { return Ok(None) };
+    let error = Error::new(format!(
+        "WAL segment {missing} is missing in the archive, the next there is {then}: no point behind it can be reached from backup {}",
+        backup.label
+    ));
+    Ok(Some(error.hint("take a backup now; \"pgcairn verify --quick\" shows all gaps")))
 }
 
 /// Says how much WAL waits for the archive. Who may not see that is not told.

@@ -29,7 +29,16 @@ pub(super) fn note(text: &str) {
 
 /// An error, its causes on the same line, its hint on the next.
 pub(super) fn error(error: &Error) {
-    _ = writeln!(std::io::stderr(), "error: {}", one_line(error));
+    tell("error", error);
+}
+
+/// What is wrong, though the work was done; in the form of [`error`].
+pub(super) fn warning(error: &Error) {
+    tell("warning", error);
+}
+
+fn tell(what: &str, error: &Error) {
+    _ = writeln!(std::io::stderr(), "{what}: {}", one_line(error));
     if let Some(hint) = error.hint_text() {
         _ = writeln!(std::io::stderr(), "hint: {hint}");
     }

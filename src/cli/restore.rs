@@ -79,6 +79,10 @@ impl Restore {
         let point = self.point.point_or_end(self.set.as_deref())?;
         let repository = common.repository()?;
         let course = self.course(&repository, &point)?;
+        if self.archive_mode == ArchiveMode::Preserve && course.recovery.is_none() {
+            return Err(Error::new("--archive-mode=preserve without a recovery target makes a copy that archives on its source's timeline")
+                .hint("recover to a timeline of its own: --type=default (the end of the archive), --type=immediate, or a target"));
+        }
         let copy = self.archive_mode == ArchiveMode::Off;
         let wal_for = if copy { WalFor::Copy } else { WalFor::Replacement };
         let prepared = match &course.recovery {

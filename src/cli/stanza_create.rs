@@ -7,6 +7,7 @@ use clap::Args;
 use super::options::Common;
 use super::output;
 use crate::error::{Error, Result};
+use crate::format::info::LockKind;
 use crate::repo::Repository;
 use crate::store::Store;
 use crate::write::check::identify;
@@ -41,8 +42,11 @@ impl StanzaCreate {
             database.system_id,
             repository.store.url()
         );
+        // of two that create the stanza for different clusters at this moment, the second finds that of the first
+        let lock = repository.lock(LockKind::Stanza, "stanza-create")?;
         let is_created = repository.create_stanza(database)?;
-        // who created the same stanza at this moment must have come to the same
+        lock.check()?;
+        drop(lock);
         common.repository()?.archive_info()?;
         match is_created {
             true => output::line(&format!("created {text}")),

@@ -93,8 +93,10 @@ pub enum LockKind {
     Expire,
     /// deletes packs that nothing refers to
     Sweep,
-    /// changes what the stanza is: `stanza-upgrade`, `repo repair`
+    /// changes what the stanza is: `stanza-create`, `stanza-upgrade`, `repo repair`
     Stanza,
+    /// pushes a timeline history file
+    History,
 }
 
 /// `lock/...`: who works on the stanza. Its holder writes it again and again to show that it lives.
@@ -141,6 +143,7 @@ impl std::fmt::Display for LockKind {
             Self::Expire => "expire",
             Self::Sweep => "sweep",
             Self::Stanza => "change of the stanza",
+            Self::History => "push of a history file",
         })
     }
 }

@@ -12,4 +12,4 @@ mod sweep;
 pub mod verify;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

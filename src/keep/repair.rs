@@ -75,7 +75,7 @@ fn rebuild_archive_info(repository: &Repository, labels: &[String], done: &mut V
     }
     if clusters.is_empty() {
         return Err(Error::new(format!("no manifest and no WAL of stanza {} can be read", repository.stanza))
-            .hint("run \"pgcairn stanza-create\" with the server running"));
+            .hint("choose another stanza, or remove what is left of this one by hand"));
     }
     Ok(ArchiveInfo { history: clusters.into_values().collect() })
 }

@@ -1,9 +1,10 @@
-//! Names of the files in `pg_wal` and in an archive; what is inside them is in [`header`], [`records`] and [`history`]; which of
+//! Names of the files in `pg_wal` and in an archive; what is inside them is in [`header`], [`records`], [`landmarks`] and [`history`]; which of
 //! them there are is in [`coverage`].
 
 pub mod coverage;
 pub mod header;
 pub mod history;
+pub mod landmarks;
 pub mod records;
 
 use std::fmt;

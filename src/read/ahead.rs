@@ -18,6 +18,7 @@ use crate::files::{self, Outlives};
 use crate::format::manifest::Database;
 use crate::postgres::{SegmentName, SegmentSize};
 use crate::repo::Repository;
+use crate::repo::asking::Asking;
 use crate::spool::{Run, Spool};
 use crate::store::Listed;
 
@@ -47,6 +48,8 @@ pub struct AheadOptions {
     pub idle: Duration,
     /// the directory that segments are delivered to; without it nobody can ask
     pub wal: PathBuf,
+    /// the cluster that asks; nothing of another one comes into its spool
+    pub asking: Asking,
 }
 
 /// What the spool had.
@@ -120,7 +123,7 @@ pub fn fetch_ahead(spool: &Spool, options: &AheadOptions, open: &dyn Fn() -> Res
     // the call that started this worker has said what it wants
     let Some(run) = spool.begin(AT)? else { return Ok(()) };
     let repository = open()?;
-    let database = repository.archive_info()?.current()?.clone();
+    let database = database(&repository, &options.asking)?;
     let size = SegmentSize::new(database.wal_segment_size).map_err(|error| Error::new("archive.info").source(error))?;
     let depth = (options.queue_bytes / u64::from(size.bytes())).clamp(1, LOOK_FOR as u64) as usize;
     let (jobs, take_jobs) = bounded::<Job>(depth);
@@ -136,6 +139,7 @@ pub fn fetch_ahead(spool: &Spool, options: &AheadOptions, open: &dyn Fn() -> Res
             run: &run,
             repository: &repository,
             database: &database,
+            asking: &options.asking,
             size,
             depth,
             at: None,
@@ -153,6 +157,13 @@ pub fn fetch_ahead(spool: &Spool, options: &AheadOptions, open: &dyn Fn() -> Res
         spool.names()?.iter().try_for_each(|name| spool.remove(name))?;
     }
     fetched
+}
+
+/// The cluster of the stanza whose WAL is fetched.
+fn database(repository: &Repository, asking: &Asking) -> Result<Database> {
+    let info = repository.archive_info()?;
+    let newest = info.asked_for(&repository.stanza, Some(asking))?.into_iter().next();
+    newest.cloned().ok_or_else(|| Error::new("archive.info names no cluster"))
 }
 
 fn fetch_all(
@@ -187,6 +198,7 @@ struct Window<'a> {
     run: &'a Run,
     repository: &'a Repository,
     database: &'a Database,
+    asking: &'a Asking,
     size: SegmentSize,
     depth: usize,
     at: Option<SegmentName>,
@@ -251,7 +263,7 @@ impl Window<'_> {
         }
         let names = self.following(LOOK_FOR.max(self.depth));
         let found = || -> Result<Option<_>> {
-            if self.looked_up.elapsed() > INFO_AGE_MAX && self.repository.archive_info()?.current()? != self.database {
+            if self.looked_up.elapsed() > INFO_AGE_MAX && database(self.repository, self.asking)? != *self.database {
                 return Ok(None);
             }
             self.repository.archive(self.database).stored(&names).map(Some)

@@ -150,7 +150,7 @@ impl Search<'_> {
                 own.or(horizon.stones().last()).map(|stone| history(stone.timeline)).into_iter().collect()
             }
             TargetTimeline::Latest => {
-                let newest_first = horizon.timelines().into_iter().rev().map(history);
+                let newest_first = horizon.archived_timelines().into_iter().rev().map(history);
                 newest_first.filter(|history| own.is_none_or(|stone| stone.is_on(history))).take(1).collect()
             }
         })

@@ -11,6 +11,7 @@ use crate::format::info::BackupSummary;
 use crate::format::manifest::Database;
 use crate::format::pack::WalKey;
 use crate::postgres::wal::coverage::{Coverage, Road, RoadEnd};
+use crate::postgres::wal::landmarks::is_own_restore_point;
 use crate::postgres::wal::records::Event;
 use crate::postgres::{Lsn, SegmentName, SegmentSize, Timeline, TimelineHistory, TimestampTz, WalName};
 use crate::repo::Repository;
@@ -99,6 +100,13 @@ impl Horizon {
     /// The times in the WAL.
     pub fn times(&self) -> &Times {
         &self.times
+    }
+
+    /// Timelines that can be the newest, ascending: those of which there is WAL. One that only a backup with WAL of its own is on
+    /// may be that of a copy; it counts only where there is no archive.
+    pub fn archived_timelines(&self) -> Vec<Timeline> {
+        let archived = self.coverage.timelines();
+        if archived.is_empty() { self.timelines() } else { archived }
     }
 
     /// Timelines of backups and of WAL, ascending.
@@ -208,7 +216,7 @@ impl Horizon {
                     told = if is_set_back { Some(*time) } else { told.max(Some(*time)) };
                 }
                 // whole seconds, rounded down
-                Event::Checkpoint { time } if at < lsn => last_checkpoint = Some(TimestampTz(time.0 + 999_999)),
+                Event::Checkpoint { time, .. } if at < lsn => last_checkpoint = Some(TimestampTz(time.0 + 999_999)),
                 _ => {}
             })?;
             if told.is_some() {
@@ -266,7 +274,9 @@ impl Horizon {
             self.look_at_all(road, telling.iter().flat_map(|index| index.saturating_sub(1)..=*index))?;
             for index in telling {
                 let times = self.segment(road, index)?;
-                let points = times.restore_points().iter().filter(|point| Lsn(point.lsn) >= stone.stop);
+                let is_shown =
+                    |point: &&RestorePoint| Lsn(point.lsn) >= stone.stop && !is_own_restore_point(&point.name);
+                let points = times.restore_points().iter().filter(is_shown);
                 found.extend(points.cloned());
             }
             Ok(true)

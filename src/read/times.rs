@@ -110,7 +110,8 @@ impl SegmentTimes {
                 self.points.push(RestorePoint { name: name.clone(), lsn: lsn.0, time: time.0 });
                 self.other = self.other.max(Some(time.0));
             }
-            Event::Checkpoint { time } | Event::EndOfRecovery { time, .. } => {
+            Event::BackupEnd { .. } => {}
+            Event::Checkpoint { time, .. } | Event::EndOfRecovery { time, .. } => {
                 self.other = self.other.max(Some(time.0));
             }
             Event::Tablespace { .. } => {}

@@ -15,6 +15,7 @@ use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trail
 use crate::format::{CHUNK, FormatError};
 use crate::postgres::{SegmentName, WalName};
 use crate::repo::Repository;
+use crate::repo::asking::Asking;
 use crate::repo::wal::check_first_bytes;
 
 /// An archived object up to this size is fetched whole: its footer alone would cost as many requests.
@@ -64,16 +65,17 @@ pub enum GetError {
     Failed(Error),
 }
 
-/// Writes an archived file to `target`, which appears whole or not at all.
+/// Writes an archived file of the stanza's current cluster to `target`, which appears whole or not at all.
 ///
 /// It is not synced: PostgreSQL reads it at once, and syncs and renames what it keeps of it.
 pub fn get(repository: &Repository, name: &str, target: &Path) -> std::result::Result<(), GetError> {
-    get_and(repository, name, target, &|| ())
+    get_for(repository, None, name, target, &|| ())
 }
 
-/// The same; calls `found` when the file is there, before it is fetched.
-pub fn get_and(
+/// The same of the cluster that asks; calls `found` when the file is there, before it is fetched.
+pub fn get_for(
     repository: &Repository,
+    asking: Option<&Asking>,
     name: &str,
     target: &Path,
     found: &dyn Fn(),
@@ -81,10 +83,13 @@ pub fn get_and(
     let parsed = WalName::parse(name).context(|| format!("{name} is not a file of the archive"));
     parsed.map_err(GetError::Failed)?;
     let info = repository.archive_info().map_err(GetError::Failed)?;
-    let database = info.current().map_err(GetError::Failed)?;
-    let key = repository.archive(database).find(name).map_err(GetError::Failed)?.ok_or(GetError::NotThere)?.key;
-    found();
-    deliver(repository, database, name, &key, target, THREADS_MAX).map_err(GetError::Failed)
+    for database in info.asked_for(&repository.stanza, asking).map_err(GetError::Failed)? {
+        if let Some(object) = repository.archive(database).find(name).map_err(GetError::Failed)? {
+            found();
+            return deliver(repository, database, name, &object.key, target, THREADS_MAX).map_err(GetError::Failed);
+        }
+    }
+    Err(GetError::NotThere)
 }
 
 /// Threads that decompress and check one file. More than a few are done before the last one has begun.

@@ -140,15 +140,33 @@ impl Repository {
     }
 
     /// Creates the stanza for `database`, or finds it created already.
+    ///
+    /// # Errors
+    /// When there is no `archive.info`, but backups or WAL of the stanza: they are of another cluster perhaps.
     pub fn create_stanza(&self, database: Database) -> Result<bool> {
         let key = keys::archive_info(&self.stanza);
         if let Some(info) = self.read_info::<ArchiveInfo>(&key)? {
             info.check(&self.stanza, &database)?;
             return Ok(false);
         }
+        if let Some(found) = self.first_object()? {
+            return Err(Error::new(format!("stanza {} has no {key}, but other objects: {found}", self.stanza)).hint(
+                "\"pgcairn repo repair\" makes it again from backups and WAL; a new cluster needs another stanza",
+            ));
+        }
         self.write_info(&keys::backup_info(&self.stanza), &BackupInfo::default())?;
         self.write_info(&key, &ArchiveInfo { history: vec![database] })?;
         Ok(true)
+    }
+
+    /// The key of something that is stored for the stanza: a manifest, or a file of the archive.
+    fn first_object(&self) -> Result<Option<String>> {
+        if let Some(label) = self.labels()?.pop() {
+            return Ok(Some(keys::manifest(&self.stanza, &label)));
+        }
+        let info = with_copy(&keys::archive_info(&self.stanza));
+        let found = self.store.list(&keys::archives(&self.stanza), None)?.objects;
+        Ok(found.into_iter().map(|object| object.key).find(|key| !info.contains(key)))
     }
 
     /// From now on the stanza is `database`, as after pg_upgrade; returns its number, or `None` when it was that already.
@@ -311,7 +329,7 @@ impl Repository {
         let error = Error::new(format!("stanza {} does not exist in {}", self.stanza, self.store.url()));
         match stanzas(&self.store) {
             Ok(names) if names.contains(&self.stanza) => error.hint(format!(
-                "its archive.info and the copy of it are gone, other objects are there: put back {}",
+                "{} and its copy are gone, other objects are there: \"pgcairn repo repair\" makes them again",
                 keys::archive_info(&self.stanza)
             )),
             Ok(names) if !names.is_empty() => error.hint(format!("stanzas there: {}", names.join(", "))),

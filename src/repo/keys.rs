@@ -44,6 +44,11 @@ pub fn archive_info(stanza: &str) -> String {
     format!("archive/{stanza}/archive.info")
 }
 
+/// The archives of all clusters of the stanza.
+pub fn archives(stanza: &str) -> String {
+    format!("archive/{stanza}/")
+}
+
 /// A pointer: `latest`, `latest-full`, `latest-diff`, `latest-incr`.
 pub fn latest(stanza: &str, name: &str) -> String {
     format!("latest/{stanza}/{name}")

@@ -97,8 +97,10 @@ struct State {
 impl LockKind {
     /// Whether one of each cannot be held at the same time.
     pub fn excludes(self, other: Self) -> bool {
-        use LockKind::{Backup, Expire, Stanza, Sweep};
+        use LockKind::{Backup, Expire, History, Stanza, Sweep};
         match (self, other) {
+            (History, History) => true,
+            (History, _) | (_, History) => false,
             (Stanza, _) | (_, Stanza) => true,
             (Backup, Expire) | (Expire, Backup) | (Expire, Sweep) | (Sweep, Expire) => false,
             (Backup | Sweep, Backup | Sweep) | (Expire, Expire) => true,
@@ -107,7 +109,7 @@ impl LockKind {
 
     /// Whether it is held for moments only, so that a backup had better wait for it.
     fn is_short(self) -> bool {
-        matches!(self, Self::Sweep | Self::Stanza)
+        matches!(self, Self::Sweep | Self::Stanza | Self::History)
     }
 }
 
@@ -366,6 +368,7 @@ impl Other {
             LockKind::Expire => "an expire",
             LockKind::Sweep => "a sweep of packs",
             LockKind::Stanza => "a change of the stanza",
+            LockKind::History => "a push of a history file",
         };
         let note = if info.note.is_empty() { String::new() } else { format!(" ({})", info.note) };
         let since = info.since.and_then(|since| jiff::Timestamp::from_second(since).ok());

@@ -1,5 +1,6 @@
 //! The repository of one stanza: keys, catalog, and the order in which a backup becomes one.
 
+pub mod asking;
 pub mod catalog;
 pub mod chunks;
 pub mod clock;
@@ -8,6 +9,7 @@ pub mod keys;
 pub mod lock;
 pub mod manifest;
 pub mod packs;
+pub mod proof;
 pub mod unlock;
 pub mod wal;
 

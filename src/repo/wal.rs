@@ -82,6 +82,38 @@ impl Archive<'_> {
         }
     }
 
+    /// Whether there is a segment.
+    pub fn has_segments(&self) -> Result<bool> {
+        let mut after = None;
+        loop {
+            let page = self.repository.store.list(&self.prefix, after.as_deref())?;
+            if page.objects.iter().any(|object| self.segment_of(&object.key).is_some()) {
+                return Ok(true);
+            }
+            match page.next {
+                Some(next) => after = Some(next),
+                None => return Ok(false),
+            }
+        }
+    }
+
+    /// The first segment of its timeline from this one on.
+    pub fn first_from(&self, segment: SegmentName) -> Result<Option<SegmentName>> {
+        let prefix = format!("{}{:08X}", self.prefix, segment.timeline().0);
+        let mut after = keys::wal_prefix(&self.prefix, &segment.to_string());
+        loop {
+            let page = self.repository.store.list(&prefix, Some(&after))?;
+            let mut segments = page.objects.iter().filter_map(|object| self.segment_of(&object.key));
+            if let Some(found) = segments.find(|found| *found >= segment) {
+                return Ok(Some(found));
+            }
+            match page.next {
+                Some(next) => after = next,
+                None => return Ok(None),
+            }
+        }
+    }
+
     /// Where a file with this content goes; `point`: a restore point may begin in it.
     pub fn key(&self, name: &str, content: PackId, point: bool) -> String {
         let prefix = keys::wal_prefix(&self.prefix, name);
@@ -125,6 +157,10 @@ impl Archive<'_> {
         };
         let (first, last) = (names(first)?.into_iter().next(), names(last)?.pop());
         Ok(first.zip(last))
+    }
+
+    fn segment_of(&self, key: &str) -> Option<SegmentName> {
+        self.name_of(key)?.parse().ok()
     }
 
     fn name_of<'k>(&self, key: &'k str) -> Option<&'k str> {

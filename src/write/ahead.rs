@@ -20,7 +20,7 @@ mod desk;
 
 use super::answer::{About, Outcome, Stamp};
 use super::ask::ready;
-use super::push::{WalFile, not_listed, push, put};
+use super::push::{WalFile, changed, not_listed, push, put};
 use crate::error::{Error, Result};
 use crate::format::manifest::Database;
 use crate::postgres::SegmentName;
@@ -300,8 +300,4 @@ impl Drop for Token<'_> {
     fn drop(&mut self) {
         _ = self.0.send(());
     }
-}
-
-fn changed(path: &Path) -> Error {
-    Error::new(format!("{} changed while it was read", path.display()))
 }

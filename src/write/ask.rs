@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::answer::{About, Answer, Content, Outcome, Stamp};
 use crate::error::{Error, Result};
-use crate::postgres::CONTROL_FILE;
+use crate::repo::asking::Asking;
 use crate::spool::Spool;
 
 /// The shortest and the longest pause between two looks into the spool; between them, a quarter of the time waited so far.
@@ -49,7 +49,7 @@ impl Place {
         if !ready(&wal, &name).exists() {
             return None;
         }
-        let system_id = system_id(wal.parent()?)?;
+        let system_id = Asking::read(wal.parent()?)?.system_id;
         Some(Self { wal: wal.canonicalize().ok()?, system_id, name })
     }
 
@@ -62,14 +62,6 @@ impl Place {
 /// What tells that `name` is to be archived.
 pub(super) fn ready(wal: &Path, name: &str) -> PathBuf {
     wal.join(super::ahead::STATUS).join(format!("{name}.ready"))
-}
-
-/// The first field of `pg_control`, which never changes, so that it can be read while the server writes the file.
-pub(super) fn system_id(data_directory: &Path) -> Option<u64> {
-    let mut bytes = [0; 8];
-    let mut file = File::open(data_directory.join(CONTROL_FILE)).ok()?;
-    std::io::Read::read_exact(&mut file, &mut bytes).ok()?;
-    Some(u64::from_le_bytes(bytes))
 }
 
 /// What a call came to.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::assemble::{Assembler, Totals};
-use super::check::{await_segments, identify, prove_archiving, prove_local};
+use super::check::{await_segments, await_told, identify, prove_archiving, prove_backup, prove_local};
 use super::compared::{Compared, Packs, compared};
 use super::cut::{Cutting, Lanes};
 use super::dedup::Dedup;
@@ -15,6 +15,7 @@ use super::local;
 use super::packer::{PACK_BYTES, Uploads};
 use super::parent::{Parent, ParentFiles, Unusable};
 use super::resume::{left_behind, take_over};
+use super::rival::refuse_rival;
 use super::schedule::Schedule;
 use super::server::{Archiving, Server, Stopped};
 use super::source::Pages;
@@ -27,6 +28,7 @@ use crate::format::manifest::{Database, Description, NamedDatabase, PackUse, Siz
 use crate::postgres::{BackupKind, Label, Lsn, SegmentName, SegmentSize, Timeline};
 use crate::progress::Monitor;
 use crate::repo::lock::Lock;
+use crate::repo::proof::Claims;
 use crate::repo::{Repository, keys};
 use crate::store::Body;
 
@@ -58,6 +60,8 @@ pub struct BackupOptions {
     pub archive_timeout: Duration,
     /// fail when a page's checksum is wrong
     pub page_errors_fail: bool,
+    /// refuse a server that does not archive where the stanza has an archive
+    pub archive_mode_check: bool,
     /// how the files come to us
     pub way: Way,
 }
@@ -171,6 +175,7 @@ fn attempt(
         Way::Files => prove_local(&server).map(|()| None)?,
         Way::Stream => Some(Stream::connect(&mut server, &options.conninfo)?),
     };
+    refuse_rival(&mut server, repository, &database, options.archive_mode_check)?;
     server.lock()?;
     let lock = repository.lock(LockKind::Backup, "")?;
     let (kind, compared) = compared(repository, &database, options, share, monitor)?;
@@ -275,11 +280,19 @@ fn copy_all(
     let segments = wal_needed(started, &ended.stopped)?;
     if !started.wal_stored {
         monitor.stage("waiting for WAL", 0);
-        let (archive, timeout) = (repository.archive(&started.database), options.archive_timeout);
+        let (database, timeout) = (&started.database, options.archive_timeout);
         match server.in_recovery {
-            true => standby::await_wal(options.primary.as_deref(), server, &archive, &segments, timeout)?,
-            false => await_segments(&archive, &segments, timeout)?,
+            true => {
+                let primary = options.primary.as_deref();
+                standby::await_wal(primary, server, repository, database, &segments, timeout)?;
+            }
+            false => {
+                await_segments(&repository.archive(database), &segments, timeout)?;
+                await_told(server, segments[0], segments[segments.len() - 1], timeout)?;
+            }
         }
+        let Stopped { lsn, backup_label, .. } = &ended.stopped;
+        prove_backup(repository, database, &Claims::new(started.timeline, backup_label, *lsn)?)?;
     }
     cutting.lanes.flush(&uploads)?;
     drop(cutting);
@@ -399,19 +412,26 @@ fn start(
     monitor: &dyn Monitor,
 ) -> Result<Started> {
     let wal_stored = is_wal_stored(server, options)?;
-    let size = SegmentSize::new(database.wal_segment_size).context(|| "pg_control".into())?;
-    let (archive, timeout) = (repository.archive(&database), options.archive_timeout);
-    if !wal_stored {
+    let timeout = options.archive_timeout;
+    // the archive is that of this server, also where the backup does without it
+    let is_archived = match wal_stored {
+        true => server.archiving != Archiving::Off && repository.archive(&database).has_segments()?,
+        false => true,
+    };
+    if is_archived {
         monitor.stage("checking the archive", 0);
     }
-    match (wal_stored, server.in_recovery, &options.primary) {
-        (true, ..) => server.hold_wal()?,
-        (false, false, _) => prove_archiving(server, &archive, size, timeout).map(|_| ())?,
-        (false, true, Some(primary)) => {
-            standby::prove_primary_archives(primary, server, &archive, size, timeout).map(|_| ())?;
+    if wal_stored {
+        server.hold_wal()?;
+    }
+    match (is_archived, server.in_recovery, &options.primary) {
+        (false, ..) => {}
+        (true, false, _) => prove_archiving(server, repository, &database, timeout).map(|_| ())?,
+        (true, true, Some(primary)) => {
+            standby::prove_primary_archives(primary, server, repository, &database, timeout).map(|_| ())?;
         }
         // seen once the backup has begun
-        (false, true, None) => {}
+        (true, true, None) => {}
     }
     let label = next_label(repository, kind, prior.as_deref())?;
     monitor.stage("waiting for a checkpoint", 0);
@@ -422,7 +442,7 @@ fn start(
     };
     if server.in_recovery {
         monitor.stage("checking the archive", 0);
-        standby::prove_archived(server, &archive, &database, (timeline, start_lsn), timeout)?;
+        standby::prove_archived(server, repository, &database, start_lsn, timeout)?;
     }
     let prior = prior.filter(|_| kind != BackupKind::Full);
     let (start_time, server_time) = (now_s(), server.now_s()?);

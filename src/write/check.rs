@@ -1,4 +1,5 @@
-//! Proofs before and after copying: that this server is this stanza's, and that its WAL arrives in the archive.
+//! Proofs before and after copying: that this server is this stanza's, and that its WAL arrives in the archive. A name proves
+//! nothing: another server with the same system identifier gives the same names to other WAL.
 
 use std::path::Path;
 use std::thread::sleep;
@@ -8,7 +9,11 @@ use super::server::{Archiving, Server};
 use super::stream::Stream;
 use crate::error::{Context, Error, Result};
 use crate::format::manifest::{Database, Source};
-use crate::postgres::{CONTROL_FILE, ClusterState, ControlFile, SegmentName, SegmentSize};
+use crate::postgres::wal::landmarks::{Place, mark_name};
+use crate::postgres::wal::records::Event;
+use crate::postgres::{CONTROL_FILE, ClusterState, ControlFile, SegmentName};
+use crate::repo::Repository;
+use crate::repo::proof::{Claims, Contradiction};
 use crate::repo::wal::Archive;
 
 /// How long pg_control is read again before its CRC counts as wrong.
@@ -112,21 +117,61 @@ pub fn source(server: &Server) -> Result<Source> {
     })
 }
 
-/// Ends the current segment and waits until it is in the archive; returns its name.
+/// Proves that what the server writes arrives in the archive: writes a mark, ends its segment, waits for that, and reads the
+/// mark back. Returns the segment.
 pub fn prove_archiving(
     server: &mut Server,
-    archive: &Archive<'_>,
-    size: SegmentSize,
+    repository: &Repository,
+    database: &Database,
     timeout: Duration,
 ) -> Result<SegmentName> {
     if server.archiving == Archiving::Unset {
         return Err(Error::new("archive_mode is on, but neither archive_command nor archive_library is set")
             .hint("set archive_command = 'pgcairn --repo ... --stanza ... archive-push %p'"));
     }
-    let timeline = server.timeline()?;
-    let segment = SegmentName::of_lsn(timeline, server.switch_wal()?, size);
-    await_segments(archive, &[segment], timeout)?;
-    Ok(segment)
+    let mut nonce = [0; 16];
+    getrandom::fill(&mut nonce).context(|| "cannot get random bytes".into())?;
+    let mark = mark_name(nonce);
+    let (end, segment) = server.mark_wal(&mark)?;
+    await_segments(&repository.archive(database), &[segment], timeout)?;
+    match repository.archived_record(database, segment.timeline(), Place::Ends(end))? {
+        Some(Event::RestorePoint { name, .. }) if name == mark => Ok(segment),
+        _ => Err(not_ours(segment, format!("it lacks what the server has just written at {end}"))),
+    }
+}
+
+/// Fails unless the archive holds the WAL of this very backup.
+pub(super) fn prove_backup(repository: &Repository, database: &Database, claims: &Claims) -> Result<()> {
+    let Some(Contradiction { segment, what }) = repository.contradiction(database, claims)? else { return Ok(()) };
+    Err(match what {
+        Some(what) => not_ours(segment, format!("it {what}")),
+        None => Error::new(format!("WAL segment {segment} is not in the archive any more")),
+    })
+}
+
+pub(super) fn not_ours(segment: SegmentName, why: String) -> Error {
+    Error::new(format!("the archive holds other WAL as {segment}: {why}")).hint(
+        "another server with this system identifier archives into the stanza, or archived before this machine went back to a \
+         snapshot; the server's log says whether archive_command fails. Give a copy a stanza of its own",
+    )
+}
+
+/// Waits until the server was told of all segments from `first` to `last` that they are archived, as `pg_backup_stop` does: the
+/// archive may have other WAL as one of them, though it has the later ones.
+pub fn await_told(server: &mut Server, first: SegmentName, last: SegmentName, timeout: Duration) -> Result<()> {
+    let started = Instant::now();
+    let mut pause = Duration::from_millis(20);
+    while let Some(segment) = server.unarchived(first, last)? {
+        if started.elapsed() > timeout {
+            return Err(Error::new(format!(
+                "the server has not archived WAL segment {segment}, though the archive has later ones"
+            ))
+            .hint("archive_command fails for it; the server's log says why"));
+        }
+        sleep(pause);
+        pause = (pause * 2).min(Duration::from_secs(1));
+    }
+    Ok(())
 }
 
 /// Waits until all of these segments, given in ascending order, are in the archive.

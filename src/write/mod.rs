@@ -25,6 +25,7 @@ pub mod pieces;
 mod place;
 pub mod push;
 mod resume;
+pub mod rival;
 pub mod scan;
 pub mod schedule;
 pub mod server;

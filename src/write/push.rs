@@ -7,10 +7,13 @@ use std::os::unix::fs::FileExt;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::SystemTime;
 
-use super::answer::Content;
+use super::answer::{Content, Stamp};
+use super::ask::ready;
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::{ChunkId, Encoder, Keys, PackId};
+use crate::format::info::LockKind;
 use crate::format::manifest::Database;
 use crate::format::pack::{ENTRY_LEN, HEADER_LEN, PackKind, PackWriter, TRAILER_LEN, WalKey};
 use crate::format::seal::SealKind;
@@ -19,6 +22,7 @@ use crate::postgres::WalName;
 use crate::postgres::wal::header::{LONG_PAGE_HEADER_BYTES, LongPageHeader};
 use crate::postgres::wal::records::may_begin_restore_point;
 use crate::repo::Repository;
+use crate::repo::asking::Asking;
 use crate::repo::wal::wal_identity;
 use crate::store::Body;
 
@@ -41,7 +45,29 @@ pub enum Pushed {
 }
 
 /// Archives the file at `path`, named as PostgreSQL names it.
+///
+/// A history file's key says nothing of its content: of two pushed at one moment the later would replace the earlier, and both
+/// would be told that they are archived. So one is pushed at a time.
 pub fn push(repository: &Repository, path: &Path, level: i32) -> Result<Pushed> {
+    match wal_name(path)? {
+        (_, WalName::History(_)) => push_history(repository, path, level),
+        _ => push_any(repository, path, level),
+    }
+}
+
+fn push_history(repository: &Repository, path: &Path, level: i32) -> Result<Pushed> {
+    let (name, _) = wal_name(path)?;
+    let database = repository.archive_info()?.current()?.clone();
+    // mostly it is new, or there already
+    if repository.archive(&database).find(name)?.is_some() {
+        return push_any(repository, path, level);
+    }
+    let lock = repository.lock(LockKind::History, name)?;
+    let pushed = push_any(repository, path, level)?;
+    lock.check().map(|()| pushed)
+}
+
+fn push_any(repository: &Repository, path: &Path, level: i32) -> Result<Pushed> {
     let (name, _) = wal_name(path)?;
     // the archive is asked while the file is read and compressed: both take their time
     let (asked, file) = thread::scope(|scope| {
@@ -50,7 +76,7 @@ pub fn push(repository: &Repository, path: &Path, level: i32) -> Result<Pushed> 
             let there = repository.archive(&database).find(name);
             Ok((database, there))
         });
-        let file = WalFile::read(repository, path, Some(level), THREADS_MAX);
+        let file = read_unchanged(repository, path, level);
         (asked.join().unwrap_or_else(|panic| resume_unwind(panic)), file)
     });
     let ((database, there), file) = (asked?, file?);
@@ -63,6 +89,28 @@ pub fn push(repository: &Repository, path: &Path, level: i32) -> Result<Pushed> 
     // somebody else may have pushed other content at the same moment: then both are told
     let listed = repository.archive(&database).find(name)?;
     listed.filter(|listed| listed.key == key).map(|_| Pushed::New).ok_or_else(|| not_listed(name))
+}
+
+/// Reads a file and fails if it changed meanwhile. As long as it is to be archived the server leaves it alone; a call that
+/// outlived its archiver may find that it becomes another segment.
+fn read_unchanged(repository: &Repository, path: &Path, level: i32) -> Result<WalFile> {
+    let is_ready = || path.parent().zip(path.file_name()?.to_str()).map(|(wal, name)| ready(wal, name).exists());
+    let (was_ready, before) = (is_ready(), Stamp::of(path)?);
+    let settled = before.is_settled(SystemTime::now());
+    let file = WalFile::read(repository, path, Some(level), THREADS_MAX)?;
+    let is_same = Stamp::of(path)? == before && (was_ready != Some(true) || is_ready() == Some(true));
+    // a file that was written to a moment ago may be written to again without a new time, unless the server keeps it
+    let is_known = settled || was_ready == Some(true);
+    match is_same && (is_known || WalFile::read(repository, path, None, THREADS_MAX)?.content == file.content) {
+        true => Ok(file),
+        false => Err(changed(path)),
+    }
+}
+
+/// A file that is another one by now.
+pub(super) fn changed(path: &Path) -> Error {
+    Error::new(format!("{} changed while it was read", path.display()))
+        .hint("PostgreSQL asks again; nothing else may write to its pg_wal")
 }
 
 /// Writes the object of a file whose name was looked for; it counts when it is listed.
@@ -172,6 +220,16 @@ impl WalFile {
     /// Refuses what is not WAL of this cluster.
     pub(super) fn check(&self, database: &Database) -> Result<()> {
         let (name, len, expected) = (&self.name, self.len, database.wal_segment_size);
+        // history files say nothing of their cluster
+        if let Some(asking) = Asking::of(&self.path).filter(|asking| asking.system_id != database.system_id) {
+            return Err(Error::new(format!(
+                "{} is of the cluster with system identifier {}, the stanza is of {}",
+                self.path.display(),
+                asking.system_id,
+                database.system_id
+            ))
+            .hint("check --stanza in archive_command; a clone must not archive into its source's stanza"));
+        }
         if len > expected {
             return Err(Error::new(format!("{name} has {len} bytes, a WAL segment of this cluster has {expected}")));
         }

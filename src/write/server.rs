@@ -6,7 +6,7 @@ use postgres::{Client, Config, NoTls, SimpleQueryMessage};
 
 use super::peer;
 use crate::error::{Context, Error, Result};
-use crate::postgres::{Lsn, Major, Timeline};
+use crate::postgres::{Lsn, Major, SegmentName, Timeline};
 
 /// Name of the temporary replication slot of backups without an archive.
 const SLOT_NAME: &str = "pgcairn_backup";
@@ -179,11 +179,12 @@ impl Server {
         Ok(())
     }
 
-    /// Writes a record into the WAL and ends the current segment; returns a position inside that segment.
-    pub fn switch_wal(&mut self) -> Result<Lsn> {
-        let lsn = self.value("SELECT pg_create_restore_point('pgcairn')")?;
+    /// Writes a restore point called `name` into the WAL and ends its segment; returns one past the record, and the segment
+    /// that it ends in. That names the timeline that the server writes now, which pg_control knows only after a checkpoint.
+    pub fn mark_wal(&mut self, name: &str) -> Result<(Lsn, SegmentName)> {
+        let marked = self.position(&format!("pg_create_restore_point('{name}')"))?;
         self.value("SELECT pg_switch_wal()")?;
-        parse_lsn(&lsn)
+        Ok(marked)
     }
 
     /// What its clock shows, in seconds since 1970: times of commits are of this clock.
@@ -192,16 +193,68 @@ impl Server {
         now.parse().context(|| format!("the server answers \"{now}\" where a time belongs"))
     }
 
-    /// The timeline of the last checkpoint.
-    pub fn timeline(&mut self) -> Result<Timeline> {
-        let timeline = self.value("SELECT timeline_id FROM pg_control_checkpoint()")?;
+    /// Up to where a primary has written, and the segment that it writes.
+    pub fn writing(&mut self) -> Result<(Lsn, SegmentName)> {
+        self.position("pg_current_wal_insert_lsn()")
+    }
+
+    fn position(&mut self, lsn: &str) -> Result<(Lsn, SegmentName)> {
+        let row = row(&mut self.client, &format!("SELECT lsn, pg_walfile_name(lsn) FROM {lsn} AS lsn"))?;
+        let column = |number: usize| row.get(number).cloned().flatten().unwrap_or_default();
+        let name = column(1).parse().context(|| "the server does not name its WAL segment".into())?;
+        Ok((parse_lsn(&column(0))?, name))
+    }
+
+    /// The first segment from `first` to `last`, of one timeline, that the server has not been told is archived; `None` if there
+    /// is none, or the user may not see it.
+    pub fn unarchived(&mut self, first: SegmentName, last: SegmentName) -> Result<Option<SegmentName>> {
+        if !self.may("pg_ls_archive_statusdir()")? {
+            return Ok(None);
+        }
+        let name = self.value(&format!(
+            "SELECT coalesce(min(left(name, 24)), '') FROM pg_ls_archive_statusdir() \
+             WHERE name ~ '^[0-9A-F]{{24}}\\.ready$' AND left(name, 24) COLLATE \"C\" BETWEEN '{first}' AND '{last}'"
+        ))?;
+        Ok(name.parse().ok())
+    }
+
+    /// The content of a small file of `pg_wal`; `None` if there is none, or the user may not read it.
+    pub fn wal_text(&mut self, name: &str) -> Result<Option<String>> {
+        if !self.may("pg_read_file(text, bigint, bigint, boolean)")? {
+            return Ok(std::fs::read_to_string(self.data_directory.join("pg_wal").join(name)).ok());
+        }
+        let text = format!("SELECT coalesce(pg_read_file('pg_wal/{name}', 0, 1048576, true), '')");
+        Ok(Some(self.value(&text)?).filter(|text| !text.is_empty()))
+    }
+
+    /// Whether the server works on a mounted backup.
+    pub fn is_view(&mut self) -> Result<bool> {
+        if self.may("pg_stat_file(text, boolean)")? {
+            let there = self.value("SELECT count(size) FROM pg_stat_file('.pgcairn/status', true)")?;
+            return Ok(there != "0");
+        }
+        Ok(self.data_directory.join(".pgcairn/status").exists())
+    }
+
+    fn may(&mut self, function: &str) -> Result<bool> {
+        Ok(self.value(&format!("SELECT has_function_privilege('{function}', 'EXECUTE')"))? == "t")
+    }
+
+    /// The timeline that a standby replays, as far as it says: its last restartpoint may be of an earlier one.
+    pub fn replayed_timeline(&mut self) -> Result<Timeline> {
+        let timeline = self.value(
+            "SELECT greatest((SELECT timeline_id FROM pg_control_checkpoint()), \
+             (SELECT min_recovery_end_timeline FROM pg_control_recovery()), \
+             (SELECT max(received_tli) FROM pg_stat_wal_receiver))",
+        )?;
         timeline.parse().map(Timeline).context(|| format!("timeline {timeline}"))
     }
 
-    /// Where replay from the last checkpoint, or restartpoint, starts.
-    pub fn redo(&mut self) -> Result<Lsn> {
-        let lsn = self.value("SELECT redo_lsn FROM pg_control_checkpoint()")?;
-        parse_lsn(&lsn)
+    /// Where the record of the last checkpoint, or restartpoint, is, and where replay from it starts.
+    pub fn checkpoint(&mut self) -> Result<(Lsn, Lsn)> {
+        let row = row(&mut self.client, "SELECT checkpoint_lsn, redo_lsn FROM pg_control_checkpoint()")?;
+        let lsn = |number: usize| parse_lsn(&row.get(number).cloned().flatten().unwrap_or_default());
+        Ok((lsn(0)?, lsn(1)?))
     }
 
     /// Begins the backup; returns where recovery will start.

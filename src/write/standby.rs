@@ -15,12 +15,15 @@
 
 use std::time::Duration;
 
-use super::check::{await_segments, prove_archiving, read_control};
+use super::check::{await_segments, not_ours, prove_archiving, read_control};
+use super::rival::segment_size;
 use super::server::{Archiving, Server};
 use crate::error::{Context, Error, Result};
 use crate::format::manifest::Database;
-use crate::postgres::{ClusterState, ControlFile, Lsn, SegmentName, SegmentSize, Timeline};
-use crate::repo::wal::Archive;
+use crate::postgres::wal::landmarks::Place;
+use crate::postgres::wal::records::Event;
+use crate::postgres::{ClusterState, ControlFile, Lsn, SegmentName, Timeline, TimelineHistory, WalName};
+use crate::repo::Repository;
 
 /// Connects to the primary of `standby`.
 pub fn connect_primary(conninfo: &str, standby: &Server) -> Result<Server> {
@@ -40,8 +43,8 @@ pub fn connect_primary(conninfo: &str, standby: &Server) -> Result<Server> {
 pub fn prove_primary_archives(
     conninfo: &str,
     standby: &Server,
-    archive: &Archive<'_>,
-    size: SegmentSize,
+    repository: &Repository,
+    database: &Database,
     timeout: Duration,
 ) -> Result<SegmentName> {
     let mut primary = connect_primary(conninfo, standby)?;
@@ -50,25 +53,55 @@ pub fn prove_primary_archives(
             "a backup from a standby takes its WAL from the archive: set archive_mode = on and an archive_command",
         ));
     }
-    prove_archiving(&mut primary, archive, size, timeout)
+    prove_archiving(&mut primary, repository, database, timeout)
 }
 
-/// Proves that the segments from `start` on that the standby has replayed to their end are in the archive. Returns the last of
-/// them, or `None` where replay is still in the first.
+/// Proves that the segments from `start` on that the standby has replayed to their end are in the archive, and that the archive
+/// has the standby's last checkpoint where the standby has it. Returns the last of the segments, or `None` where replay is still
+/// in the first.
 pub fn prove_archived(
     standby: &mut Server,
-    archive: &Archive<'_>,
+    repository: &Repository,
     database: &Database,
-    (timeline, start): (Timeline, Lsn),
+    start: Lsn,
     timeout: Duration,
 ) -> Result<Option<SegmentName>> {
-    let size = SegmentSize::new(database.wal_segment_size).context(|| "pg_control".into())?;
-    let replayed = standby.replayed()?;
-    let current = SegmentName::of_lsn(timeline, replayed, size);
-    let mut complete: Vec<_> = size.names_covering(timeline, start, replayed).collect();
-    complete.retain(|segment| *segment < current);
-    await_segments(archive, &complete, timeout)?;
-    Ok(complete.pop())
+    let size = segment_size(database)?;
+    let (replayed, timeline) = (standby.replayed()?, standby.replayed_timeline()?);
+    let history = history(repository, database, timeline)?;
+    // a segment in which a timeline was left is archived under the next one's name
+    let name = |number: u64| {
+        let last = size.first_lsn(number + 1).map_or(Lsn(u64::MAX), |next| Lsn(next.0 - 1));
+        SegmentName::of_number(history.timeline_at(last), number, size)
+    };
+    let complete: Vec<SegmentName> = (size.segment_of(start)..size.segment_of(replayed)).map(name).collect();
+    let archive = repository.archive(database);
+    for names in complete.chunk_by(|a, b| a.timeline() == b.timeline()) {
+        await_segments(&archive, names, timeout)?;
+    }
+    let (checkpoint, redo) = standby.checkpoint()?;
+    let segment = name(size.segment_of(checkpoint));
+    if complete.contains(&segment) {
+        match repository.archived_record(database, segment.timeline(), Place::Begins(checkpoint))? {
+            Some(Event::Checkpoint { redo: archived, .. }) if archived == redo => {}
+            _ => {
+                let why = format!("it lacks the checkpoint at {checkpoint} that the standby has replayed");
+                return Err(not_ours(segment, why));
+            }
+        }
+    }
+    Ok(complete.last().copied())
+}
+
+/// The history of a timeline, from the archive.
+fn history(repository: &Repository, database: &Database, timeline: Timeline) -> Result<TimelineHistory> {
+    let name = WalName::History(timeline).to_string();
+    let object = match timeline {
+        Timeline(1) => None,
+        _ => repository.archive(database).find(&name)?,
+    };
+    let Some(object) = object else { return Ok(TimelineHistory { timeline, ancestors: Vec::new() }) };
+    TimelineHistory::parse(timeline, &repository.wal_file(&object.key)?).context(|| name)
 }
 
 /// The timeline of a backup that begins with this pg_control, or goes on with it on `expected`.
@@ -90,15 +123,16 @@ pub fn timeline(control: &ControlFile, expected: Option<Timeline>) -> Result<Tim
 pub fn await_wal(
     primary: Option<&str>,
     standby: &Server,
-    archive: &Archive<'_>,
+    repository: &Repository,
+    database: &Database,
     segments: &[SegmentName],
     timeout: Duration,
 ) -> Result<()> {
     if let Some(conninfo) = primary {
-        // what the standby has replayed lies before what the primary writes now: one switch ends the last segment, or a later one
-        connect_primary(conninfo, standby)?.switch_wal()?;
+        // what the standby has replayed lies before what the primary writes now: its mark ends the last segment, or a later one
+        prove_primary_archives(conninfo, standby, repository, database, timeout)?;
     }
-    await_segments(archive, segments, timeout).map_err(|error| match primary {
+    await_segments(&repository.archive(database), segments, timeout).map_err(|error| match primary {
         Some(_) => error,
         None => error.hint(
             "a standby cannot end a WAL segment: name the primary with --pg-primary, or set archive_timeout there and wait longer with --archive-timeout",

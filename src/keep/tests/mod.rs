@@ -16,7 +16,8 @@ use crate::format::map::{Extent, Leaf, LeafRef, SlotChange, encode_changes};
 use crate::format::pack::{PackKind, PackWriter};
 use crate::format::seal::SealKind;
 use crate::format::{CHUNK, GRAIN, LEAF_BYTES, SLOT};
-use crate::postgres::{BackupKind, Label, SegmentName, SegmentSize, Timeline};
+use crate::postgres::wal::records::tests::Writer;
+use crate::postgres::{BackupKind, Label, Lsn, SegmentName, SegmentSize, Timeline};
 use crate::repo::{Repository, keys};
 use crate::store::{Body, Fault, FaultPlan, MemoryStore, Page, Result, Store};
 
@@ -324,7 +325,10 @@ impl Made {
 
     /// One file of the archive, as large as a segment, with the header of `segment`.
     pub(super) fn archive_file(&mut self, name: &str, segment: SegmentName) {
-        let bytes = wal_bytes(segment);
+        self.archive_bytes(name, &wal_bytes(segment));
+    }
+
+    pub(super) fn archive_bytes(&mut self, name: &str, bytes: &[u8]) {
         let ids: Vec<_> = bytes.chunks(CHUNK).map(|plain| self.repository.keys.digest(plain).id).collect();
         let content = self.repository.keys.file(ids.iter().copied());
         let mut pack = PackWriter::new(PackKind::Wal, SealKind::Hashed, content, 0);
@@ -375,7 +379,7 @@ pub(super) fn segment(timeline: u32, number: u64) -> SegmentName {
 }
 
 /// Segments of 1 MiB, so that they are quickly made.
-pub(super) fn database() -> Database {
+pub(crate) fn database() -> Database {
     Database {
         id: 1,
         version: 15,
@@ -390,19 +394,33 @@ pub(super) fn database() -> Database {
     }
 }
 
-/// A segment of which only the first page's header is true.
-fn wal_bytes(segment: SegmentName) -> Vec<u8> {
+/// Bytes of a segment before the checkpoint that begins it, and up to the end of that, which is all that is in it.
+const CHECKPOINT: (u64, u64) = (40, 160);
+
+/// A segment that begins with a checkpoint.
+pub(crate) fn wal_bytes(segment: SegmentName) -> Vec<u8> {
     let database = database();
-    let mut bytes = vec![0; database.wal_segment_size as usize];
     let size = SegmentSize::new(database.wal_segment_size).unwrap();
-    bytes[..2].copy_from_slice(&crate::postgres::Major::new(15).unwrap().wal_magic().to_le_bytes());
-    bytes[2..4].copy_from_slice(&2u16.to_le_bytes());
-    bytes[4..8].copy_from_slice(&segment.timeline().0.to_le_bytes());
-    bytes[8..16].copy_from_slice(&segment.first_lsn(size).unwrap().0.to_le_bytes());
-    bytes[24..32].copy_from_slice(&database.system_id.to_le_bytes());
-    bytes[32..36].copy_from_slice(&(database.wal_segment_size as u32).to_le_bytes());
-    bytes[36..40].copy_from_slice(&database.wal_page_size.to_le_bytes());
-    bytes
+    let number = segment.number(size).unwrap();
+    let mut wal = Writer::of(segment.timeline().0, number, database.system_id);
+    let redo = Lsn(size.first_lsn(number).unwrap().0 + CHECKPOINT.0);
+    assert_eq!(wal.checkpoint(redo), redo);
+    assert_eq!(wal.end().0 % database.wal_segment_size, CHECKPOINT.1);
+    wal.segments().remove(0)
+}
+
+/// Where a backup starts in its first segment, where it ends in its last, and its `backup_label`.
+pub(crate) fn backup_positions((first, last): (SegmentName, SegmentName)) -> (Lsn, Lsn, String) {
+    let size = SegmentSize::new(database().wal_segment_size).unwrap();
+    let at = |segment: SegmentName, bytes| segment.first_lsn(size).unwrap().checked_add(bytes).unwrap();
+    let start = at(first, CHECKPOINT.0);
+    // a standby writes no record that ends a backup
+    let label = format!(
+        "START WAL LOCATION: {start} (file {first})\nCHECKPOINT LOCATION: {start}\nBACKUP METHOD: streamed\n\
+         BACKUP FROM: standby\nSTART TIME: 2024-01-01 00:00:00 UTC\nLABEL: test\nSTART TIMELINE: {}\n",
+        first.timeline()
+    );
+    (start, at(last, CHECKPOINT.1), label)
 }
 
 fn description(
@@ -412,8 +430,7 @@ fn description(
     wal: (SegmentName, SegmentName),
     now: i64,
 ) -> Description {
-    let size = SegmentSize::new(database().wal_segment_size).unwrap();
-    let lsn = |segment: SegmentName| segment.first_lsn(size).unwrap().checked_add(100).unwrap().to_string();
+    let (start, stop, backup_label) = backup_positions(wal);
     Description {
         label: label.to_owned(),
         kind,
@@ -421,8 +438,8 @@ fn description(
         pgcairn: "test".into(),
         start_time: now,
         stop_time: now,
-        start_lsn: lsn(wal.0),
-        stop_lsn: lsn(wal.1),
+        start_lsn: start.to_string(),
+        stop_lsn: stop.to_string(),
         timeline: 1,
         wal_start: wal.0.to_string(),
         wal_stop: wal.1.to_string(),
@@ -433,7 +450,7 @@ fn description(
         owner: "postgres".into(),
         group: "postgres".into(),
         superuser: None,
-        backup_label: String::new(),
+        backup_label,
         tablespace_map: String::new(),
         tablespaces: Vec::new(),
         databases: Vec::new(),

@@ -6,6 +6,7 @@ use crate::keep::expire::{ExpireOptions, GRACE, expire};
 use crate::keep::policy::Retention;
 use crate::keep::tests::{Made, database, segment};
 use crate::postgres::BackupKind::{Diff, Full, Incr};
+use crate::postgres::wal::records::tests::Writer;
 use crate::progress::Silent;
 use crate::store::{Body, Effect, ErrorKind};
 
@@ -205,6 +206,25 @@ fn wal_that_is_damaged_or_somebody_elses() {
     let report = run(&made, true);
     assert!(report.harms[0].what.contains("another content"), "{report:?}");
     assert_eq!(harmed(&report), made.labels()[..1]);
+}
+
+/// Another server with the same system identifier wrote it: names, headers and checksums are right.
+#[test]
+fn wal_of_another_server_under_the_right_names() {
+    for number in [1, 2] {
+        let mut made = made(&[Full, Incr]);
+        assert!(run(&made, false).sound);
+        let mut other = Writer::of(1, number, database().system_id);
+        other.commit(700, 1);
+        remove(&made, &wal_key(&made, number));
+        made.archive_bytes(&segment(1, number).to_string(), &other.segments()[0]);
+        let report = run(&made, false);
+        assert_eq!(harmed(&report), made.labels()[..1], "{report:?}");
+        let [harm] = report.harms.as_slice() else { panic!("{report:?}") };
+        assert_eq!(harm.object, wal_key(&made, number));
+        assert!(harm.what.contains("is not the WAL of backup"), "{report:?}");
+        assert!(run(&made, true).sound, "a quick look cannot see it");
+    }
 }
 
 #[test]

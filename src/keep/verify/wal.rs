@@ -10,10 +10,12 @@ use crate::format::FormatError;
 use crate::format::chunk::Decoder;
 use crate::format::manifest::{Database, Description};
 use crate::format::pack::{Pack, PackKind};
+use crate::postgres::wal::landmarks::Landmarks;
 use crate::postgres::{SegmentName, SegmentSize, Timeline, TimelineHistory, WalName};
 use crate::progress::Monitor;
 use crate::repo::Repository;
-use crate::repo::wal::check_first_bytes;
+use crate::repo::proof::{Claims, Contradiction};
+use crate::repo::wal::{check_first_bytes, wal_identity};
 use crate::store::Listed;
 
 /// Missing segments of one backup that are named one by one.
@@ -31,6 +33,10 @@ struct Archive<'a> {
     /// keys of segments that are there and cannot
     bad: BTreeMap<SegmentName, String>,
     histories: BTreeMap<Timeline, TimelineHistory>,
+    /// segments into which backups are compared with the WAL
+    claimed: BTreeSet<SegmentName>,
+    /// what those tell of whose WAL they are; nothing in a quick run
+    landmarks: BTreeMap<SegmentName, Landmarks>,
 }
 
 /// Looks at the archive of `database`, of which `backups` are.
@@ -52,10 +58,14 @@ pub(super) fn check(
         usable: BTreeMap::new(),
         bad: BTreeMap::new(),
         histories: BTreeMap::new(),
+        claimed: BTreeSet::new(),
+        landmarks: BTreeMap::new(),
     };
     archive.list(findings)?;
-    archive.read(findings, options, monitor, checked)?;
     let backups: Vec<Needs> = backups.iter().map(|of| Needs::of(of)).collect::<Result<_>>()?;
+    let claims = backups.iter().filter_map(|needs| needs.claims.as_ref().ok());
+    archive.claimed = claims.flat_map(|claims| claims.segments(size)).collect();
+    archive.read(findings, options, monitor, checked)?;
     backups.iter().for_each(|needs| archive.check_backup(needs, findings));
     let mut gaps = archive.holes(&backups);
     gaps.extend(archive.forks(&backups, findings));
@@ -67,12 +77,14 @@ struct Needs<'a> {
     of: &'a Description,
     start: SegmentName,
     stop: SegmentName,
+    claims: Result<Claims>,
 }
 
 impl<'a> Needs<'a> {
     fn of(of: &'a Description) -> Result<Self> {
         let what = || format!("the WAL of backup {}", of.label);
-        Ok(Self { of, start: of.wal_start.parse().context(what)?, stop: of.wal_stop.parse().context(what)? })
+        let (start, stop) = (of.wal_start.parse().context(what)?, of.wal_stop.parse().context(what)?);
+        Ok(Self { of, start, stop, claims: Claims::of(of) })
     }
 }
 
@@ -109,8 +121,22 @@ impl Archive<'_> {
             monitor.stage("reading WAL", wanted.iter().map(|(_, object)| object.size).sum());
         }
         let (bad, histories) = (Mutex::new(BTreeMap::new()), Mutex::new(BTreeMap::new()));
+        // one is in memory whole at a time
+        let landmarks = Mutex::new(BTreeMap::new());
         each(&wanted, options.process_max, |(name, object)| {
-            match self.read_file(*name, object) {
+            let segment = if let WalName::Segment(segment) = name { Some(segment) } else { None };
+            let read = match segment.filter(|segment| self.claimed.contains(segment)) {
+                Some(segment) => {
+                    let mut landmarks = landmarks.lock();
+                    self.read_file(*name, object).and_then(|content| {
+                        let read = Landmarks::read(&wal_identity(self.database)?, *segment, &content);
+                        landmarks.extend(read.ok().map(|read| (*segment, read)));
+                        Ok(None)
+                    })
+                }
+                None => self.read_file(*name, object).and_then(|content| history(*name, object, &content)),
+            };
+            match read {
                 Ok(Some(history)) => _ = histories.lock().insert(history.timeline, history),
                 Ok(None) => {}
                 Err(error) => {
@@ -129,11 +155,12 @@ impl Archive<'_> {
         self.bad.extend(bad.into_inner());
         self.bad.keys().for_each(|segment| _ = self.usable.remove(segment));
         self.histories = histories.into_inner();
+        self.landmarks = landmarks.into_inner();
         Ok(())
     }
 
-    /// Proves one file: its chunks, its name, its length, and that it is this cluster's.
-    fn read_file(&self, name: WalName, object: &Listed) -> Result<Option<TimelineHistory>> {
+    /// Proves one file: its chunks, its name, its length, and that it is this cluster's. Returns its content if that is looked into.
+    fn read_file(&self, name: WalName, object: &Listed) -> Result<Vec<u8>> {
         let (key, keys) = (&object.key, &self.repository.keys);
         let bytes = self.repository.store.get(key)?;
         let pack = Pack::parse(key, &bytes)?;
@@ -141,7 +168,12 @@ impl Archive<'_> {
         let wrong = |what: String| FormatError::new(key, 0, what);
         keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
         let mut decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
-        let (mut len, mut text) = (0u64, Vec::new());
+        let (mut len, mut content) = (0u64, Vec::new());
+        let is_looked_into = match name {
+            WalName::History(_) => true,
+            WalName::Segment(segment) => self.claimed.contains(&segment),
+            _ => false,
+        };
         for chunk in &pack.chunks {
             let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
             let plain = decoder.prove(keys, key, chunk, stored)?.plain;
@@ -154,19 +186,15 @@ impl Archive<'_> {
                 })?;
             }
             len += plain.len() as u64;
-            if let WalName::History(_) = name {
-                text.extend_from_slice(&plain);
+            if is_looked_into {
+                content.extend_from_slice(&plain);
             }
         }
         match name {
             WalName::Segment(_) | WalName::Partial(_) if len != self.database.wal_segment_size => {
                 Err(wrong(format!("{len} bytes of WAL, a segment has {}", self.database.wal_segment_size)).into())
             }
-            WalName::History(timeline) => match TimelineHistory::parse(timeline, &text) {
-                Ok(history) => Ok(Some(history)),
-                Err(error) => Err(wrong(error.to_string()).into()),
-            },
-            _ => Ok(None),
+            _ => Ok(content),
         }
     }
 
@@ -185,6 +213,7 @@ impl Archive<'_> {
         if needs.of.wal_stored {
             return;
         }
+        self.compare_backup(needs, findings);
         let (mut at, mut missing) = (Some(needs.start), 0);
         while let Some(segment) = at.filter(|segment| *segment <= needs.stop && missing < MISSING_MAX) {
             if !self.usable.contains_key(&segment) {
@@ -192,6 +221,30 @@ impl Archive<'_> {
                 findings.suffers(&needs.of.label, &self.key(segment), "is missing", None);
             }
             at = segment.next(self.size);
+        }
+    }
+
+    /// Names prove nothing: the archive must hold the checkpoint from which the backup starts, and its end.
+    fn compare_backup(&self, needs: &Needs<'_>, findings: &Findings) {
+        let label = &needs.of.label;
+        let claims = match &needs.claims {
+            Ok(claims) => claims,
+            Err(error) => {
+                let what = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+                let key = crate::repo::keys::manifest(&self.repository.stanza, label);
+                return findings.suffers(label, &key, &format!("its backup_label cannot be read: {what}"), None);
+            }
+        };
+        // nothing was read in a quick run; what is missing or damaged is told of for itself
+        let read = |segment: &SegmentName| self.landmarks.contains_key(segment);
+        let Ok(identity) = wal_identity(self.database) else { return };
+        let Some(Contradiction { segment, what: Some(what) }) = claims.judge(&identity, &self.landmarks) else {
+            return;
+        };
+        if claims.segments(self.size).iter().all(|segment| read(segment) || !self.usable.contains_key(segment)) {
+            let key = self.files.iter().find(|(name, _)| *name == WalName::Segment(segment));
+            let key = key.map_or_else(|| self.key(segment), |(_, object)| object.key.clone());
+            findings.suffers(label, &key, &format!("is not the WAL of backup {label}: it {what}"), None);
         }
     }
 
@@ -291,4 +344,11 @@ impl Archive<'_> {
             until_time: until.map(|needs| needs.of.stop_time),
         })
     }
+}
+
+/// The history that a history file tells.
+fn history(name: WalName, object: &Listed, content: &[u8]) -> Result<Option<TimelineHistory>> {
+    let WalName::History(timeline) = name else { return Ok(None) };
+    let parsed = TimelineHistory::parse(timeline, content);
+    parsed.map(Some).map_err(|error| FormatError::new(&object.key, 0, error.to_string()).into())
 }

@@ -62,6 +62,13 @@ pub enum Event {
     Checkpoint {
         /// when, in whole seconds
         time: TimestampTz,
+        /// where replay from it starts
+        redo: Lsn,
+    },
+    /// the end of a backup of a primary
+    BackupEnd {
+        /// where replay from that backup starts
+        start: Lsn,
     },
     /// a server ended its recovery and began a timeline
     EndOfRecovery {
@@ -356,6 +363,7 @@ const CREATE: u8 = 0x00;
 const CHECKPOINT_SHUTDOWN: u8 = 0x00;
 const CHECKPOINT_ONLINE: u8 = 0x10;
 const SWITCH: u8 = 0x40;
+const BACKUP_END: u8 = 0x50;
 const RESTORE_POINT: u8 = 0x70;
 const END_OF_RECOVERY: u8 = 0x90;
 const COMMIT: u8 = 0x00;
@@ -381,7 +389,7 @@ fn operation(head: &[u8]) -> Option<(u8, u8)> {
 fn tells(head: &[u8]) -> bool {
     match operation(head) {
         Some((XLOG, what)) => {
-            matches!(what, CHECKPOINT_SHUTDOWN | CHECKPOINT_ONLINE | RESTORE_POINT | END_OF_RECOVERY)
+            matches!(what, CHECKPOINT_SHUTDOWN | CHECKPOINT_ONLINE | BACKUP_END | RESTORE_POINT | END_OF_RECOVERY)
         }
         Some((XACT, what)) => matches!(what, COMMIT | PREPARE | ABORT | COMMIT_PREPARED | ABORT_PREPARED),
         Some((TABLESPACE, what)) => what == CREATE,
@@ -423,9 +431,12 @@ fn event(record: &[u8], major: Major) -> Option<Event> {
             let name = name.split(|&byte| byte == 0).next()?;
             Event::RestorePoint { name: String::from_utf8_lossy(name).into_owned(), time: time(0)? }
         }
+        (_, BACKUP_END) => Event::BackupEnd { start: Lsn(u64_at(data, 0)?) },
         (_, END_OF_RECOVERY) => Event::EndOfRecovery { time: time(0)?, timeline: Timeline(u32_at(data, 8)?) },
         // a CheckPoint, as in pg_control: redo (8), timelines (4 + 4), full_page_writes and in 17 wal_level (8), ...
-        _ => Event::Checkpoint { time: TimestampTz::from_unix_s(u64_at(data, 64)? as i64)? },
+        _ => {
+            Event::Checkpoint { time: TimestampTz::from_unix_s(u64_at(data, 64)? as i64)?, redo: Lsn(u64_at(data, 0)?) }
+        }
     })
 }
 

@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use super::*;
+use crate::keep::tests::backup_positions;
 use crate::progress::Silent;
 use crate::repo::lock::Timing;
 use crate::write::copy::{Files, copy};
@@ -93,6 +94,7 @@ fn options(kind: BackupKind) -> BackupOptions {
         wal: WalChoice::Archive,
         archive_timeout: Duration::ZERO,
         page_errors_fail: false,
+        archive_mode_check: false,
         way: Way::Files,
     }
 }
@@ -107,14 +109,13 @@ fn started(
     let parse = |label: &str| label.parse::<Label>().unwrap();
     let newest = repository.labels()?.pop().map(|label| parse(&label));
     let label = Label::next(kind, prior.as_deref().map(parse), of.now, newest).unwrap();
-    let size = SegmentSize::new(database.wal_segment_size).unwrap();
     let segment = (of.archive)()?;
     Ok(Started {
         database,
         label,
         prior: prior.filter(|_| kind != BackupKind::Full),
         timeline: segment.timeline(),
-        start_lsn: segment.first_lsn(size).unwrap().checked_add(100).unwrap(),
+        start_lsn: backup_positions((segment, segment)).0,
         start_time: of.now,
         server_time: of.now,
         wal_stored: false,
@@ -155,8 +156,9 @@ fn copy_directory(
     assembler.fill_control(&Scanned { kind: ScannedKind::File, ..control }, &bytes)?;
     assembler.fill_wal(Vec::new(), &|_| Err(Error::new("no index here")))?;
     let size = SegmentSize::new(started.database.wal_segment_size).unwrap();
-    let lsn = (of.archive)()?.first_lsn(size).unwrap().checked_add(100).unwrap();
-    let stopped = Stopped { lsn, backup_label: String::new(), tablespace_map: String::new() };
+    let first = SegmentName::of_lsn(started.timeline, started.start_lsn, size);
+    let (_, lsn, backup_label) = backup_positions((first, (of.archive)()?));
+    let stopped = Stopped { lsn, backup_label, tablespace_map: String::new() };
     let segments = wal_needed(started, &stopped)?;
     await_segments(&repository.archive(&started.database), &segments, Duration::ZERO)?;
     cutting.lanes.flush(&uploads)?;
@@ -187,7 +189,7 @@ fn described(of: &Directory<'_>, started: Started, copied: &Copied) -> Descripti
         owner: copied.ended.owner.0.clone(),
         group: copied.ended.owner.1.clone(),
         superuser: None,
-        backup_label: String::new(),
+        backup_label: copied.ended.stopped.backup_label.clone(),
         tablespace_map: String::new(),
         tablespaces: Vec::new(),
         databases: Vec::new(),

@@ -4,8 +4,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::postgres::SegmentSize;
 
-const PAGE: usize = 8192;
-const SIZE: u32 = 1 << 20;
+pub(crate) const PAGE: usize = 8192;
+pub(crate) const SIZE: u32 = 1 << 20;
 
 pub(crate) fn identity() -> WalIdentity {
     WalIdentity {
@@ -18,14 +18,20 @@ pub(crate) fn identity() -> WalIdentity {
 
 /// Writes segments as a server does: records one after the other, headers wherever a page begins.
 pub(crate) struct Writer {
-    bytes: Vec<u8>,
+    pub(crate) bytes: Vec<u8>,
     before: u64,
     first: u64,
+    timeline: u32,
+    system_id: u64,
 }
 
 impl Writer {
     pub(crate) fn new(number: u64) -> Self {
-        Self { bytes: Vec::new(), before: 0, first: number * u64::from(SIZE) }
+        Self::of(1, number, 7)
+    }
+
+    pub(crate) fn of(timeline: u32, number: u64, system_id: u64) -> Self {
+        Self { bytes: Vec::new(), before: 0, first: number * u64::from(SIZE), timeline, system_id }
     }
 
     fn page_header(&mut self, left: usize) {
@@ -34,18 +40,18 @@ impl Writer {
         let info = if left > 0 { FIRST_IS_REST } else { 0 } | if is_first { LONG_HEADER } else { 0 };
         self.bytes.extend(0xD110u16.to_le_bytes());
         self.bytes.extend(info.to_le_bytes());
-        self.bytes.extend(1u32.to_le_bytes());
+        self.bytes.extend(self.timeline.to_le_bytes());
         self.bytes.extend((self.first + at as u64).to_le_bytes());
         self.bytes.extend((left as u32).to_le_bytes());
         self.bytes.extend([0; 4]);
         if is_first {
-            self.bytes.extend(7u64.to_le_bytes());
+            self.bytes.extend(self.system_id.to_le_bytes());
             self.bytes.extend(SIZE.to_le_bytes());
             self.bytes.extend((PAGE as u32).to_le_bytes());
         }
     }
 
-    fn record(&mut self, manager: u8, info: u8, xid: u32, data: &[u8]) -> Lsn {
+    pub(crate) fn record(&mut self, manager: u8, info: u8, xid: u32, data: &[u8]) -> Lsn {
         let mut body = match u8::try_from(data.len()) {
             Ok(len) => vec![255, len],
             Err(_) => [&[254][..], &(data.len() as u32).to_le_bytes()].concat(),
@@ -77,15 +83,31 @@ impl Writer {
         Lsn(lsn)
     }
 
-    fn commit(&mut self, xid: u32, time: i64) -> Lsn {
+    pub(crate) fn commit(&mut self, xid: u32, time: i64) -> Lsn {
         self.record(XACT, COMMIT, xid, &time.to_le_bytes())
     }
 
-    fn restore_point(&mut self, name: &str, time: i64) -> Lsn {
+    pub(crate) fn restore_point(&mut self, name: &str, time: i64) -> Lsn {
         let mut data = time.to_le_bytes().to_vec();
         data.extend(name.as_bytes());
         data.resize(72, 0);
         self.record(XLOG, RESTORE_POINT, 0, &data)
+    }
+
+    pub(crate) fn checkpoint(&mut self, redo: Lsn) -> Lsn {
+        let mut data = vec![0; 88];
+        data[..8].copy_from_slice(&redo.0.to_le_bytes());
+        self.record(XLOG, CHECKPOINT_ONLINE, 0, &data)
+    }
+
+    /// Returns where the record ends.
+    pub(crate) fn backup_end(&mut self, start: Lsn) -> Lsn {
+        self.record(XLOG, BACKUP_END, 0, &start.0.to_le_bytes());
+        self.end()
+    }
+
+    pub(crate) fn end(&self) -> Lsn {
+        Lsn(self.first + self.bytes.len() as u64)
     }
 
     /// Records that say nothing until `left` bytes are left in the segment.
@@ -150,7 +172,7 @@ fn finds_what_tells_a_time_between_what_does_not() {
         (first, ended(700, 1_000_000)),
         (point, Event::RestorePoint { name: "before the change".into(), time: TimestampTz(2_000_000) }),
         (second, Event::End { xid: 701, time: TimestampTz(3_000_000), committed: false }),
-        (third, Event::Checkpoint { time: TimestampTz::from_unix_s(1_800_000_000).unwrap() }),
+        (third, Event::Checkpoint { time: TimestampTz::from_unix_s(1_800_000_000).unwrap(), redo: Lsn(0) }),
     ];
     assert_eq!(found, expected);
     assert_eq!((walk.last, walk.stop), (Some(third), Stop::Unsound));
