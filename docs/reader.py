@@ -14,6 +14,7 @@ It does not decrypt: a repository with encryption is refused. Needs: pip install
 import functools
 import json
 import os
+import re
 import struct
 import sys
 from pathlib import Path
@@ -221,15 +222,19 @@ class Repository:
             bad = any(name in (b"", b".", b"..") or b"\0" in name for name in path.split(b"/")) and path
             need(not bad and len(path) <= 4096 and (last is None or last < order), f"the path {path}")
             last = order
-            entries[path] = self.entry(reader, chunks)
+            entries[path] = self.entry(reader, chunks, path)
         reader.end()
         return last
 
-    def entry(self, reader, chunks):
+    def entry(self, reader, chunks, path):
         mode, mtime, kind = reader.varint(0o7777), reader.signed(), reader.take(1)[0]
-        entry = {"mode": mode, "mtime": mtime, "kind": kind, "size": 0}
-        need(kind <= 4, "an unknown kind of entry")
+        need(kind <= 7, "an unknown kind of entry")
+        identity = None
+        if kind >= 5:
+            identity, kind = reader.take(8), kind - 3
+        entry = {"mode": mode, "mtime": mtime, "identity": identity, "kind": kind, "size": 0}
         if kind == 1:
+            need(re.fullmatch(rb"pg_tblspc/[1-9][0-9]{0,9}", path), f"a link at {path}")
             entry["target"] = reader.bytes()
         if kind >= 2:
             size = entry["size"] = reader.varint(2**63 - 1)

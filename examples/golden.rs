@@ -92,7 +92,7 @@ impl Backup {
     }
 
     fn entry(&mut self, path: &[u8], mode: u32, node: Node) {
-        self.entries.push(Entry { path: path.to_vec(), mode, mtime: MTIME, node });
+        self.entries.push(Entry { path: path.to_vec(), mode, mtime: MTIME, identity: None, node });
     }
 
     fn directories(&mut self, paths: &[&str]) {

@@ -25,6 +25,7 @@
 //! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep, verify, repair, another passphrase.
 //! - `pgcairn_mount`, a crate of its own: a FUSE filesystem over any `Tree`, with a copy-on-write scratch.
 //! - [`files`]: files that appear whole or not at all.
+//! - [`user`]: a user's files are worked on as that user, though root runs the program.
 //! - [`error`], [`progress`]: how failures and long work are told; nothing but `cli` prints.
 //!
 //! Dependencies point one way: `cli -> {write, read, keep} -> repo -> {format, store}`; `cli -> clone -> postgres`; `postgres` is a leaf.
@@ -67,6 +68,10 @@
 //! 10. **What was fsynced through a mount is there after a power loss**, and nothing that was there before is zeros. A
 //!     mount that was unmounted lets go of its scratch, whoever has an idle copy of it. Held by `pgcairn_mount`; tests:
 //!     `mount/tests/power_cut.rs`, with real power cuts, and `integration/tests/durable.rs`, with PostgreSQL.
+//! 11. **Root follows no link that another user could have planted, and deletes nothing that it did not make.** A user's
+//!     files are read and written as that user ([`user::as_user`]): a data directory by backup, a restored copy, a clone's
+//!     own directory. Below a directory repository no link is followed ([`store::DirectoryStore`]); a cache is cleaned
+//!     only if it carries its mark, and of its own names. Tests: theirs, and `integration/tests/elsewhere.rs`.
 //!
 //! 11. **"Archived" is proved by content, never by name, and a backup exists only for a server whose WAL is in this archive.** Held by
 //!     `write::rival`, `write::check::prove_archiving` and [`repo::proof`]; `archive-get` delivers WAL of the cluster that asks only
@@ -87,4 +92,5 @@ pub mod read;
 pub mod repo;
 pub mod spool;
 pub mod store;
+pub mod user;
 pub mod write;

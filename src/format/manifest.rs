@@ -23,6 +23,8 @@ const PACKS: u8 = 3;
 const OWN: u8 = 4;
 /// First byte of the chunk that proves the list of all chunks before it; the last one, in encrypted stanzas.
 const PROOF: u8 = 5;
+/// What the kind of a file's entry is greater by if its identity follows.
+const WITH_IDENTITY: u8 = 3;
 /// Packs in one part of the pack table.
 const PACKS_EACH: usize = 16 * 1024;
 /// A block is closed when it reaches this many bytes.
@@ -41,6 +43,8 @@ pub struct Entry {
     pub mode: u32,
     /// seconds since 1970
     pub mtime: i64,
+    /// of a regular file: tells its state on the source from every later one. `None` if a later state could not be told
+    pub identity: Option<u64>,
     /// what it is
     pub node: Node,
 }
@@ -100,13 +104,13 @@ impl BlockWriter {
         put_bytes(&mut self.records, &entry.path[shared..]);
         put_varint(&mut self.records, u64::from(entry.mode));
         put_signed(&mut self.records, entry.mtime);
-        self.put_node(&entry.node);
+        self.put_node(&entry.node, entry.identity);
         self.previous.clone_from(&entry.path);
         self.count += 1;
         (self.records.len() + self.table.encoded_len() >= BLOCK_BYTES).then(|| self.flush())
     }
 
-    fn put_node(&mut self, node: &Node) {
+    fn put_node(&mut self, node: &Node, identity: Option<u64>) {
         let (table, out) = (&mut self.table, &mut self.records);
         match node {
             Node::Directory => out.push(0),
@@ -115,11 +119,18 @@ impl BlockWriter {
                 put_bytes(out, target);
             }
             Node::File(file) => {
-                out.push(match file.place {
+                let kind = match file.place {
                     Place::Inline { .. } => 2,
                     Place::Leaves(_) => 3,
                     Place::Index(_) => 4,
-                });
+                };
+                match identity {
+                    None => out.push(kind),
+                    Some(identity) => {
+                        out.push(kind + WITH_IDENTITY);
+                        out.extend_from_slice(&identity.to_le_bytes());
+                    }
+                }
                 put_varint(out, file.size);
                 out.extend_from_slice(&file.crc.to_le_bytes());
                 put_place(&file.place, table, out);
@@ -305,13 +316,23 @@ fn decode_entry(reader: &mut Reader<'_>, chunks: &[ChunkRef], path: &mut Vec<u8>
     path.extend_from_slice(reader.bytes()?);
     let mode = reader.bounded(0o7777, "mode")? as u32;
     let mtime = reader.signed()?;
-    let node = match reader.u8()? {
+    let kind = reader.u8()?;
+    let identity = match kind {
+        5..=7 => Some(u64::from_le_bytes(reader.take(8)?.try_into().unwrap_or_default())),
+        _ => None,
+    };
+    let node = match kind {
         0 => Node::Directory,
-        1 => Node::Symlink(reader.bytes()?.to_vec()),
-        kind @ 2..=4 => Node::File(decode_file(reader, chunks, kind)?),
+        1 if is_tablespace_link(path) => Node::Symlink(reader.bytes()?.to_vec()),
+        1 => {
+            let path = path.escape_ascii();
+            return Err(reader.error(format!("\"{path}\" is a link; only those to tablespaces, pg_tblspc/OID, are")));
+        }
+        2..=4 => Node::File(decode_file(reader, chunks, kind)?),
+        5..=7 => Node::File(decode_file(reader, chunks, kind - WITH_IDENTITY)?),
         other => return Err(reader.error(format!("unknown kind of entry {other}"))),
     };
-    Ok(Entry { path: path.clone(), mode, mtime, node })
+    Ok(Entry { path: path.clone(), mode, mtime, identity, node })
 }
 
 fn decode_file(reader: &mut Reader<'_>, chunks: &[ChunkRef], kind: u8) -> Result<File> {
@@ -353,6 +374,13 @@ fn expect(reader: &Reader<'_>, what: &str, found: u64, expected: u64) -> Result<
     }
 }
 
+/// Whether a link may be here: any other could lead whoever reads or restores the backup anywhere.
+fn is_tablespace_link(path: &[u8]) -> bool {
+    let oid = path.strip_prefix(b"pg_tblspc/").and_then(|oid| std::str::from_utf8(oid).ok());
+    oid.and_then(|oid| oid.parse::<u32>().ok())
+        .is_some_and(|oid| oid > 0 && path == format!("pg_tblspc/{oid}").as_bytes())
+}
+
 /// Refuses a path that could lead out of the directory it is written to.
 fn check_path(reader: &Reader<'_>, path: &[u8]) -> Result<()> {
     let part_is_bad = |part: &[u8]| part.is_empty() || part == b"." || part == b".." || part.contains(&0);
@@ -386,11 +414,13 @@ mod tests {
     }
 
     fn file(path: &str, size: u64, place: Place) -> Entry {
-        Entry { path: path.into(), mode: 0o600, mtime: -5, node: Node::File(File { size, crc: 77, place }) }
+        let identity = (size % 2 == 0).then_some(size + 3);
+        Entry { path: path.into(), mode: 0o600, mtime: -5, identity, node: Node::File(File { size, crc: 77, place }) }
     }
 
     fn sample() -> Vec<Entry> {
-        let directory = |path: &str| Entry { path: path.into(), mode: 0o700, mtime: 1, node: Node::Directory };
+        let directory =
+            |path: &str| Entry { path: path.into(), mode: 0o700, mtime: 1, identity: None, node: Node::Directory };
         let leaf = LeafRef { map: chunk(5, 9), changes: chunk(6, 9) };
         let mut entries = vec![directory(""), directory("base"), directory("base/1")];
         for number in 0..6000u32 {
@@ -402,7 +432,7 @@ mod tests {
         entries.push(file("base/big", 2 * LEAF_BYTES + 1, Place::Leaves(vec![leaf; 3])));
         entries.push(file("base/huge", 3 * INDEX_BYTES, Place::Index(vec![chunk(7, 8); 3])));
         let link = Node::Symlink(b"/elsewhere".to_vec());
-        entries.push(Entry { path: b"pg_tblspc/1".to_vec(), mode: 0o777, mtime: 0, node: link });
+        entries.push(Entry { path: b"pg_tblspc/1".to_vec(), mode: 0o777, mtime: 0, identity: None, node: link });
         entries
     }
 
@@ -449,6 +479,21 @@ mod tests {
             let error = read(&blocks(&[file(path, 0, place)])).unwrap_err();
             assert!(error.what.contains("leads out of the backup"), "{path}: {error}");
         }
+    }
+
+    #[test]
+    fn links_other_than_those_to_tablespaces_are_refused() {
+        let link = |path: &str| {
+            let node = Node::Symlink(b"/etc".to_vec());
+            Entry { path: path.into(), mode: 0o777, mtime: 0, identity: None, node }
+        };
+        let paths =
+            ["base", "pg_wal", "postgresql.conf", "pg_tblspc/0", "pg_tblspc/01", "pg_tblspc/+1", "pg_tblspc/1/x"];
+        for path in paths.into_iter().chain(["pg_tblspc/4294967296", "pg_tblspc/x", "xpg_tblspc/1"]) {
+            let error = read(&blocks(&[link(path)])).unwrap_err();
+            assert!(error.what.contains("is a link"), "{path}: {error}");
+        }
+        read(&blocks(&[link("pg_tblspc/16384")])).unwrap();
     }
 
     #[test]

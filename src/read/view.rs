@@ -18,7 +18,7 @@ use super::fetch::Fetcher;
 use super::{pgmanifest, recovery, wal};
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkId, ChunkRef, PackId};
-use crate::format::manifest::Description;
+use crate::format::manifest::{Description, Entry, Node as Stored, Tablespace};
 use crate::format::map::{Extent, INDEX_LEAVES, Leaf, LeafRef, decode_index};
 use crate::format::{CHUNK, INDEX_BYTES, LEAF_BYTES, SLOT};
 use crate::repo::wal::check_first_bytes;
@@ -189,6 +189,20 @@ pub struct Span {
     pub offset: usize,
 }
 
+/// Refuses a link that no tablespace of the backup explains: in a mount its own target would stay.
+fn refuse_unknown_link(entry: &Entry, of: &Description) -> Result<()> {
+    let is_known = |of: &Tablespace| format!("pg_tblspc/{}", of.oid).as_bytes() == entry.path;
+    match matches!(entry.node, Stored::Symlink(_)) && !of.tablespaces.iter().any(is_known) {
+        true => Err(Error::new(format!(
+            "backup {} has a link {} that is none of its tablespaces'",
+            of.label,
+            entry.path.escape_ascii()
+        ))
+        .hint("it was not made by pgcairn, or was changed since; choose another backup, and see \"pgcairn verify\"")),
+        false => Ok(()),
+    }
+}
+
 impl View {
     /// Reads the manifest of `label` and finds the WAL it needs.
     pub fn load(fetcher: Arc<Fetcher>, label: &str, options: &ViewOptions) -> Result<Self> {
@@ -199,6 +213,7 @@ impl View {
         // a chunk of the manifest's own
         fetcher.locate(manifest.pack(), manifest.key());
         while let Some(entry) = manifest.next()? {
+            refuse_unknown_link(&entry, &manifest.description)?;
             builder.stored(entry);
         }
         // its own chunks stay readable when the backup is removed, as its packs do for the grace period

@@ -238,7 +238,8 @@ impl Assembler {
             self.totals.files += 1;
             self.totals.bytes += file.size;
         }
-        let entry = Entry { path: found.path.to_vec(), mode: found.mode, mtime: found.mtime, node };
+        let identity = found.identity.filter(|_| found.is_settled);
+        let entry = Entry { path: found.path.to_vec(), mode: found.mode, mtime: found.mtime, identity, node };
         match &mut self.sorter {
             Some(sorter) => sorter.push(entry),
             None => self.write(&entry),
@@ -392,7 +393,16 @@ mod tests {
     fn a_page_is_torn_only_if_some_wal_heals_it() {
         let lsn = |text: &str| text.parse::<Lsn>().unwrap();
         let kind = ScannedKind::File;
-        let found = Scanned { path: (*b"base/5/1").into(), mode: 0, mtime: 0, size: 0, kind, first_block: Some(0) };
+        let found = Scanned {
+            path: (*b"base/5/1").into(),
+            mode: 0,
+            mtime: 0,
+            size: 0,
+            kind,
+            first_block: Some(0),
+            identity: None,
+            is_settled: false,
+        };
         let page = |block, torn| BadPage { block, torn };
         let mut totals = Totals::default();
         totals.bad_pages(&found, vec![page(1, None), page(2, Some(lsn("1/0"))), page(3, Some(lsn("FFFF/0")))]);

@@ -31,6 +31,7 @@ use crate::repo::lock::Lock;
 use crate::repo::proof::Claims;
 use crate::repo::{Repository, keys};
 use crate::store::Body;
+use crate::user::User;
 
 /// Seconds that two clocks may be apart before it is said.
 const CLOCKS_APART_MAX: u64 = 5;
@@ -254,6 +255,7 @@ fn copy_all(
     old.extend(parent.iter().flat_map(Parent::packs).map(|pack| (pack.pack, pack.size)));
     let cutting = Cutting {
         root: if stream.is_some() { PathBuf::new() } else { server.data_directory.clone() },
+        user: if stream.is_some() { None } else { User::of_server(&server.data_directory)? },
         keys: &repository.keys,
         level: options.level,
         uploads: &uploads,

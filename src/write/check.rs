@@ -15,17 +15,20 @@ use crate::postgres::{CONTROL_FILE, ClusterState, ControlFile, SegmentName};
 use crate::repo::Repository;
 use crate::repo::proof::{Claims, Contradiction};
 use crate::repo::wal::Archive;
+use crate::user::{User, as_user};
 
 /// How long pg_control is read again before its CRC counts as wrong.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Reads pg_control until its CRC is right, since the server may be writing it.
+/// Reads pg_control, as the server's user, until its CRC is right, since the server may be writing it.
 pub fn read_control(data_directory: &Path) -> Result<(Vec<u8>, ControlFile)> {
     let path = data_directory.join(CONTROL_FILE);
+    let user = User::of_server(data_directory)?;
     let started = Instant::now();
     loop {
-        let bytes = std::fs::read(&path).map_err(|error| {
-            Error::io("read", &path, error).hint(
+        let read = || std::fs::read(&path).map_err(|error| Error::io("read", &path, error));
+        let bytes = as_user(user.as_ref(), read).map_err(|error| {
+            error.hint(
                 "backups read the data directory directly: run pgcairn on the server's machine, as its user or root, or let the server send it: --source=stream",
             )
         })?;
@@ -94,7 +97,9 @@ fn works_there(server: &Server, control: &ControlFile) -> Result<()> {
     }
     let Some(theirs) = &server.postmaster else { return Ok(()) };
     let path = server.data_directory.join("postmaster.pid");
-    let ours = std::fs::read_to_string(&path).map_err(|error| Error::io("read", &path, error))?;
+    let user = User::of_server(&server.data_directory)?;
+    let read = || std::fs::read_to_string(&path).map_err(|error| Error::io("read", &path, error));
+    let ours = as_user(user.as_ref(), read)?;
     // the process id and when it started
     let process = |text: &str| [0, 2].map(|line| text.lines().nth(line).map(str::trim).map(str::to_owned));
     match process(&ours) == process(theirs) {

@@ -65,8 +65,6 @@ pub struct Files {
     pub found: Vec<Scanned>,
     /// the parent's files, to compare with
     pub parent: Option<ParentFiles>,
-    /// the second in which looking for files began
-    pub now: i64,
 }
 
 /// Has the workers read all that `supply` hands out; returns what that knows at its end. `alive` is asked again and again
@@ -188,7 +186,7 @@ impl Supply for Files {
         let mut control = None;
         for file in self.found {
             let known = match &mut self.parent {
-                Some(parent) if file.is_file() => parent.find(&file, self.now)?,
+                Some(parent) if file.is_file() => parent.find(&file)?,
                 _ => Known::New,
             };
             let is_wal = &*file.path == b"pg_wal";

@@ -19,12 +19,15 @@ use crate::format::manifest::File;
 use crate::format::map::{Extent, LeafRef, SlotChange, encode_changes, encode_changes_since};
 use crate::format::pack::PackKind;
 use crate::format::{CHUNK, GRAIN, LEAF_BYTES, SLOT};
+use crate::user::User;
 
 /// What every worker of one backup shares.
 #[derive(Debug)]
 pub struct Cutting<'a> {
     /// the data directory, where files are read from it
     pub root: PathBuf,
+    /// as whom they are opened
+    pub user: Option<User>,
     /// how plaintext is hashed and sealed
     pub keys: &'a Keys,
     /// zstd level
@@ -132,6 +135,11 @@ impl<'a> Worker<'a> {
         &self.cutting.root
     }
 
+    /// As whom its files are read.
+    pub fn user(&self) -> Option<&User> {
+        self.cutting.user.as_ref()
+    }
+
     /// Hands the rest of its data lane to the uploads.
     pub fn finish(mut self) -> Result<()> {
         self.data.flush(self.cutting.uploads)
@@ -139,7 +147,9 @@ impl<'a> Worker<'a> {
 
     /// Reads the leaf `number` of a large file and stores what the parent's state of it, `old`, does not have.
     pub fn leaf(&mut self, file: &Scanned, number: u64, old: Option<&File>, origin: &Origin) -> Result<Cut<LeafPart>> {
-        let Some(source) = Source::open(&self.cutting.root, file, origin)? else { return Ok(Cut::Vanished) };
+        let Some(source) = Source::open(&self.cutting.root, self.cutting.user.as_ref(), file, origin)? else {
+            return Ok(Cut::Vanished);
+        };
         let old = self.old_slots(old, number)?;
         let mut placing = Placing::default();
         let end = file.size.min((number + 1) * LEAF_BYTES);
@@ -180,7 +190,7 @@ impl<'a> Worker<'a> {
     pub fn small(&mut self, files: &[(&Scanned, Option<&File>, &Origin)]) -> Result<Vec<Cut<SmallFile>>> {
         let (mut placing, mut group) = (Vec::with_capacity(files.len()), Group::default());
         for (number, (file, old, origin)) in files.iter().enumerate() {
-            placing.push(match Source::open(&self.cutting.root, file, origin)? {
+            placing.push(match Source::open(&self.cutting.root, self.cutting.user.as_ref(), file, origin)? {
                 Some(source) => {
                     let old = self.old_slots(*old, 0)?;
                     Some(self.place_small(&source, file, number, old.as_ref(), &mut group)?)

@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
 use crate::postgres::{ControlFile, Lsn, SegmentName, Timeline};
 use crate::repo::wal::wal_identity;
+use crate::user::as_user;
 
 /// Begins the backup on the server.
 pub(super) fn begin(server: &mut Server, label: &str, fast: bool) -> Result<Begun> {
@@ -28,9 +29,10 @@ pub(super) fn begin(server: &mut Server, label: &str, fast: bool) -> Result<Begu
 pub(super) fn copy_files(copying: Copying<'_>) -> Result<Ended> {
     let Copying { server, started, cutting, workers, assembler, parent, monitor } = copying;
     let layout = started.database.layout().context(|| "pg_control".into())?;
-    let Scan { found, tablespaces, bytes } = scan(&server.data_directory, layout)?;
+    let user = cutting.user.as_ref();
+    let Scan { found, tablespaces, bytes } = as_user(user, || scan(&server.data_directory, layout))?;
     monitor.stage("copying", bytes);
-    let files = Files { found, parent, now: started.start_time };
+    let files = Files { found, parent };
     let control = copy(cutting, files, workers, assembler, monitor, &mut || server.alive())?;
     server.alive()?;
     let control = copy_control(server, control, started, assembler)?;
@@ -90,8 +92,10 @@ fn read_wal(worker: &mut Worker<'_>, started: &Started, segments: &[SegmentName]
     let mut done = Vec::new();
     for segment in segments {
         let path = worker.root().join("pg_wal").join(segment.to_string());
-        let metadata = std::fs::metadata(&path).map_err(|error| Error::io("read", &path, error))?;
-        check_wal_header(&path, *segment, identity)?;
+        let metadata = as_user(worker.user(), || {
+            check_wal_header(&path, *segment, identity)?;
+            std::fs::metadata(&path).map_err(|error| Error::io("read", &path, error))
+        })?;
         let size = started.database.wal_segment_size;
         let file = Scanned {
             path: format!("pg_wal/{segment}").into_bytes().into(),
@@ -100,6 +104,8 @@ fn read_wal(worker: &mut Worker<'_>, started: &Started, segments: &[SegmentName]
             size,
             kind: ScannedKind::File,
             first_block: None,
+            identity: None,
+            is_settled: false,
         };
         if size <= INLINE_BYTES {
             let cut = worker.small(&[(&file, None, &Origin::Disk)])?.pop();

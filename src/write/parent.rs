@@ -19,9 +19,6 @@ use crate::repo::Repository;
 use crate::repo::chunks::ChunkReader;
 use crate::repo::manifest::ManifestCursor;
 
-/// A file is taken over unread only if it was last changed this many seconds before its backup began to look at files: clocks
-/// are not exact, and those of file servers are others.
-const SETTLED_SECONDS: i64 = 10;
 /// A pack of which a backup needs less than this share, in percent, is thin: a full backup stores anew what is in it.
 const THIN_PERCENT: u64 = 25;
 
@@ -65,7 +62,6 @@ pub struct ParentFiles {
     /// made when the first file is met that may have one
     twins: Option<Twins>,
     unread: bool,
-    settled_before: i64,
 }
 
 /// The same for who meets the files in any order, and reads them all.
@@ -153,15 +149,7 @@ impl Parent {
         // every file is read then: only its maps would say whether it needs one of them
         let reuse = Reuse { unread: reuse.unread && harmed.is_empty(), ..reuse };
         let (label, description) = (label.to_owned(), cursor.description.clone());
-        let settled_before = description.start_time - SETTLED_SECONDS;
-        let files = ParentFiles {
-            label: label.clone(),
-            cursor,
-            ahead: None,
-            twins: None,
-            unread: reuse.unread,
-            settled_before,
-        };
+        let files = ParentFiles { label: label.clone(), cursor, ahead: None, twins: None, unread: reuse.unread };
         Ok((description, files, Self { label, chunks: ChunkReader::new(repository)?, packs, harmed, reuse }))
     }
 
@@ -276,16 +264,16 @@ impl ParentFiles {
         Ok(ParentIndex { label: self.label, twins })
     }
 
-    /// What `found` is compared with; paths must be asked for in ascending order. `now` is the present second.
-    pub fn find(&mut self, found: &Scanned, now: i64) -> Result<Known> {
-        match self.at_path(found, now)? {
+    /// What `found` is compared with; paths must be asked for in ascending order.
+    pub fn find(&mut self, found: &Scanned) -> Result<Known> {
+        match self.at_path(found)? {
             Known::New if may_have_twin(found) => self.twin(found).map_err(|error| unusable(&self.label, error)),
             known => Ok(known),
         }
     }
 
     /// What the parent has under the path of `found`.
-    fn at_path(&mut self, found: &Scanned, now: i64) -> Result<Known> {
+    fn at_path(&mut self, found: &Scanned) -> Result<Known> {
         loop {
             if self.ahead.is_none() {
                 self.ahead = self.cursor.next().map_err(|error| unusable(&self.label, error))?;
@@ -297,11 +285,12 @@ impl ParentFiles {
                 std::cmp::Ordering::Greater => return Ok(Known::New),
             }
         }
-        let Some(Entry { mtime, node: Node::File(file), .. }) = self.ahead.take() else { return Ok(Known::New) };
-        let settled = mtime < self.settled_before && found.mtime < now;
+        let Some(Entry { identity, node: Node::File(file), .. }) = self.ahead.take() else { return Ok(Known::New) };
         // what a small file needs is counted from its extents
         let counted = file.size > INLINE_BYTES || matches!(file.place, Place::Inline { .. });
-        let same = self.unread && settled && counted && (file.size, mtime) == (found.size, found.mtime);
+        // the parent noted it only if no later change could have kept it
+        let untouched = identity.is_some() && identity == found.identity && file.size == found.size;
+        let same = self.unread && counted && untouched;
         let file = Arc::new(file);
         Ok(if same { Known::Same(file) } else { Known::Changed(file) })
     }

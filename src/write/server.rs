@@ -322,7 +322,15 @@ fn row(client: &mut Client, sql: &str) -> Result<Vec<Option<String>>> {
         _ => None,
     });
     let row = row.ok_or_else(|| Error::new(format!("the server answers nothing to \"{sql}\"")))?;
-    Ok((0..row.len()).map(|column| row.get(column).map(str::to_owned)).collect())
+    let text = |column: usize| {
+        let text = row.try_get(column).map_err(|error| {
+            Error::new(format!("the server answers \"{sql}\" with bytes that are not UTF-8"))
+                .hint("a path, a name or a setting of the server is not UTF-8; a backup notes them as text")
+                .source(error)
+        })?;
+        Ok(text.map(str::to_owned))
+    };
+    (0..row.len()).map(text).collect()
 }
 
 fn value(client: &mut Client, sql: &str) -> Result<String> {

@@ -127,7 +127,13 @@ mod tests {
     use crate::format::manifest::Node;
 
     fn directory(number: usize, mtime: i64) -> Entry {
-        Entry { path: format!("{}/{number:06}", number % 7).into(), mode: 0o700, mtime, node: Node::Directory }
+        Entry {
+            path: format!("{}/{number:06}", number % 7).into(),
+            mode: 0o700,
+            mtime,
+            identity: None,
+            node: Node::Directory,
+        }
     }
 
     #[test]

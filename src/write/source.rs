@@ -9,6 +9,7 @@ use super::pieces::Pieces;
 use super::scan::Scanned;
 use crate::error::{Error, Result};
 use crate::postgres::{Lsn, page};
+use crate::user::{User, as_user};
 
 /// How page checksums are judged.
 #[derive(Clone, Copy, Debug)]
@@ -46,16 +47,22 @@ pub(super) enum Source<'a> {
 
 impl<'a> Source<'a> {
     /// Opens a file; `None` when it vanished.
-    pub(super) fn open(root: &Path, scanned: &'a Scanned, origin: &'a Origin) -> Result<Option<Self>> {
+    pub(super) fn open(
+        root: &Path,
+        user: Option<&User>,
+        scanned: &'a Scanned,
+        origin: &'a Origin,
+    ) -> Result<Option<Self>> {
         if let Origin::Stream(pieces) = origin {
             return Ok(Some(Self::Stream(pieces, scanned)));
         }
         let path = root.join(scanned.os_path());
-        match File::open(&path) {
+        // as the user: since it was found, a link to a file that the user may not read may have come in its place
+        as_user(user, || match open_file(&path) {
             Ok(file) => Ok(Some(Self::Disk(file, path))),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io("open", &path, error)),
-        }
+        })
     }
 
     /// Fills `buf`, which is a slot.
@@ -107,6 +114,16 @@ impl<'a> Source<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// Never waits for a pipe that came in the place of a file.
+fn open_file(path: &Path) -> std::io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let file = File::options().read(true).custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits()).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(ErrorKind::NotFound.into()),
     }
 }
 

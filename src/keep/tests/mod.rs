@@ -191,7 +191,7 @@ impl Made {
             let label = self.next_label_quickly();
             let wal = (segment(1, 1), segment(1, 2));
             let description = description(&label.to_string(), BackupKind::Full, None, wal, self.now());
-            let directory = Entry { path: Vec::new(), mode: 0o700, mtime: 0, node: Node::Directory };
+            let directory = Entry { path: Vec::new(), mode: 0o700, mtime: 0, identity: None, node: Node::Directory };
             self.put_manifest(&[directory], &uses, &description);
             self.labels.push(label);
             self.pass(DAY);
@@ -262,9 +262,10 @@ impl Made {
         self.put(small);
         let file = |path: &str, size, place| {
             let node = Node::File(File { size, crc: 0, place });
-            Entry { path: path.into(), mode: 0o600, mtime: 0, node }
+            Entry { path: path.into(), mode: 0o600, mtime: 0, identity: None, node }
         };
-        let directory = |path: &str| Entry { path: path.into(), mode: 0o700, mtime: 0, node: Node::Directory };
+        let directory =
+            |path: &str| Entry { path: path.into(), mode: 0o700, mtime: 0, identity: None, node: Node::Directory };
         vec![
             directory(""),
             directory("base"),

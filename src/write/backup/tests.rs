@@ -8,6 +8,7 @@ use super::*;
 use crate::keep::tests::backup_positions;
 use crate::progress::Silent;
 use crate::repo::lock::Timing;
+use crate::write::copy::tests::settle;
 use crate::write::copy::{Files, copy};
 use crate::write::scan::{Scanned, ScannedKind, scan};
 
@@ -139,6 +140,7 @@ fn copy_directory(
     old.extend(parent.iter().flat_map(Parent::packs).map(|pack| (pack.pack, pack.size)));
     let cutting = Cutting {
         root: of.root.to_owned(),
+        user: None,
         keys: &repository.keys,
         level: 1,
         uploads: &uploads,
@@ -149,8 +151,9 @@ fn copy_directory(
         parent,
     };
     let mut assembler = Assembler::new(repository.keys.clone(), &[])?;
-    let found = scan(of.root, started.database.layout().unwrap())?;
-    let files = Files { found: found.found, parent: parent_files, now: of.now };
+    let mut found = scan(of.root, started.database.layout().unwrap())?;
+    settle(&mut found.found, of.now);
+    let files = Files { found: found.found, parent: parent_files };
     let control = copy(&cutting, files, 2, &mut assembler, &Silent, &mut || Ok(()))?;
     let bytes = std::fs::read(of.root.join("global/pg_control")).unwrap();
     assembler.fill_control(&Scanned { kind: ScannedKind::File, ..control }, &bytes)?;

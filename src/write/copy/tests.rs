@@ -47,7 +47,8 @@ pub(crate) fn copy_since(
         tablespace_directory: Major::new(15).unwrap().tablespace_directory(),
         relation_segment_pages: 131_072,
     };
-    let scan = scan(root, layout)?;
+    let mut scan = scan(root, layout)?;
+    settle(&mut scan.found, now);
     let uploads = Uploads::start(repository, 2);
     let opened = parent.map(|(label, reuse)| Parent::open(repository, label, reuse)).transpose()?;
     let (files, parent) = opened.map(|(_, files, parent)| (files, parent)).unzip();
@@ -56,6 +57,7 @@ pub(crate) fn copy_since(
     let mut sizes: HashMap<_, _> = parent.iter().flat_map(Parent::packs).map(|pack| (pack.pack, pack.size)).collect();
     let cutting = Cutting {
         root: root.to_owned(),
+        user: None,
         keys: &repository.keys,
         level: 1,
         uploads: &uploads,
@@ -65,7 +67,7 @@ pub(crate) fn copy_since(
         parent,
     };
     let mut assembler = Assembler::new(repository.keys.clone(), &[])?;
-    let files = Files { found: scan.found, parent: files, now };
+    let files = Files { found: scan.found, parent: files };
     let control = copy(&cutting, files, 3, &mut assembler, &Silent, &mut || Ok(()))?;
     let found = Scanned { kind: ScannedKind::File, ..control };
     assembler.fill_control(&found, &fs::read(root.join("global/pg_control")).unwrap())?;
@@ -88,6 +90,11 @@ pub(crate) fn copy_since(
     let manifest = assembler.finish(&description, &packs)?;
     repository.store.put(&crate::repo::keys::manifest("main", label), Body::Bytes(manifest.into()))?;
     Ok((bytes, packs))
+}
+
+/// Takes the times that a test sets for those of its file system's clock.
+pub(crate) fn settle(found: &mut [Scanned], now: i64) {
+    found.iter_mut().for_each(|found| found.is_settled = found.identity.is_some() && found.mtime < now - 10);
 }
 
 /// The lock of a backup that died before everything that a test does.

@@ -7,7 +7,16 @@ use crate::write::scan::ScannedKind;
 
 fn scanned(path: &str, size: usize) -> Scanned {
     let kind = ScannedKind::File;
-    Scanned { path: path.as_bytes().into(), mode: 0o600, mtime: 0, size: size as u64, kind, first_block: None }
+    Scanned {
+        path: path.as_bytes().into(),
+        mode: 0o600,
+        mtime: 0,
+        size: size as u64,
+        kind,
+        first_block: None,
+        identity: None,
+        is_settled: false,
+    }
 }
 
 #[test]
@@ -20,6 +29,7 @@ fn a_piece_that_another_worker_stores_meanwhile_is_found_where_it_lies() {
     let uploads = Uploads::start(&repository, 1);
     let cutting = Cutting {
         root: root.path().to_owned(),
+        user: None,
         keys: &repository.keys,
         level: 1,
         uploads: &uploads,

@@ -70,6 +70,10 @@ impl Stream {
                 return Err(Error::new(format!("tablespace {} is a directory inside the data directory", of.oid))
                     .hint("in-place tablespaces are for PostgreSQL's own tests; move its tables to an ordinary one"));
             }
+            if of.path.contains(char::REPLACEMENT_CHARACTER) {
+                return Err(Error::new(format!("the path of tablespace {} is not UTF-8: {}", of.oid, of.path))
+                    .hint("a backup notes it as text: move the directory, and make the link in pg_tblspc again while the server is down"));
+            }
             of.path = tablespace_place(&server.data_directory, Path::new(&of.path)).display().to_string();
         }
         // nothing is ever taken over by its time from a backup with this mark

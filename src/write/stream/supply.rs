@@ -14,7 +14,7 @@ use crate::write::backup::Started;
 use crate::write::copy::{Jobs, Supply};
 use crate::write::parent::{Known, ParentIndex};
 use crate::write::pieces::{Budget, Filler};
-use crate::write::scan::{Scanned, ScannedKind};
+use crate::write::scan::{Scanned, ScannedKind, refuse_reserved};
 use crate::write::source::Origin;
 
 /// No backup_label or tablespace_map is longer.
@@ -88,7 +88,16 @@ impl Incoming<'_> {
     fn links(&self, jobs: &mut Jobs) -> bool {
         let entry = |path: &[u8], mode, kind| {
             let mtime = self.started.start_time;
-            Scanned { path: path.into(), mode, mtime, size: 0, kind, first_block: None }
+            Scanned {
+                path: path.into(),
+                mode,
+                mtime,
+                size: 0,
+                kind,
+                first_block: None,
+                identity: None,
+                is_settled: false,
+            }
         };
         let root = entry(b"", self.root_mode, ScannedKind::Directory);
         jobs.small(root, Known::New, Origin::Disk)
@@ -116,6 +125,7 @@ impl Incoming<'_> {
 
     fn entry(&mut self, entry: TarEntry, jobs: &mut Jobs, gathered: &mut Gathered) -> Result<bool> {
         let TarEntry { path, mode, mtime, kind, user, group } = entry;
+        refuse_reserved(&path)?;
         let class = self.layout.classify(&path);
         let size = match kind {
             TarKind::File(size) => size,
@@ -123,7 +133,16 @@ impl Incoming<'_> {
             TarKind::Link(_) => return Ok(true),
             TarKind::Directory => {
                 let kind = ScannedKind::Directory;
-                let found = Scanned { path: path.into(), mode, mtime, size: 0, kind, first_block: None };
+                let found = Scanned {
+                    path: path.into(),
+                    mode,
+                    mtime,
+                    size: 0,
+                    kind,
+                    first_block: None,
+                    identity: None,
+                    is_settled: false,
+                };
                 let is_kept = !matches!(class, FileClass::Skip(_));
                 return Ok(!is_kept || jobs.small(found, Known::New, Origin::Disk));
             }
@@ -133,7 +152,16 @@ impl Incoming<'_> {
             FileClass::Relation(relation) => Some(u64::from(relation.first_block)),
             _ => None,
         };
-        let mut found = Scanned { path: path.into(), mode, mtime, size, kind: ScannedKind::File, first_block };
+        let mut found = Scanned {
+            path: path.into(),
+            mode,
+            mtime,
+            size,
+            kind: ScannedKind::File,
+            first_block,
+            identity: None,
+            is_settled: false,
+        };
         let goes_on = match (&*found.path, class) {
             (b"backup_label", _) => {
                 gathered.backup_label = Some(self.text(size)?);
