@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use super::options::{Common, state_directory};
+use super::options::{Common, refuse_in_data_directory, state_directory};
 use super::{backup, daemon};
 use crate::error::Result;
 use crate::read;
@@ -42,8 +42,10 @@ impl Staging {
     }
 
     fn spool(&self, common: &Common, direction: &str, parts: &[&[u8]]) -> Result<Spool> {
-        let default = || state_directory("/var/spool/pgcairn", "XDG_STATE_HOME", ".local/state", "pgcairn/spool");
-        let base = self.spool_path.clone().unwrap_or_else(default);
+        let root = "/var/spool/pgcairn";
+        let default = || state_directory(root, "XDG_STATE_HOME", ".local/state", "pgcairn/spool", "--spool-path");
+        let base = self.spool_path.clone().map_or_else(default, Ok)?;
+        refuse_in_data_directory("the spool", &base, "--spool-path")?;
         let repository = common.identity();
         let repository: Vec<&[u8]> = repository.iter().map(String::as_bytes).collect();
         let stanza = common.stanza.as_deref().unwrap_or_default();
@@ -190,7 +192,8 @@ pub(super) fn start(common: &Common, work: &[String]) -> Result<Watch> {
     arguments.push("archive-worker".into());
     arguments.extend_from_slice(work);
     let stanza = common.stanza.as_deref().unwrap_or_default();
-    let mut child = daemon::launch(&arguments, &common.secrets(), &daemon::log_path(&format!("archive-{stanza}")))?;
+    let log = daemon::log_path(&format!("archive-{stanza}")).unwrap_or_else(|_| PathBuf::from("/dev/null"));
+    let mut child = daemon::launch(&arguments, &common.secrets(), &log)?;
     Ok(Box::new(move || match child.try_wait() {
         Ok(None) => Fate::Alive,
         Ok(Some(status)) if status.success() => Fate::Ended,

@@ -101,6 +101,7 @@ impl Backup {
             // before the work of hours
             self.retention.brief().check()?;
         }
+        common.refuse_repository_in_data_directory(None)?;
         let repository = common.repository()?;
         let progress = Progress::new(self.output == Output::Json);
         let options = BackupOptions {

@@ -1,20 +1,23 @@
 //! Running clones: where each keeps its things, and how its server is started and stopped.
 
-use std::fs::{self, File, TryLockError};
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::fs::{self, DirBuilder, File, TryLockError};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 
-use super::options::state_directory;
+use super::options::{refuse_in_data_directory, state_directory};
 use crate::clone::environment;
 use crate::error::{Error, Result};
 use crate::files::{self, Outlives};
 use crate::read::recovery::Prepared;
 use crate::read::tablespaces::Created;
 use crate::read::tree::Owner;
+use crate::user::require_own;
+
+const HINT: &str = "choose another directory for clones: --clone-path";
 
 /// What a clone's directory holds.
 const MOUNT: &str = "data";
@@ -69,8 +72,9 @@ impl Place {
             return Err(Error::new(format!("\"{name}\" cannot name a clone"))
                 .hint("use up to 100 letters, digits, \".\", \"_\" and \"-\""));
         }
-        let base = base.map_or_else(default_base, Path::to_owned);
+        let base = base.map_or_else(default_base, |base| Ok(base.to_owned()))?;
         let base = std::path::absolute(&base).map_err(|error| Error::io("find", &base, error))?;
+        refuse_in_data_directory("the clone's directory", &base, "--clone-path")?;
         Ok(Self { root: base.join(name) })
     }
 
@@ -153,7 +157,12 @@ impl Place {
 
     /// Creates the directories.
     pub fn create(&self, owner: Owner) -> Result<()> {
-        for path in [self.root.clone(), self.mount(), self.run()] {
+        // not writable by a group, whatever the umask
+        let made = DirBuilder::new().recursive(true).mode(0o755).create(&self.root);
+        made.map_err(|error| Error::io("create", &self.root, error))?;
+        // of a directory that is there already others may be the owners
+        require_own(&self.root, HINT)?;
+        for path in [self.mount(), self.run()] {
             fs::create_dir_all(&path).map_err(|error| Error::io("create", &path, error))?;
         }
         let mode = |path: &Path, mode| {
@@ -180,12 +189,19 @@ impl Place {
         files::sync_directories(self.root.parent())
     }
 
+    /// Refuses a directory that is there, but that another user could fill.
+    pub fn require_own(&self) -> Result<()> {
+        if self.root.exists() { require_own(&self.root, HINT) } else { Ok(()) }
+    }
+
     /// Reads it back; none where no clone is.
     ///
     /// # Errors
     /// When what is there cannot be read, as after a power loss with an older pgcairn.
     pub fn load(&self) -> Result<Option<Clone>> {
         let path = self.record();
+        // what is noted there says which program is run, and as whom
+        self.require_own()?;
         match fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|error| self.damaged(bytes.len(), error)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -228,8 +244,8 @@ impl Place {
 }
 
 /// Where clones live unless told otherwise.
-pub fn default_base() -> PathBuf {
-    state_directory("/var/lib/pgcairn/clones", "XDG_STATE_HOME", ".local/state", "pgcairn/clones")
+pub fn default_base() -> Result<PathBuf> {
+    state_directory("/var/lib/pgcairn/clones", "XDG_STATE_HOME", ".local/state", "pgcairn/clones", "--clone-path")
 }
 
 impl Clone {

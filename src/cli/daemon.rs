@@ -104,7 +104,13 @@ fn tell(line: &str) {
 }
 
 /// Where daemons write what went wrong.
-pub(super) fn log_path(name: &str) -> PathBuf {
-    super::options::state_directory("/var/log/pgcairn", "XDG_STATE_HOME", ".local/state", "pgcairn/log")
-        .join(format!("{name}.log"))
+pub(super) fn log_path(name: &str) -> Result<PathBuf> {
+    let directory = super::options::state_directory(
+        "/var/log/pgcairn",
+        "XDG_STATE_HOME",
+        ".local/state",
+        "pgcairn/log",
+        "XDG_STATE_HOME=",
+    )?;
+    Ok(directory.join(format!("{name}.log")))
 }

@@ -99,7 +99,12 @@ impl Info {
     }
 
     fn reach(&self, repository: &Repository) -> Result<Vec<Reach>> {
-        let horizon = Horizon::load(repository, None, self.cache.directory().as_deref())?;
+        // without a cache it only takes longer
+        let cache = self.cache.directory().unwrap_or_else(|error| {
+            tracing::warn!(%error, "the cache cannot be used");
+            None
+        });
+        let horizon = Horizon::load(repository, None, cache.as_deref())?;
         let reach = |timeline| {
             let history = horizon.coverage().history(timeline);
             let (ranges, gaps) = (horizon.ranges(&history)?, horizon.coverage().gaps(timeline));

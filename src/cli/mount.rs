@@ -111,7 +111,7 @@ impl Mount {
             return self.serve(mount);
         }
         let name = absolute(&self.mountpoint)?.replace('/', "-");
-        spawn(self, common, &daemon::log_path(&format!("mount{name}")))?;
+        spawn(self, common, &daemon::log_path(&format!("mount{name}"))?)?;
         output::line(&format!("mounted on {}", self.mountpoint.display()));
         Ok(())
     }
@@ -234,7 +234,7 @@ impl Mount {
         repository.archive_info()?;
         let moments = Moments {
             restore_command: point::restore_command(common, WalFor::Mount)?,
-            cache: self.cache.directory(),
+            cache: self.cache.directory()?,
             found: parking_lot::Mutex::default(),
         };
         let fetcher = self.cache.fetcher(repository)?;

@@ -1,5 +1,6 @@
 //! Options that several verbs share, and how they become a repository and a fetcher.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +9,8 @@ use clap::{Args, ValueEnum};
 
 use super::cipher::Cipher;
 use crate::error::{Error, Result};
-use crate::read::cache::DiskCache;
+use crate::postgres::{CONTROL_FILE, TablespaceDirectory};
+use crate::read::cache::{self, DiskCache};
 use crate::read::fetch::{FetchOptions, Fetcher};
 use crate::repo::Repository;
 use crate::store::{self, RetryPolicy, StoreOptions};
@@ -175,6 +177,25 @@ impl Common {
         }
     }
 
+    /// Refuses a directory repository that lies in a cluster, which would back it up again and again.
+    pub(super) fn refuse_repository_in_data_directory(&self, of: Option<&Path>) -> Result<()> {
+        let Some(directory) = self.repository_directory() else { return Ok(()) };
+        refuse_in_data_directory("the repository", &directory, "--repo")?;
+        // a tablespace's directory may be the cluster's long before a relation lies in it
+        let spaces = of.map(|of| of.join("pg_tblspc").read_dir()).into_iter().flatten().flatten().flatten();
+        for space in spaces.filter_map(|entry| entry.path().canonicalize().ok()) {
+            if resolved(&directory)?.starts_with(&space) {
+                return Err(Error::new(format!(
+                    "the repository {} lies in the tablespace {}",
+                    directory.display(),
+                    space.display()
+                ))
+                .hint("name a directory outside of the cluster: --repo"));
+            }
+        }
+        Ok(())
+    }
+
     /// Options that a child process needs to open the same stanza; secrets go through the environment.
     pub(super) fn arguments(&self) -> Vec<String> {
         let pairs = [
@@ -218,17 +239,27 @@ impl Cache {
     pub(super) fn fetcher(&self, repository: Repository) -> Result<Arc<Fetcher>> {
         let disk = match self.cache_size {
             0 => None,
-            size => {
-                let path = self.cache_path.clone().unwrap_or_else(default_cache_path);
-                Some(DiskCache::open(&path, size)?)
-            }
+            size => Some(DiskCache::open(&self.path()?, size)?),
         };
         Ok(Arc::new(Fetcher::new(repository, FetchOptions { memory_bytes: self.cache_memory as usize, disk })))
     }
 
-    /// Where the disk cache is, if there is one.
-    pub(super) fn directory(&self) -> Option<PathBuf> {
-        (self.cache_size > 0).then(|| self.cache_path.clone().unwrap_or_else(default_cache_path))
+    /// Where the disk cache is, if there is one; marked as ours.
+    pub(super) fn directory(&self) -> Result<Option<PathBuf>> {
+        match self.cache_size {
+            0 => Ok(None),
+            _ => {
+                let path = self.path()?;
+                cache::prepare(&path)?;
+                Ok(Some(path))
+            }
+        }
+    }
+
+    fn path(&self) -> Result<PathBuf> {
+        let path = self.cache_path.clone().map_or_else(default_cache_path, Ok)?;
+        refuse_in_data_directory("the cache", &path, "--cache-path")?;
+        Ok(path)
     }
 
     /// Options that a child process needs.
@@ -254,17 +285,60 @@ pub(super) fn absolute_path(path: &Path) -> String {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
 }
 
-fn default_cache_path() -> PathBuf {
-    state_directory("/var/cache/pgcairn", "XDG_CACHE_HOME", ".cache", "pgcairn")
+fn default_cache_path() -> Result<PathBuf> {
+    state_directory("/var/cache/pgcairn", "XDG_CACHE_HOME", ".cache", "pgcairn", "--cache-path")
 }
 
-/// `root` for root; else `below` in the directory that `variable` names, or that is `default` in the user's home.
-pub(super) fn state_directory(root: &str, variable: &str, default: &str, below: &str) -> PathBuf {
-    if nix::unistd::geteuid().is_root() {
-        return PathBuf::from(root);
+/// Refuses a directory inside a data directory or a tablespace: it would be backed up, and PostgreSQL may remove it.
+pub(super) fn refuse_in_data_directory(what: &str, path: &Path, option: &str) -> Result<()> {
+    let there = resolved(path)?;
+    for above in there.ancestors() {
+        let name = above.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let of_tablespace = TablespaceDirectory::parse(name).is_ok();
+        if of_tablespace || above.join(CONTROL_FILE).symlink_metadata().is_ok() {
+            let kind = if of_tablespace { "the tablespace" } else { "the data directory" };
+            return Err(Error::new(format!("{what} {} lies in {kind} {}", there.display(), above.display()))
+                .hint(format!("name a directory outside of the cluster: {option}")));
+        }
     }
-    let home = || std::env::var_os("HOME").map_or_else(std::env::temp_dir, PathBuf::from).join(default);
-    std::env::var_os(variable).map_or_else(home, PathBuf::from).join(below)
+    Ok(())
+}
+
+/// An absolute path without links, as far as it exists.
+fn resolved(path: &Path) -> Result<PathBuf> {
+    let path = std::path::absolute(path).map_err(|error| Error::io("find", path, error))?;
+    let there =
+        path.ancestors().find_map(|above| Some(above.canonicalize().ok()?.join(path.strip_prefix(above).ok()?)));
+    Ok(there.unwrap_or(path))
+}
+
+/// `root` for root; else `below` in the directory that `variable` names, or that is `default` in the user's home. `option`
+/// names another.
+///
+/// Never a name in /tmp that others can foresee: whoever made it first would have a say in what is read from it.
+pub(super) fn state_directory(root: &str, variable: &str, default: &str, below: &str, option: &str) -> Result<PathBuf> {
+    let uid = nix::unistd::geteuid();
+    if uid.is_root() {
+        return Ok(PathBuf::from(root));
+    }
+    let named = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(directory) = named(variable) {
+        return Ok(directory.join(below));
+    }
+    if let Some(home) = named("HOME") {
+        return Ok(home.join(default).join(below));
+    }
+    let own = |path: &PathBuf| path.metadata().is_ok_and(|found| found.is_dir() && found.uid() == uid.as_raw());
+    let home = nix::unistd::User::from_uid(uid).ok().flatten().map(|user| user.dir).filter(own);
+    if let Some(home) = home {
+        return Ok(home.join(default).join(below));
+    }
+    let runtime = PathBuf::from(format!("/run/user/{uid}"));
+    if own(&runtime) {
+        return Ok(runtime.join(below));
+    }
+    Err(Error::new("there is no HOME, and no home directory of this user")
+        .hint(format!("say where to keep this: {option} DIR, or set HOME or {variable}")))
 }
 
 /// Parses `10G`, `64M`, `0`.

@@ -116,7 +116,7 @@ impl PointOptions {
 
 /// Finds the way to a point.
 pub(super) fn find(repository: &Repository, point: &Point, bound: Bound, cache: &Cache) -> Result<Course> {
-    let directory = cache.directory();
+    let directory = cache.directory()?;
     let horizon = || Horizon::load(repository, point.label.as_deref(), directory.as_deref());
     let course = Course::find(repository, point, bound, horizon)?;
     course.recovery.iter().flat_map(|recovery| &recovery.notes).for_each(|text| output::note(&format!("note: {text}")));

@@ -27,6 +27,7 @@ impl StanzaCreate {
     pub(super) fn run(self, common: &Common) -> Result<()> {
         let mut server = Server::connect_primary(&self.server.pg, "--pg")?;
         let database = identify(&mut server)?;
+        common.refuse_repository_in_data_directory(Some(&server.data_directory))?;
         let is_new = common.repository_directory().is_some_and(|directory| !directory.exists());
         let mut store = common.store(true)?;
         if let (true, Some(directory)) = (is_new, common.repository_directory()) {

@@ -1,4 +1,5 @@
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -39,9 +40,11 @@ impl Stop {
     /// What is known of the clone: nothing where its record is missing or damaged. Then its directory alone must do, and
     /// suffices to remove it.
     fn known(&self, place: &Place) -> Result<Option<Clone>> {
+        // before anything of it is believed, or removed
+        place.require_own()?;
         match place.load() {
             Ok(None) if place.is_clone() && !self.keep => Ok(None),
-            Ok(None) => Err(self.unknown()),
+            Ok(None) => Err(self.unknown()?),
             Err(error) if place.is_clone() && !self.keep => {
                 tracing::warn!("{error}; it is removed");
                 Ok(None)
@@ -50,8 +53,8 @@ impl Stop {
         }
     }
 
-    fn unknown(&self) -> Error {
-        let base = self.clone_path.clone().unwrap_or_else(default_base);
+    fn unknown(&self) -> Result<Error> {
+        let base = self.clone_path.clone().map_or_else(default_base, Ok)?;
         let names: Vec<String> = std::fs::read_dir(&base)
             .into_iter()
             .flatten()
@@ -59,10 +62,10 @@ impl Stop {
             .filter_map(|entry| entry.file_name().into_string().ok())
             .collect();
         let error = Error::new(format!("there is no clone {} in {}", self.name, base.display()));
-        match names.is_empty() {
+        Ok(match names.is_empty() {
             true => error.hint("\"pgcairn start\" makes one"),
             false => error.hint(format!("there are: {}", names.join(", "))),
-        }
+        })
     }
 }
 
@@ -137,6 +140,11 @@ pub(super) fn end_server(place: &Place) -> Result<()> {
 /// The process of the clone's server, if it is still that: process ids are used again.
 pub(super) fn running_server(place: &Place) -> Option<Pid> {
     let pid: i32 = std::fs::read_to_string(place.pid_file()).ok()?.trim().parse().ok()?;
+    // the server's user writes that file: it must not name a process of somebody else
+    let user = std::fs::metadata(place.run()).ok()?.uid();
+    if std::fs::metadata(format!("/proc/{pid}")).ok()?.uid() != user {
+        return None;
+    }
     let command_line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let directory = place.mount().into_os_string().into_vec();
     command_line.windows(directory.len()).any(|part| part == directory).then(|| Pid::from_raw(pid))

@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use crate::error::{Error, Result};
 use crate::format::GRAIN;
 use crate::format::chunk::{ChunkId, ChunkRef, Decoded, GrainHash, Keys};
+use crate::user::require_own;
 
 /// Open cache files kept at hand where a process may open that many: opening one costs more than reading a page of it.
 const OPEN_FILES: usize = 8192;
@@ -27,6 +28,58 @@ const OPEN_FILES_FEW: usize = 256;
 const MARK_AGE: Duration = Duration::from_secs(600);
 /// A sweep leaves this share of the limit, in percent.
 const KEEP_PERCENT: u64 = 80;
+
+/// Says that a directory is a cache, to backup programs too, and whose; see <https://bford.info/cachedir/>.
+const TAG: &str = "CACHEDIR.TAG";
+const TAG_TEXT: &str =
+    "Signature: 8a477f597d28d172789f06886806bc55\n# The disk cache of pgcairn, which deletes in here.\n";
+const TAG_OWNER: &str = "of pgcairn";
+/// Where files are written before they get their name.
+const TEMPORARY: &str = "tmp";
+/// What the sweep of one process holds.
+const LOCK: &str = "lock";
+const HINT: &str = "choose another directory with --cache-path, new or empty, or do without the cache: --cache-size 0";
+
+/// Makes `root` a cache if it is not there or is empty; refuses a directory that holds anything else, since a cache is
+/// cleaned, and one that another user may fill, since what is in a cache is believed.
+pub fn prepare(root: &Path) -> Result<()> {
+    let failed = |verb: &'static str| move |error| Error::io(verb, root, error).hint(HINT);
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(failed("create the cache directory"))?;
+    require_own(root, HINT)?;
+    let tag = root.join(TAG);
+    match fs::read(&tag) {
+        Ok(text) if String::from_utf8_lossy(&text).contains(TAG_OWNER) => return Ok(()),
+        Ok(_) => return Err(Error::new(format!("{} is the cache of another program", root.display())).hint(HINT)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(Error::io("read", &tag, error).hint(HINT)),
+    }
+    for entry in fs::read_dir(root).map_err(failed("list"))? {
+        let name = entry.map_err(failed("list"))?.file_name();
+        // an earlier program marked no cache
+        let is_ours = name.to_str().is_some_and(|name| {
+            name == TEMPORARY || name == TAG || name.starts_with("times") || name == "lost+found" || is_hex(name, 2)
+        });
+        if !is_ours {
+            return Err(Error::new(format!("{} is no cache: it holds {}", root.display(), name.display())).hint(HINT));
+        }
+    }
+    let write = |text: &[u8]| -> io::Result<()> {
+        let mut file = tempfile::Builder::new().prefix(TAG).tempfile_in(root)?;
+        io::Write::write_all(&mut file, text)?;
+        file.persist(&tag).map(drop).map_err(|error| error.error)
+    };
+    write(TAG_TEXT.as_bytes()).map_err(|error| Error::io("write", &tag, error).hint(HINT))
+}
+
+fn is_hex(name: &str, len: usize) -> bool {
+    name.len() == len && name.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+}
+
+/// Whether a file in [`TEMPORARY`] is one of ours.
+fn is_temporary(name: &str) -> bool {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    name.split_once('-').is_some_and(|(process, number)| is_number(process) && is_number(number))
+}
 
 /// A directory of plaintext chunks.
 #[derive(Debug)]
@@ -48,12 +101,10 @@ struct Cached {
 impl DiskCache {
     /// Opens or creates the cache in `root`, which may hold `limit` bytes.
     pub fn open(root: &Path, limit: u64) -> Result<Arc<Self>> {
-        let directory = root.join("tmp");
+        prepare(root)?;
+        let directory = root.join(TEMPORARY);
         let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory);
-        created.map_err(|error| {
-            Error::io("create the cache directory", &directory, error)
-                .hint("choose another with --cache-path, or do without it: --cache-size 0")
-        })?;
+        created.map_err(|error| Error::io("create the cache directory", &directory, error).hint(HINT))?;
         let cache = Arc::new(Self {
             root: root.to_owned(),
             limit,
@@ -102,7 +153,7 @@ impl DiskCache {
         bytes.extend_from_slice(&chunk.id.0);
         bytes.extend_from_slice(&crc32c::crc32c(&bytes[plain.len()..]).to_le_bytes());
         let number = self.temporary.fetch_add(1, Ordering::Relaxed);
-        let temporary = self.root.join("tmp").join(format!("{}-{number}", std::process::id()));
+        let temporary = self.root.join(TEMPORARY).join(format!("{}-{number}", std::process::id()));
         let file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         let written = file.write_all_at(&bytes, 0).and_then(|()| self.publish(&temporary, &self.path(&chunk.id)));
         if written.is_err() {
@@ -154,7 +205,11 @@ impl DiskCache {
 
     fn sweep(&self) -> io::Result<()> {
         // one process sweeps at a time; the others come back when they have written more
-        let lock = fs::OpenOptions::new().write(true).create(true).truncate(false).open(self.root.join("tmp/lock"))?;
+        let lock = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(self.root.join(TEMPORARY).join(LOCK))?;
         let Ok(_lock) = nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusiveNonblock) else {
             self.used.store(self.limit * KEEP_PERCENT / 100, Ordering::Relaxed);
             return Ok(());
@@ -182,14 +237,22 @@ impl DiskCache {
     fn files(&self) -> io::Result<Vec<(SystemTime, u64, PathBuf)>> {
         let mut files = Vec::new();
         for directory in fs::read_dir(&self.root)? {
-            let directory = directory?.path();
-            let temporary = directory.ends_with("tmp");
-            for file in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            let directory = directory?;
+            let name = directory.file_name();
+            let Some(name) = name.to_str() else { continue };
+            let temporary = name == TEMPORARY;
+            // what has no name of ours, or is a link, is not ours
+            if !directory.file_type()?.is_dir() || !(temporary || is_hex(name, 2)) {
+                continue;
+            }
+            for file in fs::read_dir(directory.path()).into_iter().flatten().flatten() {
                 let Ok(metadata) = file.metadata() else { continue };
+                let name = file.file_name();
+                let Some(name) = name.to_str().filter(|_| metadata.is_file()) else { continue };
                 let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-                if !temporary {
+                if !temporary && is_hex(name, 62) {
                     files.push((modified, metadata.size(), file.path()));
-                } else if file.file_name() != "lock" && modified.elapsed().is_ok_and(|age| age.as_secs() > 3600) {
+                } else if temporary && is_temporary(name) && modified.elapsed().is_ok_and(|age| age.as_secs() > 3600) {
                     _ = fs::remove_file(file.path());
                 }
             }

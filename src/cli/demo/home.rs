@@ -314,7 +314,7 @@ fn end_all(find: impl Fn() -> Vec<Process>) {
 }
 
 fn logs() -> Option<PathBuf> {
-    daemon::log_path("any").parent().map(Path::to_owned)
+    daemon::log_path("any").ok()?.parent().map(Path::to_owned)
 }
 
 /// The source, its WAL, the repository, the cache and the copy are there at once.

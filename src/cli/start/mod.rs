@@ -5,7 +5,6 @@ mod walls;
 use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
-use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -26,6 +25,7 @@ use crate::read::point::{Action, Target};
 use crate::read::recovery::Prepared;
 use crate::read::tree::Owner;
 use crate::repo::Repository;
+use crate::user::{User, as_user};
 
 /// A `restore_command` where `pg_wal` has everything.
 const NOTHING_TO_RESTORE: &str = "false";
@@ -270,7 +270,7 @@ impl Start {
         write_files(place, owner)?;
         let superuser = of.superuser.as_deref().unwrap_or("postgres");
         loop {
-            forget_old_server(place)?;
+            forget_old_server(place, owner)?;
             settle_links(place, clone, of)?;
             let Err(error) = self.serve(place, clone, of, superuser) else { break };
             super::stop::end_server(place)?;
@@ -287,7 +287,7 @@ impl Start {
     fn serve(&self, place: &Place, clone: &Clone, of: &Description, superuser: &str) -> Result<()> {
         let recovers = of.database.version >= 14 && place.mount().join(RECOVERY_SIGNAL).exists();
         if recovers {
-            set_restore_command(place, NOTHING_TO_RESTORE)?;
+            set_restore_command(place, Owner { uid: clone.uid, gid: clone.gid }, NOTHING_TO_RESTORE)?;
         }
         let mut command = clone.pg_ctl(place);
         command.arg("start").arg("-s").arg("-w").arg("-t").arg(self.start_timeout.to_string());
@@ -298,7 +298,7 @@ impl Start {
         if recovers {
             // the server demands the command when it starts, and would run it for every segment, although all of them lie in
             // pg_wal: each run of a program makes the kernel write out every file the server has open
-            set_restore_command(place, "")?;
+            set_restore_command(place, Owner { uid: clone.uid, gid: clone.gid }, "")?;
             super::stop::reload(place)?;
         }
         self.reach_target(place, clone, &clone.conninfo(place, superuser))
@@ -306,20 +306,23 @@ impl Start {
 }
 
 /// The last setting of a name counts.
-fn set_restore_command(place: &Place, command: &str) -> Result<()> {
+fn set_restore_command(place: &Place, owner: Owner, command: &str) -> Result<()> {
     let path = place.mount().join(AUTO_CONF);
-    let mut file = fs::OpenOptions::new().append(true).open(&path).map_err(|error| Error::io("open", &path, error))?;
-    writeln!(file, "restore_command = '{command}'").map_err(|error| Error::io("write", &path, error))
+    as_user(User::other(owner.uid, owner.gid).as_ref(), || {
+        let file = fs::OpenOptions::new().append(true).open(&path);
+        let mut file = file.map_err(|error| Error::io("open", &path, error))?;
+        writeln!(file, "restore_command = '{command}'").map_err(|error| Error::io("write", &path, error))
+    })
 }
 
 /// Removes the lock file of a server that ended together with its mount. Nobody can be running on a mount this new, but
 /// PostgreSQL would believe the file while that process id is taken: by another process, or by one its parent forgets.
-fn forget_old_server(place: &Place) -> Result<()> {
+fn forget_old_server(place: &Place, owner: Owner) -> Result<()> {
     let lock = place.mount().join(LOCK_FILE);
-    match fs::remove_file(&lock) {
+    as_user(User::other(owner.uid, owner.gid).as_ref(), || match fs::remove_file(&lock) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &lock, error)),
         _ => Ok(()),
-    }
+    })
 }
 
 fn refuse_root(owner: Owner) -> Result<()> {
@@ -337,13 +340,10 @@ fn free_port() -> Result<u16> {
 /// Access rules of the clone's own, since only its user and root can reach the socket; and a postgresql.conf where the cluster
 /// keeps it outside the data directory.
 fn write_files(place: &Place, owner: Owner) -> Result<()> {
+    // as that user, who owns the directories and may have put links there
+    let user = User::other(owner.uid, owner.gid);
     let write = |path: &Path, text: &str| -> Result<()> {
-        fs::write(path, text).map_err(|error| Error::io("write", path, error))?;
-        match nix::unistd::geteuid().is_root() {
-            true => chown(path, Some(owner.uid), Some(owner.gid))
-                .map_err(|error| Error::io("change the owner of", path, error)),
-            false => Ok(()),
-        }
+        as_user(user.as_ref(), || fs::write(path, text).map_err(|error| Error::io("write", path, error)))
     };
     write(&place.run().join("pg_hba.conf"), "local all all trust\n")?;
     write(&place.run().join("pg_ident.conf"), "")?;
