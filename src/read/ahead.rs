@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
-use super::wal::{TEMPORARY, deliver};
+use super::wal::{TEMPORARY, deliver, owner_of_place};
 use crate::error::{Error, Result};
 use crate::files::{self, Outlives};
 use crate::format::manifest::Database;
@@ -21,6 +21,7 @@ use crate::repo::Repository;
 use crate::repo::asking::Asking;
 use crate::spool::{Run, Spool};
 use crate::store::Listed;
+use crate::user::as_user;
 
 /// Holds the name of the segment that was last asked for.
 const AT: &str = "at";
@@ -111,8 +112,12 @@ fn move_to(from: &Path, target: &Path) -> Result<bool> {
         Err(error) => return Err(Error::io("rename to", target, error)),
     }
     let temporary = target.with_extension(TEMPORARY);
-    files::place(&temporary, target, Outlives::Process, |to| {
-        fs::copy(from, to).map(drop).map_err(|error| Error::io("copy to", to, error))
+    let mut source = fs::File::open(from).map_err(|error| Error::io("open", from, error))?;
+    as_user(owner_of_place(target)?.as_ref(), || {
+        files::place(&temporary, target, Outlives::Process, |to| {
+            let copied = fs::File::create(to).and_then(|mut file| io::copy(&mut source, &mut file));
+            copied.map(drop).map_err(|error| Error::io("copy to", to, error))
+        })
     })?;
     _ = fs::remove_file(from);
     Ok(true)

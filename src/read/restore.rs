@@ -9,6 +9,7 @@ mod databases;
 mod delta;
 mod local;
 mod marker;
+mod place;
 mod plan;
 mod small;
 #[cfg(test)]
@@ -17,9 +18,9 @@ mod unarchived;
 mod write;
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown, lchown, symlink};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown, lchown, symlink};
 use std::path::{Path, PathBuf};
 
 pub use self::databases::{Databases, ZeroedDatabase};
@@ -28,6 +29,7 @@ use self::before::{is_vacant, recognise, refuse_occupied, refuse_occupied_place}
 use self::delta::Delta;
 use self::local::{Local, look};
 use self::marker::{Marker, Said};
+use self::place::{make_place, take_over};
 use self::plan::{Plan, Target, enough_space, plan, refuse_nested};
 use self::unarchived::refuse_unarchived;
 use self::write::{write_files, write_zeros};
@@ -39,6 +41,7 @@ use crate::format::manifest::Description;
 use crate::postgres::Major;
 use crate::progress::Monitor;
 use crate::repo::wal::wal_identity;
+use crate::user::{User, as_user};
 
 /// How a view is written out.
 #[derive(Clone, Debug)]
@@ -92,7 +95,7 @@ pub fn restore(view: &View, root: &Path, options: &RestoreOptions, monitor: &dyn
     let plan = plan(view, root, options, &zeroed)?;
     refuse_nested(root, &plan, view)?;
     let local = match is_delta {
-        true => recognised(view, root, &plan)?,
+        true => recognised(view, root, &plan, options.owner)?,
         false => {
             plan.places
                 .iter()
@@ -103,18 +106,24 @@ pub fn restore(view: &View, root: &Path, options: &RestoreOptions, monitor: &dyn
     for (place, bytes) in &plan.bytes {
         enough_space(place, bytes.saturating_sub(local.bytes.get(place).copied().unwrap_or_default()))?;
     }
-    let marker = begin(view, root, &plan, &local, options.owner)?;
+    let user = options.owner.and_then(|owner| User::other(owner.uid, owner.gid));
+    let user = user.as_ref();
+    make_places(root, &plan, options)?;
+    // from here on as the owner, who may put links in the place of everything in there
+    let marker = as_user(user, || begin(view, root, &plan, &local, options.owner))?;
     // opened before anything is written: what cannot be written to the disk from here on fails their sync
     let places = plan.bytes.keys().map(|place| Open::directory(place)).collect::<Result<Vec<_>>>()?;
-    let equal = write(view, root, &plan, &local, options, monitor)?;
+    let equal = write(view, root, &plan, &local, options, user, monitor)?;
     if options.copy {
         refuse_used(root, &view.description)?;
     }
     monitor.stage("syncing", 0);
     places.iter().try_for_each(Open::sync)?;
-    marker.remove()?;
-    let later = root.join(CONTROL_LATER);
-    fs::rename(&later, &plan.control.path).map_err(|error| Error::io("rename to", &plan.control.path, error))?;
+    as_user(user, || {
+        marker.remove()?;
+        let later = root.join(CONTROL_LATER);
+        fs::rename(&later, &plan.control.path).map_err(|error| Error::io("rename to", &plan.control.path, error))
+    })?;
     places.iter().try_for_each(Open::sync)?;
     Ok(Restored {
         files: (plan.files.len() + plan.zeros.len()) as u64 + 1,
@@ -136,18 +145,35 @@ fn refuse_used(root: &Path, of: &Description) -> Result<()> {
     }
 }
 
+/// Makes the data directory and those of tablespaces, and gives them, and directories in them, to the owner.
+fn make_places(root: &Path, plan: &Plan, options: &RestoreOptions) -> Result<()> {
+    let mode = |path: &Path| plan.directories.iter().find(|(directory, _)| directory == path).map(|(_, mode)| *mode);
+    make_place(root, plan.directories[0].1, options.owner, true)?;
+    for (oid, place) in &plan.places {
+        let is_named = options.tablespaces.contains_key(oid);
+        make_place(place, mode(place).unwrap_or(0o700), options.owner, is_named)?;
+    }
+    let Some(owner) = options.owner.filter(|owner| User::other(owner.uid, owner.gid).is_some()) else { return Ok(()) };
+    for (directory, _) in &plan.directories {
+        let is_of_other = |found: fs::Metadata| found.is_dir() && found.uid() != owner.uid;
+        if fs::symlink_metadata(directory).is_ok_and(is_of_other) {
+            let place = plan.places.values().find(|place| directory.starts_with(place));
+            take_over(place.map_or(root, PathBuf::as_path), directory, owner)?;
+        }
+    }
+    Ok(())
+}
+
 /// What of this cluster is in `root`; refuses anything else.
-fn recognised(view: &View, root: &Path, plan: &Plan) -> Result<Local> {
+fn recognised(view: &View, root: &Path, plan: &Plan, owner: Option<Owner>) -> Result<Local> {
     recognise(root, plan, &view.description)?;
     let note = refuse_unarchived(root, view)?;
     let layout = view.description.database.layout().context(|| "the manifest".into())?;
-    Ok(Local { note, ..look(plan, root, &layout.tablespace_directory.to_string())? })
+    Ok(Local { note, ..look(plan, root, &layout.tablespace_directory.to_string(), owner)? })
 }
 
 /// From here on the directory changes: it is marked, cannot start, and is freed of what does not belong.
 fn begin(view: &View, root: &Path, plan: &Plan, local: &Local, owner: Option<Owner>) -> Result<Marker> {
-    let (directory, mode) = &plan.directories[0];
-    make_directory(directory, *mode, owner)?;
     let places = plan.places.values().cloned().collect();
     let marker = Marker::set(root, &Said::of(&view.description, places))?;
     remove_durably(&plan.control.path)?;
@@ -172,6 +198,7 @@ fn write(
     plan: &Plan,
     local: &Local,
     options: &RestoreOptions,
+    user: Option<&User>,
     monitor: &dyn Monitor,
 ) -> Result<u64> {
     monitor.stage("restoring", plan.bytes.values().sum());
@@ -179,21 +206,20 @@ fn write(
     let (there, absent): (Vec<_>, Vec<_>) = plan.files.iter().enumerate().partition(is_there);
     for (number, target) in &there {
         if local.files[number] > target.size {
-            cut_to(&target.path, target.size)?;
+            as_user(user, || cut_to(&target.path, target.size))?;
         }
     }
-    let delta = Delta::new(view);
+    let delta = Delta::new(view, user);
     let there: Vec<&Target> = there.into_iter().map(|(_, target)| target).collect();
     let absent: Vec<&Target> = absent.into_iter().map(|(_, target)| target).collect();
     write_files(view, &there, Some(&delta), options, monitor)?;
     write_files(view, &absent, None, options, monitor)?;
-    plan.zeros.iter().try_for_each(|target| write_zeros(target, options.owner))?;
+    plan.zeros.iter().try_for_each(|target| as_user(user, || write_zeros(target, options.owner)))?;
     let later = Target { path: root.join(CONTROL_LATER), ..plan.control.clone() };
     write_files(view, &[&later], None, options, monitor)?;
-    match fs::remove_file(root.join(VERSION_BEFORE)) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(Error::io("remove", &root.join(VERSION_BEFORE), error))
-        }
+    let version_before = root.join(VERSION_BEFORE);
+    match as_user(user, || Ok(fs::remove_file(&version_before)))? {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", &version_before, error)),
         _ => Ok(delta.equal()),
     }
 }
@@ -225,18 +251,7 @@ fn make_link(path: &Path, target: &Path, owner: Option<Owner>) -> Result<()> {
 }
 
 fn make_directory(path: &Path, mode: u32, owner: Option<Owner>) -> Result<()> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(|error| Error::io("create", parent, error))?;
-    }
-    match DirBuilder::new().mode(mode).create(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            return Err(Error::io("create", path, error));
-        }
-        _ => {}
-    }
-    let permissions = fs::Permissions::from_mode(mode);
-    fs::set_permissions(path, permissions).map_err(|error| Error::io("set the mode of", path, error))?;
-    give(path, owner)
+    place::make(path, mode, owner)
 }
 
 fn give(path: &Path, owner: Option<Owner>) -> Result<()> {

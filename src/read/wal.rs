@@ -17,6 +17,7 @@ use crate::postgres::{SegmentName, WalName};
 use crate::repo::Repository;
 use crate::repo::asking::Asking;
 use crate::repo::wal::check_first_bytes;
+use crate::user::{User, as_user};
 
 /// An archived object up to this size is fetched whole: its footer alone would cost as many requests.
 const WHOLE_BYTES: u64 = 4 * 1024 * 1024;
@@ -105,8 +106,21 @@ pub(super) fn deliver(
     threads: usize,
 ) -> Result<()> {
     let temporary = target.with_extension(TEMPORARY);
-    // PostgreSQL makes durable what it takes
-    files::place(&temporary, target, Outlives::Process, |to| write(repository, database, name, key, to, threads))
+    let user = owner_of_place(target)?;
+    // the store is read as ourselves
+    let bytes = repository.store.get(key)?;
+    as_user(user.as_ref(), || {
+        // PostgreSQL makes durable what it takes
+        files::place(&temporary, target, Outlives::Process, |to| {
+            write(repository, database, name, (key, &bytes), to, threads)
+        })
+    })
+}
+
+/// As whom root writes a file there: whoever owns the directory may have put links into it.
+pub(super) fn owner_of_place(target: &Path) -> Result<Option<User>> {
+    let directory = target.parent().filter(|parent| !parent.as_os_str().is_empty());
+    User::owner_of(directory.unwrap_or(Path::new(".")))
 }
 
 /// What a file is called while it is written.
@@ -116,12 +130,11 @@ fn write(
     repository: &Repository,
     database: &Database,
     name: &str,
-    key: &str,
+    (key, bytes): (&str, &[u8]),
     path: &Path,
     threads: usize,
 ) -> Result<()> {
-    let bytes = repository.store.get(key)?;
-    let pack = Pack::parse(key, &bytes)?;
+    let pack = Pack::parse(key, bytes)?;
     pack.header.expect(key, PackKind::Wal, repository.keys.seal_kind())?;
     repository.keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
     let len: u64 = pack.chunks.iter().map(|chunk| u64::from(chunk.plain_len)).sum();

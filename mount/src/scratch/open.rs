@@ -37,10 +37,10 @@ pub(super) fn open(directory: &Path, identity: &str, boot: &str) -> Result<Scrat
         move |source: io::Error| Error::Io { action, path, source }
     };
     fs::create_dir_all(directory).map_err(at("create", directory))?;
-    // it holds pages of a database, and the files in it are read by nobody but us
-    fs::set_permissions(directory, fs::Permissions::from_mode(0o700)).map_err(at("set the mode of", directory))?;
     let directory = &directory.canonicalize().map_err(at("open", directory))?;
     refuse_others(directory)?;
+    // it holds pages of a database, and the files in it are read by nobody but us
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o700)).map_err(at("set the mode of", directory))?;
     let lock = lock(directory)?;
     let data = directory.join(DATA);
     fs::create_dir_all(&data).map_err(at("create", &data))?;

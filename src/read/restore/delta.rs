@@ -13,11 +13,14 @@ use crate::format::chunk::Keys;
 use crate::format::map::SlotChange;
 use crate::format::{CHUNK, GRAIN, LEAF_BYTES, SLOT};
 use crate::read::view::{Content, Span, View};
+use crate::user::{User, as_user};
 
 /// Compares files with a view, and writes what differs.
 #[derive(Debug)]
 pub(super) struct Delta<'a> {
     view: &'a View,
+    /// as whom files are opened
+    user: Option<&'a User>,
     /// bytes that were the same
     equal: AtomicU64,
 }
@@ -47,8 +50,8 @@ pub(super) struct Compared {
 
 impl<'a> Delta<'a> {
     /// Compares with `view`, which was loaded with what the backup noted.
-    pub(super) fn new(view: &'a View) -> Self {
-        Self { view, equal: AtomicU64::new(0) }
+    pub(super) fn new(view: &'a View, user: Option<&'a User>) -> Self {
+        Self { view, user, equal: AtomicU64::new(0) }
     }
 
     /// Bytes that were the same so far.
@@ -58,7 +61,7 @@ impl<'a> Delta<'a> {
 
     /// Makes a range of a file equal, which begins where a leaf does; gives the file, and CRC32C and length of what is there now.
     pub(super) fn range(&self, target: &Target, from: u64, to: u64) -> Result<(File, u32, usize)> {
-        let file = open(target)?;
+        let file = as_user(self.user, || open(target))?;
         let known = self.known(target, from, to)?;
         let Compared { mut parts, differing, equal } = self.compare(&file, target, &known, from, to)?;
         self.view.each_of_ranges(target.node, &differing, &mut |at, bytes| {
@@ -71,7 +74,7 @@ impl<'a> Delta<'a> {
 
     /// Compares a whole small file and writes nothing.
     pub(super) fn small(&self, target: &Target) -> Result<(File, Compared)> {
-        let file = open(target)?;
+        let file = as_user(self.user, || open(target))?;
         let known = self.known(target, 0, target.size)?;
         let compared = self.compare(&file, target, &known, 0, target.size)?;
         self.equal.fetch_add(compared.equal, Ordering::Relaxed);

@@ -11,6 +11,8 @@ use super::VERSION_FILE;
 use super::marker::MARKER;
 use super::plan::{Plan, Target};
 use crate::error::{Error, Result};
+use crate::read::tree::Owner;
+use crate::user::User;
 
 /// What was found in the places of a restore.
 #[derive(Debug, Default)]
@@ -41,7 +43,7 @@ enum Planned<'a> {
 
 /// Looks at everything below the places of `plan`, of which in tablespaces only `version` counts: other versions keep their own
 /// directories beside it. Nothing is changed.
-pub(super) fn look(plan: &Plan, root: &Path, version: &str) -> Result<Local> {
+pub(super) fn look(plan: &Plan, root: &Path, version: &str, owner: Option<Owner>) -> Result<Local> {
     let mut planned = HashMap::new();
     planned.extend(plan.directories.iter().map(|(path, _)| (path.as_path(), Planned::Directory)));
     planned.extend(plan.links.iter().map(|(path, target)| (path.as_path(), Planned::Link(target))));
@@ -52,7 +54,8 @@ pub(super) fn look(plan: &Plan, root: &Path, version: &str) -> Result<Local> {
     planned.insert(&version_file, Planned::Aside);
     let rewritten = plan.zeros.iter().chain([&plan.control]);
     planned.extend(rewritten.map(|target| (target.path.as_path(), Planned::Rewritten)));
-    let mut look = Look { planned, local: Local::default(), place: root.to_owned() };
+    let user = owner.filter(|owner| User::other(owner.uid, owner.gid).is_some());
+    let mut look = Look { planned, local: Local::default(), place: root.to_owned(), user: user.map(|user| user.uid) };
     look.directory(root, None)?;
     for place in plan.places.values() {
         look.place.clone_from(place);
@@ -67,6 +70,8 @@ struct Look<'a> {
     planned: HashMap<&'a Path, Planned<'a>>,
     local: Local,
     place: PathBuf,
+    /// as whom the files are written
+    user: Option<u32>,
 }
 
 impl Look<'_> {
@@ -102,8 +107,10 @@ impl Look<'_> {
                 Ok(_) => self.goes(path),
                 Err(error) => Err(Error::io("read the link", path, error)),
             },
-            // another name of the same file may be another cluster's, as after pg_upgrade --link
-            Some(Planned::File(number)) if found.is_file() && found.nlink() == 1 => {
+            // a file of another user cannot be written to, and another name of the same file may be another cluster's, as after pg_upgrade --link
+            Some(Planned::File(number))
+                if found.is_file() && found.nlink() == 1 && self.user.is_none_or(|user| user == found.uid()) =>
+            {
                 self.local.files.insert(*number, found.len());
                 Ok(())
             }

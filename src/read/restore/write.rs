@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
+use nix::fcntl::OFlag;
 use parking_lot::Mutex;
 
 use super::RestoreOptions;
@@ -22,6 +23,7 @@ use crate::progress::Monitor;
 use crate::read::fetch::Stored;
 use crate::read::tree::Owner;
 use crate::read::view::{NodeIndex, View};
+use crate::user::{User, as_user};
 
 /// What one worker does at a time.
 enum Work<'a> {
@@ -51,6 +53,7 @@ pub(super) fn write_files(
         view,
         files,
         owner: options.owner,
+        user: options.owner.and_then(|owner| User::other(owner.uid, owner.gid)),
         monitor,
         delta,
         workers: options.process_max.max(1),
@@ -90,6 +93,8 @@ struct Writing<'a> {
     view: &'a View,
     files: &'a [&'a Target],
     owner: Option<Owner>,
+    /// as whom files are made
+    user: Option<User>,
     monitor: &'a dyn Monitor,
     /// compares what is there
     delta: Option<&'a Delta<'a>>,
@@ -269,12 +274,12 @@ impl<'a> Writing<'a> {
 
     /// Opens a file to write to it; without a delta restore it may have to be made.
     fn open(&self, target: &Target) -> Result<File> {
-        let mut options = OpenOptions::new();
-        options.write(true).create(self.delta.is_none()).truncate(false).mode(0o600);
-        if self.delta.is_some() {
-            options.custom_flags(nix::fcntl::OFlag::O_NOFOLLOW.bits());
-        }
-        options.open(&target.path).map_err(|error| Error::io("write", &target.path, error))
+        as_user(self.user.as_ref(), || {
+            let mut options = OpenOptions::new();
+            options.write(true).create(self.delta.is_none()).truncate(false).mode(0o600);
+            options.custom_flags(OFlag::O_NOFOLLOW.bits());
+            options.open(&target.path).map_err(|error| Error::io("write", &target.path, error))
+        })
     }
 
     /// Writes a range of a file; gives the file, and CRC32C and length of what was written.
@@ -300,15 +305,18 @@ impl<'a> Writing<'a> {
     /// A large file of which every part was written.
     fn finish_large(&self, target: &Target) -> Result<()> {
         self.prove(target, whole_crc(self.parts.lock().remove(&target.node).unwrap_or_default()))?;
-        let file = OpenOptions::new().write(true).open(&target.path);
-        self.finish(&file.map_err(|error| Error::io("open", &target.path, error))?, target)
+        let file = as_user(self.user.as_ref(), || {
+            let file = OpenOptions::new().write(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&target.path);
+            file.map_err(|error| Error::io("open", &target.path, error))
+        })?;
+        self.finish(&file, target)
     }
 
     /// Mode, owner and time of a file whose bytes are right.
     fn finish(&self, file: &File, target: &Target) -> Result<()> {
         match self.delta.is_some() && is_finished(file, target, self.owner)? {
             true => Ok(()),
-            false => finish_file(file, target, self.owner),
+            false => as_user(self.user.as_ref(), || finish_file(file, target, self.owner)),
         }
     }
 
