@@ -136,7 +136,7 @@ impl Acting {
         let is_refusal = |error: &io::Error| {
             matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
         };
-        match error.find::<io::Error>().is_some_and(is_refusal) && error.hint_text().is_none() {
+        match error.find::<io::Error>().is_some_and(is_refusal) {
             true => error.hint(format!(
                 "root works on a user's files as that user, here {0}: give {0} the right to it, or move it away",
                 user.name()

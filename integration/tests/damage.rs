@@ -303,6 +303,7 @@ fn a_path_that_leads_out_is_refused() {
         path: path.to_vec(),
         mode: 0o777,
         mtime: 0,
+        identity: None,
         node: Node::Symlink(target.to_str().unwrap().as_bytes().to_vec()),
     };
     let outside = Place::new();

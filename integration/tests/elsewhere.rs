@@ -135,8 +135,8 @@ fn what_lies_in_the_cluster_itself_and_names_of_our_own_are_refused() {
     stanza.run(backup(&cluster, "full")).ok();
 
     // a directory that is no cache is not cleaned like one, and not written to
-    let var = place.directory("var");
-    fs::create_dir(var.join("tmp")).unwrap();
+    let var = place.join("var");
+    fs::create_dir_all(var.join("tmp")).unwrap();
     fs::create_dir(var.join("lib")).unwrap();
     fs::write(var.join("tmp/old"), "x").unwrap();
     let mountpoint = place.directory("mount");
@@ -167,7 +167,8 @@ fn without_a_home_nothing_is_kept_where_others_can_foresee_it() {
     let mut start = std::process::Command::new(bin::path());
     start.env_clear().uid(54_321).gid(54_321).current_dir("/");
     start.args(["--repo", text(&repo), "--stanza", "main", "start", "latest"]);
-    run_command(&mut start).fails(1, "there is no HOME").fails(1, "--clone-path");
+    run_command(&mut start).fails(1, "there is no HOME").fails(1, "--cache-path");
+    run_command(start.arg("--cache-size=0")).fails(1, "there is no HOME").fails(1, "--clone-path");
 }
 
 /// Runs `pgcairn` while something is planted again and again.
@@ -249,7 +250,7 @@ fn links_planted_while_root_restores_or_starts_lead_it_nowhere() {
     // what a link of the user leads to is not given away
     let led = home.join("led");
     symlink(&of_root, &led).unwrap();
-    stanza.run(["restore", text(&led.join("new")), "--tablespace-map-all", text(&spaces)]).fails(1, "real path");
+    stanza.run(["restore", text(&led.join("new")), &map]).fails(1, "real path");
     assert!(!of_root.join("new").exists());
     // a copy with files of another user is made equal again
     let of_other = copy.join("base/1/PG_VERSION");
