@@ -323,6 +323,9 @@ fn a_path_that_leads_out_is_refused() {
         sorted(file(b"zz/planted", entries), entries);
     });
     refused("through a link", objects, &through);
+    // where a tablespace's link would be, of a tablespace that the backup does not know
+    let unknown = changed_manifest(&source, label, |_, entries| sorted(link(b"pg_tblspc/77", &victim), entries));
+    refused("an unknown tablespace's link", objects, &unknown);
     let alone = changed_manifest(&source, label, |_, entries| sorted(link(b"base/77", &victim), entries));
     let stanza = written(objects);
     fs::write(manifest_path(&stanza), alone).unwrap();
