@@ -187,11 +187,12 @@ fn while_planting(plant: impl Fn() + Sync, run: impl FnOnce()) {
     });
 }
 
-/// Names, owners, modes and bytes of what nobody may touch.
-fn state(victims: &Path) -> Vec<(PathBuf, u32, u32, Vec<u8>)> {
+/// What nobody may touch: names, owners, modes and how the files begin.
+fn state(victims: &Path) -> Vec<String> {
     let of = |(path, found): (PathBuf, fs::Metadata)| {
         let bytes = fs::read(victims.join(&path)).unwrap_or_default();
-        (path, found.uid(), found.mode(), bytes)
+        let begin = &bytes[..bytes.len().min(16)];
+        format!("{} {} {:o} {} {}", path.display(), found.uid(), found.mode(), found.len(), begin.escape_ascii())
     };
     files::tree(victims).into_iter().map(of).collect()
 }

@@ -19,7 +19,10 @@ use crate::format::manifest::File;
 use crate::format::map::{Extent, LeafRef, SlotChange, encode_changes, encode_changes_since};
 use crate::format::pack::PackKind;
 use crate::format::{CHUNK, GRAIN, LEAF_BYTES, SLOT};
-use crate::user::User;
+use crate::user::{User, as_user};
+
+/// Small files that are opened before the first of them is read: to become another user costs as much as opening a file.
+const OPEN_TOGETHER: usize = 32;
 
 /// What every worker of one backup shares.
 #[derive(Debug)]
@@ -189,14 +192,20 @@ impl<'a> Worker<'a> {
     /// Reads and stores a batch of small files, which become neighbours in one pack.
     pub fn small(&mut self, files: &[(&Scanned, Option<&File>, &Origin)]) -> Result<Vec<Cut<SmallFile>>> {
         let (mut placing, mut group) = (Vec::with_capacity(files.len()), Group::default());
-        for (number, (file, old, origin)) in files.iter().enumerate() {
-            placing.push(match Source::open(&self.cutting.root, self.cutting.user.as_ref(), file, origin)? {
-                Some(source) => {
-                    let old = self.old_slots(*old, 0)?;
-                    Some(self.place_small(&source, file, number, old.as_ref(), &mut group)?)
-                }
-                None => None,
-            });
+        for together in files.chunks(OPEN_TOGETHER) {
+            let (root, user) = (&self.cutting.root, self.cutting.user.as_ref());
+            let open = || together.iter().map(|(file, _, origin)| Source::open(root, None, file, origin)).collect();
+            let sources: Vec<_> = as_user(user, open)?;
+            for (source, (file, old, _)) in sources.into_iter().zip(together) {
+                let number = placing.len();
+                placing.push(match source {
+                    Some(source) => {
+                        let old = self.old_slots(*old, 0)?;
+                        Some(self.place_small(&source, file, number, old.as_ref(), &mut group)?)
+                    }
+                    None => None,
+                });
+            }
         }
         self.close_group(&mut group)?;
         self.store_small(group, &mut placing)?;

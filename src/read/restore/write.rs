@@ -316,6 +316,8 @@ impl<'a> Writing<'a> {
     fn finish(&self, file: &File, target: &Target) -> Result<()> {
         match self.delta.is_some() && is_finished(file, target, self.owner)? {
             true => Ok(()),
+            // the owner's already: it was made, or opened, as that user
+            false if self.user.as_ref().is_some_and(|user| is_of(file, user)) => finish_file(file, target, None),
             false => as_user(self.user.as_ref(), || finish_file(file, target, self.owner)),
         }
     }
@@ -383,6 +385,10 @@ pub(super) fn write_zeros(target: &Target, owner: Option<Owner>) -> Result<()> {
     let file = file.map_err(|error| Error::io("create", &target.path, error))?;
     file.set_len(target.size).map_err(|error| Error::io("set the length of", &target.path, error))?;
     finish_file(&file, target, owner)
+}
+
+fn is_of(file: &File, user: &User) -> bool {
+    file.metadata().is_ok_and(|found| found.uid() == user.uid() && found.nlink() == 1)
 }
 
 fn finish_file(file: &File, target: &Target, owner: Option<Owner>) -> Result<()> {

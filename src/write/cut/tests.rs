@@ -41,7 +41,7 @@ fn a_piece_that_another_worker_stores_meanwhile_is_found_where_it_lies() {
     let (first_file, second_file) = (scanned("first", first.len()), scanned("second", second.len()));
     // one worker has read the second file, and not stored it yet
     let (mut slow, mut group) = (Worker::new(&cutting).unwrap(), Group::default());
-    let source = Source::open(root.path(), &second_file, &Origin::Disk).unwrap().unwrap();
+    let source = Source::open(root.path(), None, &second_file, &Origin::Disk).unwrap().unwrap();
     let placing = slow.place_small(&source, &second_file, 0, None, &mut group).unwrap();
     // another stores it behind the first
     Worker::new(&cutting)
