@@ -29,7 +29,7 @@ use self::before::{is_vacant, recognise, refuse_occupied, refuse_occupied_place}
 use self::delta::Delta;
 use self::local::{Local, look};
 use self::marker::{Marker, Said};
-use self::place::{make_place, take_over};
+use self::place::{make_place, take_over, take_over_all};
 use self::plan::{Plan, Target, enough_space, plan, refuse_nested};
 use self::unarchived::refuse_unarchived;
 use self::write::{write_files, write_zeros};
@@ -108,7 +108,7 @@ pub fn restore(view: &View, root: &Path, options: &RestoreOptions, monitor: &dyn
     }
     let user = options.owner.and_then(|owner| User::other(owner.uid, owner.gid));
     let user = user.as_ref();
-    make_places(root, &plan, options)?;
+    make_places(root, &plan, &local, options)?;
     // from here on as the owner, who may put links in the place of everything in there
     let marker = as_user(user, || begin(view, root, &plan, &local, options.owner))?;
     // opened before anything is written: what cannot be written to the disk from here on fails their sync
@@ -146,7 +146,7 @@ fn refuse_used(root: &Path, of: &Description) -> Result<()> {
 }
 
 /// Makes the data directory and those of tablespaces, and gives them, and directories in them, to the owner.
-fn make_places(root: &Path, plan: &Plan, options: &RestoreOptions) -> Result<()> {
+fn make_places(root: &Path, plan: &Plan, local: &Local, options: &RestoreOptions) -> Result<()> {
     let mode = |path: &Path| plan.directories.iter().find(|(directory, _)| directory == path).map(|(_, mode)| *mode);
     make_place(root, plan.directories[0].1, options.owner, true)?;
     for (oid, place) in &plan.places {
@@ -157,11 +157,20 @@ fn make_places(root: &Path, plan: &Plan, options: &RestoreOptions) -> Result<()>
     for (directory, _) in &plan.directories {
         let is_of_other = |found: fs::Metadata| found.is_dir() && found.uid() != owner.uid;
         if fs::symlink_metadata(directory).is_ok_and(is_of_other) {
-            let place = plan.places.values().find(|place| directory.starts_with(place));
-            take_over(place.map_or(root, PathBuf::as_path), directory, owner)?;
+            take_over(place_of(plan, root, directory), directory, owner)?;
+        }
+    }
+    for path in &local.removed {
+        if fs::symlink_metadata(path).is_ok_and(|found| found.is_dir()) {
+            take_over_all(place_of(plan, root, path), path, owner)?;
         }
     }
     Ok(())
+}
+
+/// The data directory, or the tablespace's, in which a path lies.
+fn place_of<'a>(plan: &'a Plan, root: &'a Path, path: &Path) -> &'a Path {
+    plan.places.values().find(|place| path.starts_with(place)).map_or(root, PathBuf::as_path)
 }
 
 /// What of this cluster is in `root`; refuses anything else.

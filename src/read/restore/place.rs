@@ -61,6 +61,18 @@ pub(super) fn take_over(place: &Path, below: &Path, owner: Owner) -> Result<()> 
     fchown(&open, Some(owner.uid), Some(owner.gid)).map_err(failed)
 }
 
+/// Takes over a directory below `place` that is to go, with all directories in it: only their owner can empty them.
+pub(super) fn take_over_all(place: &Path, below: &Path, owner: Owner) -> Result<()> {
+    take_over(place, below, owner)?;
+    for entry in fs::read_dir(below).map_err(|error| Error::io("list", below, error))? {
+        let entry = entry.map_err(|error| Error::io("list", below, error))?;
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            take_over_all(place, &entry.path(), owner)?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes a directory with its parents, if it is not there, and sets its mode and owner.
 pub(super) fn make(path: &Path, mode: u32, owner: Option<Owner>) -> Result<()> {
     if let Some(parent) = path.parent() {
