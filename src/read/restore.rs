@@ -28,8 +28,8 @@ pub use self::databases::{Databases, ZeroedDatabase};
 use self::before::{is_vacant, recognise, refuse_occupied, refuse_occupied_place};
 use self::delta::Delta;
 use self::local::{Local, look};
-use self::marker::{Marker, Said};
-use self::place::{make_place, take_over, take_over_all};
+use self::marker::{MARKER, Marker, Said};
+use self::place::{make_place, take_over, take_over_all, take_over_file};
 use self::plan::{Plan, Target, enough_space, plan, refuse_nested};
 use self::unarchived::refuse_unarchived;
 use self::write::{write_files, write_zeros};
@@ -160,6 +160,7 @@ fn make_places(root: &Path, plan: &Plan, local: &Local, options: &RestoreOptions
             take_over(place_of(plan, root, directory), directory, owner)?;
         }
     }
+    take_over_file(root, MARKER, owner)?;
     for path in &local.removed {
         if fs::symlink_metadata(path).is_ok_and(|found| found.is_dir()) {
             take_over_all(place_of(plan, root, path), path, owner)?;

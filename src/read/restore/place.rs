@@ -61,6 +61,26 @@ pub(super) fn take_over(place: &Path, below: &Path, owner: Owner) -> Result<()> 
     fchown(&open, Some(owner.uid), Some(owner.gid)).map_err(failed)
 }
 
+/// Takes over the file `name` of `place`, if it is there, from another user: a marker that root's restore left.
+pub(super) fn take_over_file(place: &Path, name: &str, owner: Owner) -> Result<()> {
+    let path = place.join(name);
+    let failed = |error: io::Error| Error::io("change the owner of", &path, error);
+    let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let directory = File::open(place).map_err(failed)?;
+    let open: File = match openat2(&directory, Path::new(name), OpenHow::new().flags(flags).resolve(resolve)) {
+        Ok(open) => open.into(),
+        Err(Errno::ENOENT) => return Ok(()),
+        Err(error) => return Err(failed(error.into())),
+    };
+    let found = open.metadata().map_err(failed)?;
+    // another name of a file elsewhere is not ours to give away
+    match found.is_file() && found.nlink() == 1 && found.uid() != owner.uid {
+        true => fchown(&open, Some(owner.uid), Some(owner.gid)).map_err(failed),
+        false => Ok(()),
+    }
+}
+
 /// Takes over a directory below `place` that is to go, with all directories in it: only their owner can empty them.
 pub(super) fn take_over_all(place: &Path, below: &Path, owner: Owner) -> Result<()> {
     take_over(place, below, owner)?;
