@@ -85,6 +85,7 @@ pub mod clone;
 pub mod error;
 pub mod files;
 pub mod format;
+pub mod interrupt;
 pub mod keep;
 pub mod postgres;
 pub mod progress;

@@ -12,6 +12,7 @@ use super::options::{refuse_in_data_directory, state_directory};
 use crate::clone::environment;
 use crate::error::{Error, Result};
 use crate::files::{self, Outlives};
+use crate::postgres::conninfo;
 use crate::read::recovery::Prepared;
 use crate::read::tablespaces::Created;
 use crate::read::tree::Owner;
@@ -273,7 +274,27 @@ impl Clone {
     }
 
     /// How to reach it.
-    pub fn conninfo(&self, place: &Place, user: &str) -> String {
-        format!("host={} port={} user={user} dbname=postgres", place.run().display(), self.port)
+    pub fn conninfo(&self, place: &Place, login: &Login) -> String {
+        let (host, user, database) = (place.run(), conninfo::value(&login.user), conninfo::value(&login.database));
+        let host = conninfo::value(&host.to_string_lossy());
+        let mut text = format!("host={host} port={} user={user} dbname={database}", self.port);
+        if login.without_libraries {
+            text.push_str(&format!(" options={}", conninfo::value(WITHOUT_LIBRARIES)));
+        }
+        text
     }
+}
+
+/// Settings of one session, which beat those of its role and database: nothing that must be loaded first.
+const WITHOUT_LIBRARIES: &str = "-c session_preload_libraries= -c local_preload_libraries=";
+
+/// A role and a database that a clone's server lets in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Login {
+    /// the role
+    pub user: String,
+    /// the database
+    pub database: String,
+    /// without the libraries that are loaded into each session: one of them cannot be
+    pub without_libraries: bool,
 }

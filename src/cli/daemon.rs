@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use crate::error::{Error, Result};
+use crate::interrupt;
 
 /// What the child writes when it is ready.
 const READY: &str = "ready";
@@ -36,9 +37,11 @@ pub(super) fn spawn(arguments: &[String], secrets: &[(&str, &str)], log: &Path) 
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log_file).spawn();
     let mut child = child.map_err(|error| Error::io("start", &program, error))?;
     let mut answer = String::new();
+    let waited_for = interrupt::Guard::child(child.id());
     if let Some(stdout) = child.stdout.take() {
         _ = BufReader::new(stdout).read_line(&mut answer);
     }
+    drop(waited_for);
     if answer.trim_end() == READY {
         return Ok(child.id());
     }

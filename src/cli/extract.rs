@@ -1,24 +1,33 @@
+mod catalog;
+mod load;
+mod script;
+
+use std::collections::HashSet;
 use std::fs::File;
+use std::io::{BufReader, BufWriter};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use postgres::error::SqlState;
+use postgres::{Client, NoTls};
 
+use self::catalog::Relation;
+use self::script::Contents;
+use super::clones::Login;
 use super::options::{Cache, Common};
 use super::point::PointOptions;
-use super::start::{Running, Start};
+use super::start::{LoginOptions, Running, Start, said};
 use super::{output, pg, stop};
-use crate::clone::environment;
 use crate::error::{Error, Result};
 use crate::files::{self, Outlives};
+use crate::interrupt;
 
-/// Bring back one table as it was at a point
+/// Bring back a table as it was at a point
 ///
 /// Starts a private clone there, runs pg_dump for the table, and removes the clone. Only the pages that this touches are fetched.
-/// The dump goes to standard output, to a file, or into another database.
+/// The dump goes to standard output, to a file, or into another database. Partitions, and other tables that inherit from the
+/// table, come with it.
 #[derive(Debug, Args)]
 pub(super) struct Extract {
     /// Which point: a label, latest, a time, an LSN, or the name of a restore point [default: latest]
@@ -51,6 +60,8 @@ pub(super) struct Extract {
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     start_timeout: u64,
     #[command(flatten)]
+    login: LoginOptions,
+    #[command(flatten)]
     cache: Cache,
 }
 
@@ -60,71 +71,112 @@ impl Extract {
         if let Some(file) = self.output.as_deref().filter(|file| file.exists()) {
             return Err(Error::new(format!("{} exists already", file.display())).hint("give another --output"));
         }
-        // whoever interrupts this ends pg_dump too, and the clone must not stay
-        let interrupted = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            signal_hook::flag::register(signal, interrupted.clone())
-                .map_err(|error| Error::new("cannot wait for signals").source(error))?;
-        }
+        // a server that cannot be reached is said before hours of replay
+        let known = self.into.as_deref().map(load::settings).transpose()?;
         let start = Start::for_verb(
             "extract",
             self.backup.as_deref(),
             &self.point,
             (self.pg_bin.as_deref(), self.owner.as_deref()),
             (&self.options, self.clone_path.as_deref(), self.start_timeout),
+            Some(&self.login),
             &self.cache,
         );
         let running = start.launch(common)?;
-        let dumped = match interrupted.load(Ordering::Relaxed) {
-            true => Err(Error::new("interrupted")),
-            false => self.dump(&running, &database, &table),
-        };
+        let dumped = interrupt::check().and_then(|()| self.bring(&running, &database, &table, known.as_ref()));
         let stopped = stop::bring_down(&running.place, &running.clone, false);
         dumped.and(stopped)
     }
 
-    fn dump(&self, running: &Running, database: &str, table: &str) -> Result<()> {
-        let major = running.major;
-        let pg_dump = client_program("pg_dump", &running.clone.programs, major)?;
-        let conninfo = format!("{} dbname={}", running.clone.conninfo(&running.place, &running.user), quoted(database));
+    /// Finds what the pattern means, dumps it, and says what came.
+    fn bring(&self, running: &Running, database: &str, table: &str, known: Option<&HashSet<String>>) -> Result<()> {
+        let (conninfo, relations) = relations(running, database, table)?;
+        let pg_dump = client_program("pg_dump", &running.clone.programs, running.major)?;
         let mut dump = running.clone.command(&pg_dump);
-        dump.arg("-d").arg(conninfo).arg("--table").arg(table);
-        dump.stdin(Stdio::null()).stderr(Stdio::piped());
+        dump.arg("-d").arg(conninfo).arg("--strict-names");
+        dump.args(relations.iter().map(|relation| format!("--table={}", relation.pattern())));
+        let done = |to: &str, contents: Contents| {
+            let tables = relations.iter().filter(|relation| relation.is_table()).count();
+            let tables = if tables == 1 { "1 table".to_owned() } else { format!("{tables} tables") };
+            let moment = running.moment().map_or_else(String::new, |moment| format!("; {moment}"));
+            format!("{} {to}: {} rows of {tables}{}{moment}", self.table, contents.rows, fetched(running))
+        };
         match (&self.output, &self.into) {
             (Some(file), _) => {
                 let temporary = file.with_extension("pgcairn-tmp");
                 let out = File::create_new(&temporary).map_err(|error| Error::io("create", &temporary, error))?;
-                files::place(&temporary, file, Outlives::PowerLoss, |_| finish(dump.stdout(out), &pg_dump, table))?;
-                output::line(&format!("{} is in {}{}", self.table, file.display(), fetched(running)));
+                let mut contents = Contents::default();
+                files::place(&temporary, file, Outlives::PowerLoss, |_| {
+                    contents = finish(&mut dump, &pg_dump, table, out, None)?;
+                    Ok(())
+                })?;
+                output::line(&done(&format!("is in {}", file.display()), contents));
             }
             (None, Some(into)) => {
-                self.load(dump, &pg_dump, table, &client_program("psql", &running.clone.programs, major)?, into)?;
-                output::line(&format!("{} is back{}", self.table, fetched(running)));
+                let failed = |error| Error::new("cannot keep the dump for a moment").source(error);
+                // all of it, or nothing: a dump that breaks off must not be committed, so psql gets it when it is whole
+                let mut file = tempfile::tempfile().map_err(failed)?;
+                let copy = file.try_clone().map_err(failed)?;
+                let contents = finish(&mut dump, &pg_dump, table, copy, known)?;
+                std::io::Seek::rewind(&mut file).map_err(failed)?;
+                let beside = pg_dump.parent().unwrap_or(&running.clone.programs);
+                load::load(&client_program("psql", beside, running.major)?, file, into)?;
+                output::line(&done("is back", contents));
             }
-            (None, None) => finish(&mut dump, &pg_dump, table)?,
+            (None, None) => {
+                let contents = finish(&mut dump, &pg_dump, table, output::stream(), None)?;
+                output::note(&done("was written to standard output", contents));
+            }
         }
+        relations.iter().filter_map(|of| of.lacks(self.into.is_some())).for_each(|text| output::note(&text));
         Ok(())
     }
-
-    /// Into another database: all of it, or nothing. A dump that breaks off must not be committed, so psql gets it when it is whole.
-    fn load(&self, mut dump: Command, pg_dump: &Path, table: &str, psql: &Path, into: &str) -> Result<()> {
-        let failed = |error| Error::new("cannot keep the dump for a moment").source(error);
-        let file = tempfile::tempfile().map_err(failed)?;
-        finish(dump.stdout(file.try_clone().map_err(failed)?), pg_dump, table)?;
-        let mut reader = file;
-        std::io::Seek::rewind(&mut reader).map_err(failed)?;
-        let mut load = Command::new(psql);
-        environment::without_secrets(&mut load);
-        load.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "--single-transaction", "-o", "/dev/null", "-d"]).arg(into);
-        load.stdin(reader).stderr(Stdio::piped());
-        let done = load.output().map_err(|error| Error::io("run", psql, error))?;
-        match done.status.success() {
-            true => Ok(()),
-            false => Err(Error::new(format!("the table cannot be loaded: {}", last_line(&done.stderr)))
-                .hint("nothing was changed there; a table of that name must not exist: rename it, or use --output")),
-        }
-    }
 }
+
+/// A connection string for the database of the clone, and what the pattern means there.
+fn relations(running: &Running, database: &str, table: &str) -> Result<(String, Vec<Relation>)> {
+    let usual = running.login()?;
+    let mut login = Login { database: database.to_owned(), ..usual.clone() };
+    let connect = |login: &Login| Client::connect(&running.clone.conninfo(&running.place, login), NoTls);
+    let mut client = connect(&login).or_else(|error| match error.code() {
+        // a library that is loaded for this database alone
+        Some(code) if [SqlState::UNDEFINED_FILE, SqlState::INTERNAL_ERROR].contains(code) => {
+            login.without_libraries = true;
+            connect(&login)
+        }
+        _ => Err(error),
+    });
+    let client = client.as_mut().map_err(|error| {
+        let failed = Error::new(format!("cannot connect to database \"{database}\" of the clone"));
+        let hint = match connect(usual).and_then(|mut client| client.query(DATABASES, &[])) {
+            Ok(rows) => {
+                let names: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+                format!("its databases: {}", names.join(", "))
+            }
+            Err(_) => "look with \"pgcairn start\" and psql's \\l".to_owned(),
+        };
+        failed.hint(hint).source(said(error))
+    })?;
+    let mut relations = catalog::find(client, table)?;
+    if relations.is_empty() {
+        return Err(Error::new(format!("no table matches {table} in database {database} at that point"))
+            .hint("look with \"pgcairn start\" and psql's \\dt"));
+    }
+    let parts: Vec<Relation> = relations.extract_if(.., |relation| relation.extension.is_some()).collect();
+    for Relation { schema, name, extension, .. } in &parts {
+        let extension = extension.as_deref().unwrap_or_default();
+        let text = format!("{schema}.{name} is a part of extension {extension}");
+        if relations.is_empty() {
+            return Err(Error::new(format!("{text}: pg_dump does not dump it alone"))
+                .hint("\"pgcairn start\" and COPY bring its rows"));
+        }
+        output::note(&format!("{text}, and is left out"));
+    }
+    Ok((running.clone.conninfo(&running.place, &login), relations))
+}
+
+/// The databases of a clone that let somebody in.
+const DATABASES: &str = "SELECT datname::text FROM pg_catalog.pg_database WHERE datallowconn ORDER BY 1";
 
 /// What the clone has read of the repository, for people; nothing where it does not say.
 fn fetched(running: &Running) -> String {
@@ -135,14 +187,27 @@ fn fetched(running: &Running) -> String {
 }
 
 /// Runs pg_dump to its end.
-fn finish(dump: &mut Command, pg_dump: &Path, table: &str) -> Result<()> {
-    let child = dump.spawn().map_err(|error| Error::io("run", pg_dump, error))?;
-    let done = child.wait_with_output().map_err(|error| Error::io("wait for", pg_dump, error))?;
-    if done.status.success() {
-        return Ok(());
+fn finish(
+    dump: &mut Command,
+    pg_dump: &Path,
+    table: &str,
+    to: impl std::io::Write,
+    known: Option<&HashSet<String>>,
+) -> Result<Contents> {
+    dump.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = dump.spawn().map_err(|error| Error::io("run", pg_dump, error))?;
+    let _waited_for = interrupt::Guard::child(child.id());
+    let stdout = child.stdout.take().map(|stdout| BufReader::with_capacity(1 << 20, stdout));
+    let passed = stdout.map_or(Ok(Contents::default()), |from| script::pass(from, BufWriter::new(to), known));
+    if passed.is_err() {
+        _ = child.kill();
     }
-    Err(Error::new(format!("pg_dump of {table} failed: {}", last_line(&done.stderr)))
-        .hint("the table must be there at that point: look with \"pgcairn start\" and psql's \\dt"))
+    let done = child.wait_with_output().map_err(|error| Error::io("wait for", pg_dump, error))?;
+    let passed = passed.map_err(|error| Error::new("cannot write the dump").source(error))?;
+    match done.status.success() {
+        true => Ok(passed),
+        false => Err(Error::new(format!("pg_dump of {table} failed: {}", last_line(&done.stderr)))),
+    }
 }
 
 fn last_line(stderr: &[u8]) -> String {
@@ -163,11 +228,6 @@ fn split(table: &str) -> Result<(String, String)> {
         true => Err(bad()),
         false => Ok((database.to_owned(), rest.to_owned())),
     }
-}
-
-/// A value of a conninfo string.
-fn quoted(value: &str) -> String {
-    format!("'{}'", value.replace('\\', r"\\").replace('\'', r"\'"))
 }
 
 /// A client beside the server's programs, or one that is new enough on the path or where distributions put it.
@@ -197,6 +257,5 @@ mod tests {
         for bad in ["orders", "public.orders", ".public.orders", "shop.", "\"shop.public.orders", ""] {
             assert!(names(bad).is_none(), "{bad}");
         }
-        assert_eq!(quoted(r"o'hara\x"), r"'o\'hara\\x'");
     }
 }

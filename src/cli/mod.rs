@@ -21,6 +21,7 @@ mod point;
 mod repo;
 mod restore;
 mod retention;
+mod signals;
 mod stanza_create;
 mod stanza_upgrade;
 mod start;
@@ -33,6 +34,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use self::signals::Ending;
 use crate::clone::sandbox;
 use crate::error::{Error, Result};
 
@@ -144,6 +146,9 @@ impl Cli {
 
     fn run(self) -> Result<ExitCode> {
         let common = &self.common;
+        if let Some((ending, kept)) = self.verb.on_signal() {
+            signals::watch(ending, kept)?;
+        }
         match self.verb {
             Verb::StanzaCreate(verb) => verb.run(common),
             Verb::StanzaUpgrade(verb) => verb.run(common),
@@ -168,7 +173,37 @@ impl Cli {
     }
 }
 
+impl Verb {
+    /// How the verb ends on a signal, and what a person reads of what it leaves; none for those that are short, that wait for
+    /// signals themselves, or that a server calls.
+    fn on_signal(&self) -> Option<(Ending, &'static str)> {
+        Some(match self {
+            Self::StanzaCreate(_) => (Ending::Prompt, "run the command again: it goes on with what is there"),
+            Self::StanzaUpgrade(_) => (Ending::Prompt, "run the command again"),
+            Self::Check(_) | Self::Verify(_) => (Ending::Prompt, "nothing was changed"),
+            Self::Backup(_) => {
+                (Ending::Prompt, "there is no new backup; what was stored of it is taken up by the next one")
+            }
+            Self::Expire(_) => (Ending::Prompt, "what was not removed yet is removed by the next run"),
+            Self::Restore(_) => (
+                Ending::Prompt,
+                "if the target holds a part of the backup, it cannot start; --delta goes on from there",
+            ),
+            // these become patient when they have something to take down
+            Self::Start(_) => (Ending::Prompt, "no clone is left; one that was continued keeps what it had written"),
+            Self::Extract(_) => (Ending::Prompt, "no clone is left, and nothing was loaded or written"),
+            Self::Mount(_) if !daemon::is_child() => (Ending::Prompt, "nothing is mounted"),
+            _ => return None,
+        })
+    }
+}
+
 fn fail(error: &Error, code: u8) -> ExitCode {
+    if let Some((interrupted, code)) = signals::outcome() {
+        tracing::info!(%error, "what the signal made fail");
+        output::error(&interrupted);
+        return ExitCode::from(code);
+    }
     if daemon::is_child() {
         daemon::failed(error);
     }

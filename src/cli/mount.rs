@@ -1,17 +1,18 @@
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::Arc;
 
 use clap::Args;
 use pgcairn_mount::{Options, Scratch, Tree, Writes, boot_id};
-use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::clones::{Clone, Place};
 use super::options::{Cache, Common};
 use super::point::{self, PointOptions, WalFor};
 use super::start::{Running, Start};
-use super::{daemon, output};
+use super::{daemon, output, signals};
 use crate::error::{Error, Result};
+use crate::interrupt;
 use crate::read::course::Bound;
 use crate::read::point::Action;
 use crate::read::prefetch::Prefetcher;
@@ -146,7 +147,8 @@ impl Mount {
     fn recover(&mut self, common: &Common) -> Result<()> {
         let programs = (self.pg_bin.as_deref(), self.owner.as_deref());
         let limits = (&[][..], self.clone_path.as_deref(), RECOVER_SECONDS);
-        let start = Start::for_verb("recovered", self.backup.as_deref(), &self.point, programs, limits, &self.cache);
+        let start =
+            Start::for_verb("recovered", self.backup.as_deref(), &self.point, programs, limits, None, &self.cache);
         let Running { clone, place, .. } = start.launch(common)?;
         let shut_down = shut_down(&clone, &place);
         let brought_down = super::stop::bring_down(&place, &clone, shut_down.is_ok());
@@ -265,8 +267,10 @@ impl Mount {
 /// A clean shutdown, so that the files are whole without any WAL.
 fn shut_down(clone: &Clone, place: &Place) -> Result<()> {
     let mut stop = clone.pg_ctl(place);
-    let done = stop.args(["stop", "-s", "-w", "-t", &RECOVER_SECONDS.to_string(), "-m", "fast"]).output();
-    let done = done.map_err(|error| Error::new("cannot run pg_ctl").source(error))?;
+    stop.args(["stop", "-s", "-w", "-t", &RECOVER_SECONDS.to_string(), "-m", "fast"]).stderr(Stdio::piped());
+    let child = stop.spawn().map_err(|error| Error::new("cannot run pg_ctl").source(error))?;
+    let _waited_for = interrupt::Guard::child(child.id());
+    let done = child.wait_with_output().map_err(|error| Error::new("cannot wait for pg_ctl").source(error))?;
     match done.status.success() {
         true => Ok(()),
         false => Err(Error::new("the recovered server did not shut down cleanly")
@@ -289,8 +293,9 @@ pub(super) fn spawn(mount: &Mount, common: &Common, log: &Path) -> Result<u32> {
 /// Serves until unmounted, or until asked to end.
 fn serve(mount: pgcairn_mount::Mount) -> Result<()> {
     let unmounter = mount.unmounter();
+    signals::let_go();
     let mut signals =
-        Signals::new([SIGTERM, SIGINT]).map_err(|error| Error::new("cannot wait for signals").source(error))?;
+        Signals::new(signals::asking_to_end()).map_err(|error| Error::new("cannot wait for signals").source(error))?;
     std::thread::spawn(move || {
         // the first signal unmounts if nobody uses the mount; the second takes it away from whoever does
         for asked_before in signals.forever().enumerate().map(|(number, _)| number > 0) {

@@ -163,7 +163,13 @@ impl Common {
             let failed = Error::new(format!("cannot open the repository {url}"));
             match error.hint() {
                 Some(_) => failed.source(error),
-                None => failed.hint("check --repo; \"pgcairn stanza-create\" makes a directory").source(error),
+                None if self.repository_directory().is_none() => {
+                    failed.hint("check --repo and the options --repo-s3-...").source(error)
+                }
+                None if error.kind == store::ErrorKind::NotFound => {
+                    failed.hint("check --repo; \"pgcairn stanza-create\" makes a directory").source(error)
+                }
+                None => failed.source(error),
             }
         })
     }

@@ -22,6 +22,11 @@ pub(super) fn line(text: &str) {
     _ = writeln!(std::io::stdout(), "{text}");
 }
 
+/// Where a result goes that is no text of ours.
+pub(super) fn stream() -> impl Write {
+    std::io::stdout().lock()
+}
+
 /// One line beside a result: what was assumed, what is being done.
 pub(super) fn note(text: &str) {
     _ = writeln!(std::io::stderr(), "{text}");
@@ -86,6 +91,8 @@ pub(super) fn time(seconds: i64) -> String {
 /// A bar on a terminal, a line every ten seconds elsewhere.
 pub(super) struct Progress {
     bar: Option<ProgressBar>,
+    /// whether the lines elsewhere are for everybody, not for the log alone
+    told: bool,
     plain: Mutex<Plain>,
 }
 
@@ -109,7 +116,15 @@ impl Progress {
             bar
         });
         let now = Instant::now();
-        Self { bar, plain: Mutex::new(Plain { stage: String::new(), total: 0, done: 0, started: now, told: now }) }
+        let plain = Plain { stage: String::new(), total: 0, done: 0, started: now, told: now };
+        Self { bar, told: false, plain: Mutex::new(plain) }
+    }
+
+    /// Progress that is seen without a terminal and at every log level: of what may take hours, and is waited for.
+    pub(super) fn told() -> Self {
+        let mut progress = Self::new(false);
+        progress.told = true;
+        progress
     }
 
     /// Removes the bar.
@@ -154,13 +169,17 @@ impl Monitor for Progress {
             plain.told = Instant::now();
             let rate = plain.done as f64 / plain.started.elapsed().as_secs_f64();
             let left = plain.total.saturating_sub(plain.done) as f64 / rate.max(1.0);
-            tracing::info!(
+            let line = format!(
                 "{}: {} of {}, {}/s, {left:.0} s left",
                 plain.stage,
                 HumanBytes(plain.done),
                 HumanBytes(plain.total),
                 HumanBytes(rate as u64)
             );
+            match self.told {
+                true => note(&line),
+                false => tracing::info!("{line}"),
+            }
         }
     }
 

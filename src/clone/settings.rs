@@ -3,12 +3,15 @@
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::postgres::{ControlFile, conf};
+use crate::postgres::{conf, conninfo};
 
 /// The least and the most `shared_buffers` of a clone.
 const SHARED_BUFFERS_MB: (u64, u64) = (128, 1024);
 /// What else `--option` must not set: where recovery gets its WAL and ends is said by the clone's target.
 const OF_RECOVERY: [&str; 2] = ["restore_command", "recovery_"];
+
+/// What only a server that is open during recovery needs.
+const MAX_WORKER_PROCESSES: &str = "max_worker_processes";
 
 /// A clone, as far as its server's settings depend on it.
 #[derive(Debug)]
@@ -27,8 +30,10 @@ pub struct ServerOf<'a> {
     pub version: u32,
     /// it replays WAL beyond the backup's
     pub recovers: bool,
-    /// pg_control of the backup, if the server waits at its target, open for reading
-    pub read_only: Option<&'a ControlFile>,
+    /// the server waits at its target, open for reading
+    pub read_only: bool,
+    /// settings of which replay needs at least what its source had, as pg_control has them
+    pub limits: &'a [(&'static str, i32)],
     /// bytes of memory that could be had without swapping; 0 if that is unknown
     pub memory_available: u64,
 }
@@ -70,7 +75,8 @@ impl Settings {
         self.add(Fixed, "hba_file", path(&clone.run.join("pg_hba.conf")));
         self.add(Fixed, "ident_file", path(&clone.run.join("pg_ident.conf")));
         self.add(Fixed, "external_pid_file", path(clone.pid_file));
-        self.add(Fixed, "unix_socket_directories", path(clone.run));
+        let run = clone.run.display().to_string();
+        self.add(Fixed, "unix_socket_directories", conninfo::list_element(&run));
         self.add(Fixed, "port", clone.port.to_string());
         self.add(Wall, "log_directory", "log");
         if clone.version < 15 {
@@ -93,11 +99,15 @@ impl Settings {
         if clone.version >= 17 {
             self.add(Wall, "sync_replication_slots", "off");
         }
-        match clone.read_only {
-            // an open standby must have room for all that its source had
-            Some(control) => self.source_limits(control),
-            // no library can start a worker: jobs of pg_cron, apply workers of pglogical
-            None => self.add(Wall, "max_worker_processes", "0"),
+        for (name, value) in clone.limits {
+            match (*name, clone.read_only) {
+                // no library can start a worker: jobs of pg_cron, apply workers of pglogical
+                (MAX_WORKER_PROCESSES, false) => self.add(Wall, name, "0"),
+                // an open standby must have room for all that its source had
+                (MAX_WORKER_PROCESSES, true) => self.add(Wall, name, value.to_string()),
+                // prepared transactions and their locks need their room in any replay
+                _ => self.add(Preference, name, value.to_string()),
+            }
         }
         for (name, value) in conf::NO_JOBS {
             self.add(Wall, name, value);
@@ -111,17 +121,11 @@ impl Settings {
         self.add(Wall, "log_destination", "stderr");
     }
 
-    fn source_limits(&mut self, control: &ControlFile) {
-        self.add(Preference, "max_connections", control.max_connections.to_string());
-        self.add(Wall, "max_worker_processes", control.max_worker_processes.to_string());
-        self.add(Preference, "max_wal_senders", control.max_wal_senders.to_string());
-        self.add(Preference, "max_prepared_transactions", control.max_prepared_transactions.to_string());
-        self.add(Preference, "max_locks_per_transaction", control.max_locks_per_transaction.to_string());
-    }
-
     /// What makes a server on a mount quick.
     fn preferences(&mut self, clone: &ServerOf<'_>) {
-        // what replay stumbles over is read in the log
+        // what the server says of its recovery is read in its log and in the title of its process
+        self.add(Fixed, "lc_messages", "C");
+        self.add(Preference, "update_process_title", "on");
         self.add(Preference, "log_error_verbosity", "default");
         self.add(Preference, "log_min_messages", "warning");
         self.add(Preference, "cluster_name", format!("pgcairn-{}", clone.name));
@@ -129,7 +133,7 @@ impl Settings {
         self.add(Preference, "wal_init_zero", "off");
         self.add(Preference, "recovery_min_apply_delay", "0");
         // a server that goes on at its target is not open before it
-        self.add(Fixed, "hot_standby", if clone.read_only.is_some() { "on" } else { "off" });
+        self.add(Fixed, "hot_standby", if clone.read_only { "on" } else { "off" });
         self.add(Preference, "autovacuum", "off");
         self.add(Preference, "shared_buffers", format!("{}MB", shared_buffers_mb(clone)));
         self.add(Preference, "huge_pages", "off");
@@ -220,7 +224,8 @@ mod tests {
             port: 5433,
             version,
             recovers: false,
-            read_only: None,
+            read_only: false,
+            limits: &[("max_worker_processes", 8), ("max_connections", 100)],
             memory_available: 0,
         })
     }

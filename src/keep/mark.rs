@@ -12,6 +12,7 @@ use super::sweep::BATCH;
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::PackId;
 use crate::format::info::Mark;
+use crate::interrupt;
 use crate::progress::Monitor;
 use crate::repo::lock::Lock;
 use crate::repo::{Repository, keys};
@@ -47,6 +48,7 @@ impl Needed {
         let (next, packs) = (AtomicUsize::new(0), Mutex::new(&mut self.packs));
         let read = || -> Result<()> {
             while let Some(label) = labels.get(next.fetch_add(1, Ordering::Relaxed)) {
+                interrupt::check()?;
                 let uses = repository.manifest_packs(label).map_err(|error| unreadable(label, error))?;
                 packs.lock().extend(uses.iter().map(|of| of.pack));
             }
@@ -178,6 +180,7 @@ pub(super) fn each_object(
 ) -> Result<()> {
     let mut after = None;
     loop {
+        interrupt::check()?;
         let page = repository.store.list(prefix, after.as_deref())?;
         page.objects.iter().try_for_each(&mut each)?;
         after = page.next;

@@ -7,6 +7,7 @@ use super::mark::{Marked, Needed};
 use crate::error::Result;
 use crate::format::chunk::PackId;
 use crate::format::info::LockKind;
+use crate::interrupt;
 use crate::progress::Monitor;
 use crate::repo::lock::{Attempt, Lock, Other, Timing};
 use crate::repo::{Repository, keys};
@@ -49,6 +50,7 @@ pub(super) fn sweep(
     for mark in due {
         let unneeded: Vec<PackId> = mark.packs.iter().filter(|id| !needed.contains(id)).copied().collect();
         for batch in unneeded.chunks(BATCH) {
+            interrupt::check()?;
             lock.check()?;
             expire.check()?;
             let keys: Vec<String> = batch.iter().map(|id| keys::pack(&repository.stanza, *id)).collect();

@@ -20,6 +20,7 @@ use super::mark::each_object;
 use crate::error::{Error, Result};
 use crate::format::chunk::PackId;
 use crate::format::manifest::Description;
+use crate::interrupt;
 use crate::progress::Monitor;
 use crate::repo::{Repository, keys};
 
@@ -245,6 +246,7 @@ fn each<T: Sync>(items: &[T], threads: usize, work: impl Fn(&T) -> Result<()> + 
     let next = AtomicUsize::new(0);
     let run = || -> Result<()> {
         while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+            interrupt::check()?;
             // one that failed makes the others stop at their next item
             work(item).inspect_err(|_| next.store(items.len(), Ordering::Relaxed))?;
         }

@@ -11,6 +11,7 @@
 //! | [`files`] | what each file under PGDATA is |
 //! | [`backup_label`] | `backup_label` and `tablespace_map` |
 //! | [`conf`] | writing settings |
+//! | [`conninfo`] | quoting in connection strings |
 //! | [`manifest`] | PostgreSQL's own `backup_manifest` |
 //! | [`tar`] | the archives in which a server sends a base backup |
 //! | [`label`] | the labels of our backups, by pgBackRest's rule |
@@ -19,6 +20,7 @@
 
 pub mod backup_label;
 pub mod conf;
+pub mod conninfo;
 pub mod control;
 pub mod files;
 pub mod label;

@@ -333,7 +333,9 @@ impl Repository {
                 keys::archive_info(&self.stanza)
             )),
             Ok(names) if !names.is_empty() => error.hint(format!("stanzas there: {}", names.join(", "))),
-            _ => error.hint("create it with \"pgcairn stanza-create\", or check --repo"),
+            Ok(_) => error.hint("create it with \"pgcairn stanza-create\", or check --repo"),
+            // a store that fails shows nothing; its own error says what to do
+            Err(failed) => error.source(failed),
         }
     }
 

@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use super::{Repository, keys};
 use crate::error::{Context, Error, Result};
 use crate::format::info::{LockInfo, LockKind};
+use crate::interrupt;
 use crate::store::{Body, ErrorKind, Listed};
 
 mod process;
@@ -124,6 +125,7 @@ impl Repository {
         let started = std::time::Instant::now();
         let mut told = false;
         loop {
+            interrupt::check()?;
             let other = match self.try_lock(kind, note, timing)? {
                 Attempt::Held(lock) => return Ok(lock),
                 Attempt::Busy(other) => other,

@@ -14,6 +14,7 @@ use crate::postgres::wal::records::Event;
 use crate::postgres::{CONTROL_FILE, ClusterState, ControlFile, SegmentName};
 use crate::repo::Repository;
 use crate::repo::proof::{Claims, Contradiction};
+use crate::interrupt;
 use crate::repo::wal::Archive;
 use crate::user::{User, as_user};
 
@@ -184,6 +185,7 @@ pub fn await_segments(archive: &Archive<'_>, segments: &[SegmentName], timeout: 
     let started = Instant::now();
     let mut pause = Duration::from_millis(20);
     loop {
+        interrupt::check()?;
         let found = archive.segments(segments)?;
         let Some(missing) = found.iter().position(Option::is_none) else { return Ok(()) };
         if started.elapsed() > timeout {

@@ -16,6 +16,7 @@ use super::source::Origin;
 use crate::error::{Error, Result};
 use crate::format::manifest::File;
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
+use crate::interrupt;
 use crate::progress::Monitor;
 
 /// Files and bytes one batch of small files holds at most.
@@ -227,6 +228,7 @@ fn work(
     let run = || -> Result<()> {
         let mut worker = Worker::new(cutting)?;
         while let Ok((number, job)) = jobs.recv() {
+            interrupt::check()?;
             let (done, bytes) = one(&mut worker, job)?;
             monitor.advance(bytes);
             if results.send(Ok((number, done))).is_err() {

@@ -1,5 +1,7 @@
 //! The running server: connecting, what it is, and the backup calls of its version.
 
+mod refusal;
+
 use std::path::PathBuf;
 
 use postgres::{Client, Config, NoTls, SimpleQueryMessage};
@@ -7,6 +9,7 @@ use postgres::{Client, Config, NoTls, SimpleQueryMessage};
 use super::peer;
 use crate::error::{Context, Error, Result};
 use crate::postgres::{Lsn, Major, SegmentName, Timeline};
+use crate::interrupt;
 
 /// Name of the temporary replication slot of backups without an archive.
 const SLOT_NAME: &str = "pgcairn_backup";
@@ -75,7 +78,7 @@ impl Server {
         let config = config(conninfo)?;
         let mut client = peer::connect(&config, |config| config.connect(NoTls)).map_err(|error| {
             Error::new(format!("cannot connect to the server at {}", describe(&config)))
-                .hint("check --pg (a libpq conninfo string such as \"host=/var/run/postgresql user=postgres\") and that the server runs")
+                .hint(refusal::no_connection(&error))
                 .source(error)
         })?;
         // a DBA's defaults must not end a long backup
@@ -264,11 +267,13 @@ impl Server {
         } else {
             format!("SELECT pg_backup_start('{label}', {fast})")
         };
-        let hint = match self.in_recovery {
-            true => "the primary needs full_page_writes = on and a checkpoint since; the server's log may say more",
-            false => "wal_level must be replica or logical",
-        };
-        let lsn = self.value(&call).map_err(|error| error.hint(hint))?;
+        // it waits for a checkpoint, and a session whose client is gone would go on waiting
+        let token = self.client.cancel_token();
+        let _interrupted = interrupt::Guard::new(move || _ = token.cancel_query(NoTls));
+        let lsn = self.value(&call).map_err(|error| match self.in_recovery && refusal::is_of_state(&error) {
+            true => error.hint("the primary needs full_page_writes = on and a checkpoint since"),
+            false => error,
+        })?;
         parse_lsn(&lsn)
     }
 
@@ -284,7 +289,7 @@ impl Server {
             true => "SELECT lsn, labelfile, spcmapfile FROM pg_stop_backup(false, false)",
             false => "SELECT lsn, labelfile, spcmapfile FROM pg_backup_stop(false)",
         };
-        let row = row(&mut self.client, call).map_err(|error| match self.in_recovery {
+        let row = row(&mut self.client, call).map_err(|error| match self.in_recovery && refusal::is_of_state(&error) {
             true => error.hint(
                 "the standby was promoted, or replayed what the primary wrote with full_page_writes = off; run the backup again",
             ),
@@ -296,10 +301,11 @@ impl Server {
 
     /// Fails when the session is gone, or the standby was promoted: the backup is void then.
     pub fn alive(&mut self) -> Result<()> {
-        let gone = |error: Error| {
-            error.hint(
+        let gone = |error: Error| match error.find::<postgres::Error>().is_some_and(refusal::is_end) {
+            true => error.hint(
                 "the server was stopped or the connection was cut; run the backup again: it takes over what was stored",
-            )
+            ),
+            false => error,
         };
         let in_recovery = self.value(IN_RECOVERY).map_err(gone)? == "t";
         match self.in_recovery == in_recovery {
@@ -315,7 +321,7 @@ impl Server {
 
 fn row(client: &mut Client, sql: &str) -> Result<Vec<Option<String>>> {
     let messages = client.simple_query(sql).map_err(|error| {
-        Error::new(format!("the server refuses \"{sql}\"")).hint("the server's log may say more").source(error)
+        Error::new(format!("the server refuses \"{sql}\"")).hint(refusal::hint(sql, &error)).source(error)
     })?;
     let row = messages.iter().find_map(|message| match message {
         SimpleQueryMessage::Row(row) => Some(row),

@@ -1,4 +1,7 @@
+mod limits;
+mod login;
 mod reach;
+mod replay;
 mod settings;
 mod walls;
 
@@ -10,15 +13,20 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use self::reach::{LOCK_FILE, did_not_start};
+use self::limits::Limits;
+use self::login::check_path;
+pub(super) use self::login::{LoginOptions, said};
+use self::reach::{Arrival, Attempt, LOCK_FILE, Reached};
+use self::replay::Replay;
 use self::walls::settle_links;
-use super::clones::{Clone, Place};
+use super::clones::{Clone, Login, Place};
 use super::mount::{self, Mount};
 use super::options::{Cache, Common, Output};
 use super::point::{self, PointOptions};
-use super::{output, pg};
+use super::{output, pg, signals};
 use crate::error::{Error, Result};
 use crate::format::manifest::Description;
+use crate::interrupt;
 use crate::postgres::{AUTO_CONF, RECOVERY_SIGNAL};
 use crate::read::course::Bound;
 use crate::read::point::{Action, Target};
@@ -68,11 +76,16 @@ pub(super) struct Start {
     /// Seconds to wait for the server
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     start_timeout: u64,
+    #[command(flatten)]
+    login: LoginOptions,
     /// Output for people or programs
     #[arg(long, default_value = "text")]
     output: Output,
     #[command(flatten)]
     cache: Cache,
+    /// Whether somebody is to log in before it counts as started
+    #[arg(skip = true)]
+    needs_login: bool,
 }
 
 /// A clone that answers.
@@ -81,10 +94,22 @@ pub(super) struct Running {
     pub(super) clone: Clone,
     /// where it lives
     pub(super) place: Place,
-    /// its superuser
-    pub(super) user: String,
+    /// where its recovery ended, and how to log in
+    reached: Reached,
     /// its major version
     pub(super) major: u32,
+}
+
+impl Running {
+    /// Where its recovery ended, in words; none where nothing was recovered.
+    pub(super) fn moment(&self) -> Option<String> {
+        self.reached.moment()
+    }
+
+    /// How to log in.
+    pub(super) fn login(&self) -> Result<&Login> {
+        self.reached.login.as_ref().ok_or_else(|| Error::new("nobody logged in to the clone"))
+    }
 }
 
 impl Start {
@@ -92,10 +117,11 @@ impl Start {
         let started = Instant::now();
         let running = self.launch(common)?;
         let took = started.elapsed();
+        let conninfo = running.clone.conninfo(&running.place, running.login()?);
         if running.clone.recovery.is_none() {
-            leave_backup_segment(&running.clone.conninfo(&running.place, &running.user));
+            leave_backup_segment(&conninfo);
         }
-        report(&self, &running.clone, &running.place, &running.user, took);
+        report(&self, &running, &conninfo, took);
         Ok(())
     }
 
@@ -106,6 +132,7 @@ impl Start {
         point: &PointOptions,
         (pg_bin, owner): (Option<&Path>, Option<&str>),
         (options, clone_path, start_timeout): (&[String], Option<&Path>, u64),
+        login: Option<&LoginOptions>,
         cache: &Cache,
     ) -> Self {
         Self {
@@ -120,6 +147,8 @@ impl Start {
             network: false,
             clone_path: clone_path.map(Path::to_owned),
             start_timeout,
+            needs_login: login.is_some(),
+            login: login.cloned().unwrap_or_default(),
             output: Output::Text,
             cache: cache.clone(),
         }
@@ -146,6 +175,7 @@ impl Start {
             None => self.free_name(&format!("{}-{label}", repository.stanza))?,
         };
         let place = Place::new(self.clone_path.as_deref(), &name)?;
+        check_path(&place)?;
         if continued.is_none() && place.root().exists() {
             return Err(Error::new(format!("a clone {name} exists already in {}", place.root().display()))
                 .hint(format!("give another --name, or \"pgcairn stop {name}\"")));
@@ -167,15 +197,26 @@ impl Start {
             uid: owner.uid,
             gid: owner.gid,
         };
+        signals::be_patient()?;
         place.create(owner)?;
         let _turn = turn.map_or_else(|| place.take(), Ok)?;
         place.save(&clone)?;
         let result = self.bring_up(common, &place, &mut clone, &description, owner);
+        // one that came in the last moment counts, too
+        let result = result.and_then(|reached| interrupt::check().map(|()| reached));
         match result {
-            Ok(user) => Ok(Running { clone, place, user, major: description.database.version }),
+            Ok(reached) => Ok(Running { clone, place, reached, major: description.database.version }),
             Err(error) => {
                 // whatever is up comes down again; a continued clone keeps what it had written
-                _ = super::stop::bring_down(&place, &clone, continued.is_some());
+                if continued.is_none() {
+                    _ = super::stop::end_server(&place);
+                }
+                if let Err(left) = super::stop::bring_down(&place, &clone, continued.is_some()) {
+                    output::note(&format!(
+                        "the clone could not be taken down ({left}); \"pgcairn stop {}\" tries again",
+                        clone.name
+                    ));
+                }
                 Err(error)
             }
         }
@@ -256,7 +297,7 @@ impl Start {
         clone: &mut Clone,
         of: &Description,
         owner: Owner,
-    ) -> Result<String> {
+    ) -> Result<Reached> {
         let mount = Mount::for_clone(
             (&clone.label, clone.recovery.as_ref()),
             &place.scratch(),
@@ -268,32 +309,43 @@ impl Start {
         place.forget_sockets()?;
         mount::spawn(&mount, common, &place.mount_log())?;
         write_files(place, owner)?;
-        let superuser = of.superuser.as_deref().unwrap_or("postgres");
+        let logins = self.needs_login.then(|| self.login.candidates(of));
+        let limit = (Instant::now(), Duration::from_secs(self.start_timeout));
+        let (mut limits, mut replay) = (Limits::of(place)?, Replay::new(clone, of));
         loop {
             forget_old_server(place, owner)?;
             settle_links(place, clone, of)?;
-            let Err(error) = self.serve(place, clone, of, superuser) else { break };
+            let attempt = Attempt::new((place, clone), logins.as_ref(), limits, limit);
+            let arrived = self.start_server(&attempt, of, &mut replay);
+            if let Ok(Arrival::Reached(reached)) = arrived {
+                settle_links(place, clone, of)?;
+                return Ok(reached);
+            }
+            // what was replayed is in the scratch, and replay goes on from there
             super::stop::end_server(place)?;
-            // replay asks for directories that only the WAL names: it goes on when they are there
-            if !self.cover_new_tablespaces(place, clone, of)? {
-                return Err(error);
+            interrupt::check()?;
+            match arrived {
+                Ok(Arrival::Raised(raised)) => limits = raised,
+                // replay asks for directories that only the WAL names: it goes on when they are there
+                Err(error) if !self.cover_new_tablespaces(place, clone, of)? => return Err(error),
+                _ => {}
             }
         }
-        settle_links(place, clone, of)?;
-        Ok(superuser.to_owned())
     }
 
     /// Starts the server and waits until it is at its target.
-    fn serve(&self, place: &Place, clone: &Clone, of: &Description, superuser: &str) -> Result<()> {
+    fn start_server(&self, attempt: &Attempt<'_>, of: &Description, replay: &mut Option<Replay>) -> Result<Arrival> {
+        let (place, clone) = (attempt.place, attempt.clone);
         let recovers = of.database.version >= 14 && place.mount().join(RECOVERY_SIGNAL).exists();
         if recovers {
             set_restore_command(place, Owner { uid: clone.uid, gid: clone.gid }, NOTHING_TO_RESTORE)?;
         }
         let mut command = clone.pg_ctl(place);
         command.arg("start").arg("-s").arg("-w").arg("-t").arg(self.start_timeout.to_string());
-        command.arg("-l").arg(place.log()).arg("-o").arg(self.server_options(place, clone, of)?);
-        if !self.run_server(place, clone, of, &mut command)?.status.success() {
-            return Err(did_not_start(&place.log(), "did not start"));
+        let options = self.server_options(place, clone, of, &attempt.limits)?;
+        command.arg("-l").arg(place.log()).arg("-o").arg(options);
+        if !self.run_server(attempt, of, &mut command, replay)?.status.success() {
+            return attempt.ended("did not start");
         }
         if recovers {
             // the server demands the command when it starts, and would run it for every segment, although all of them lie in
@@ -301,7 +353,7 @@ impl Start {
             set_restore_command(place, Owner { uid: clone.uid, gid: clone.gid }, "")?;
             super::stop::reload(place)?;
         }
-        self.reach_target(place, clone, &clone.conninfo(place, superuser))
+        attempt.reach_target(replay)
     }
 }
 
@@ -364,12 +416,14 @@ fn leave_backup_segment(conninfo: &str) {
     }
 }
 
-fn report(start: &Start, clone: &Clone, place: &Place, user: &str, took: Duration) {
-    let conninfo = clone.conninfo(place, user);
+fn report(start: &Start, running: &Running, conninfo: &str, took: Duration) {
+    let Running { clone, place, reached, .. } = running;
+    let (lsn, time) = (reached.lsn.map(|lsn| lsn.to_string()), reached.time.map(|time| time.to_string()));
     if start.output == Output::Json {
         let json = serde_json::json!({
             "name": clone.name, "backup": clone.label, "conninfo": conninfo, "port": clone.port,
             "data-directory": place.mount(), "first-answer-ms": took.as_millis() as u64,
+            "reached": { "lsn": lsn, "time": time },
         });
         return output::line(&format!("{json:#}"));
     }
@@ -379,6 +433,18 @@ fn report(start: &Start, clone: &Clone, place: &Place, user: &str, took: Duratio
         clone.label,
         took.as_secs_f64()
     ));
-    output::line(&format!("  psql \"{conninfo}\""));
+    if let Some(moment) = reached.moment() {
+        output::line(&format!("  {moment}"));
+    }
+    output::line(&format!("  psql {}", shell_word(conninfo)));
     output::line(&format!("  pgcairn stop {}", clone.name));
+}
+
+/// One word for a shell.
+fn shell_word(text: &str) -> String {
+    match text.contains(['"', '$', '`']) {
+        true => format!("'{}'", text.replace('\'', r"'\''")),
+        // a backslash stays one before anything but these
+        false => format!("\"{text}\""),
+    }
 }

@@ -5,15 +5,20 @@ use std::fs;
 use super::super::clones::{Clone, Place};
 use super::super::output;
 use super::Start;
+use super::limits::Limits;
 use crate::clone::settings::{ServerOf, Settings};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::format::manifest::Description;
-use crate::postgres::{CONTROL_FILE, ControlFile};
 
 impl Start {
     /// The server's options for pg_ctl. Says which of the user's give up something that keeps the clone to itself.
-    pub(super) fn server_options(&self, place: &Place, clone: &Clone, of: &Description) -> Result<String> {
-        let control = clone.read_only.then(|| control_file(place)).transpose()?;
+    pub(super) fn server_options(
+        &self,
+        place: &Place,
+        clone: &Clone,
+        of: &Description,
+        limits: &Limits,
+    ) -> Result<String> {
         let mut settings = Settings::of(&ServerOf {
             name: &clone.name,
             data: &place.mount(),
@@ -22,7 +27,8 @@ impl Start {
             port: clone.port,
             version: of.database.version,
             recovers: clone.recovery.is_some(),
-            read_only: control.as_ref(),
+            read_only: clone.read_only,
+            limits: &limits.settings(),
             memory_available: memory_available(),
         });
         for option in &self.options {
@@ -34,12 +40,6 @@ impl Start {
         }
         Ok(settings.shell_words())
     }
-}
-
-fn control_file(place: &Place) -> Result<ControlFile> {
-    let path = place.mount().join(CONTROL_FILE);
-    let bytes = fs::read(&path).map_err(|error| Error::io("read", &path, error))?;
-    ControlFile::parse(&bytes).map_err(|error| Error::new("the backup's pg_control is damaged").source(error))
 }
 
 /// Bytes of memory that could be had without swapping; none where the kernel does not say.

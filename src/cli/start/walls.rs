@@ -8,6 +8,8 @@ use std::process::{Command, Output};
 use super::super::clones::{Clone, Place};
 use super::super::output;
 use super::Start;
+use super::reach::Attempt;
+use super::replay::Replay;
 use crate::clone::sandbox::{Cover, Sandbox, UNAVAILABLE};
 use crate::error::{Error, Result};
 use crate::format::manifest::Description;
@@ -24,14 +26,14 @@ impl Start {
     /// Runs pg_ctl in a sandbox; where there can be none, without, if the WAL does nothing that only a sandbox makes safe.
     pub(super) fn run_server(
         &self,
-        place: &Place,
-        clone: &Clone,
+        attempt: &Attempt<'_>,
         of: &Description,
         pg_ctl: &mut Command,
+        replay: &mut Option<Replay>,
     ) -> Result<Output> {
-        let cannot = |error| Error::new("cannot run pg_ctl").source(error);
+        let (place, clone) = (attempt.place, attempt.clone);
         let mut sandboxed = self.sandbox(place, clone, of).command(pg_ctl)?;
-        let done = sandboxed.output().map_err(cannot)?;
+        let done = attempt.output(&mut sandboxed, replay)?;
         if done.status.code() != Some(UNAVAILABLE.into()) {
             return Ok(done);
         }
@@ -41,7 +43,7 @@ impl Start {
             "the clone's server runs without namespaces of its own ({why}): what its SQL, functions and jobs connect to or \
              write to is reached"
         ));
-        pg_ctl.output().map_err(cannot)
+        attempt.output(pg_ctl, replay)
     }
 
     fn sandbox(&self, place: &Place, clone: &Clone, of: &Description) -> Sandbox {

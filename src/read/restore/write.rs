@@ -19,6 +19,7 @@ use super::small::{Batch, Piece, add_pieces, in_batches, is_small};
 use crate::error::{Error, Result};
 use crate::format::LEAF_BYTES;
 use crate::format::chunk::ChunkRef;
+use crate::interrupt;
 use crate::progress::Monitor;
 use crate::read::fetch::Stored;
 use crate::read::tree::Owner;
@@ -176,6 +177,7 @@ impl<'a> Writing<'a> {
     fn fetch(&self, requests: &Receiver<Pieces>, queue: &Sender<Work<'a>>) -> Result<()> {
         let mut chunks: Vec<ChunkRef> = Vec::new();
         while let Ok(pieces) = requests.recv() {
+            interrupt::check()?;
             if self.has_failed() {
                 break;
             }
@@ -193,6 +195,7 @@ impl<'a> Writing<'a> {
     fn work(&self, work: &Receiver<Work<'a>>) -> Result<()> {
         let mut plain = Vec::new();
         while let Ok(work) = work.recv() {
+            interrupt::check()?;
             if self.has_failed() {
                 break;
             }

@@ -1,0 +1,159 @@
+//! A clone starts, or says why within seconds, whatever its cluster and this machine are like.
+#![allow(clippy::unwrap_used)]
+
+mod history;
+
+use history::archive_all;
+use pgcairn_integration::bin::run_command;
+use pgcairn_integration::{Client, Cluster, Stanza, install};
+
+/// A moment of the server, after which something else was committed.
+fn moment(cluster: &Cluster) -> String {
+    let now = cluster.psql("SELECT clock_timestamp();");
+    cluster.psql("CREATE TABLE later (i int); DROP TABLE later;");
+    archive_all(cluster);
+    now
+}
+
+/// Settings that were raised between the backup and the moment are met, whether the clone is open at its target or goes on from it.
+#[test]
+fn raised_settings_are_met() {
+    for major in [13, 15] {
+        let stanza = Stanza::in_directory();
+        let mut cluster = stanza.archiving(Cluster::builder().major(major).wal_segsize_mb(1)).start();
+        stanza.create(&cluster);
+        cluster.psql("CREATE TABLE t AS SELECT generate_series(1, 10) AS i;");
+        stanza.backup(&cluster);
+        cluster.psql("INSERT INTO t SELECT generate_series(11, 20);");
+        cluster.psql("ALTER SYSTEM SET max_connections = 150;");
+        cluster.restart();
+        cluster.psql("ALTER SYSTEM SET max_connections = 300;");
+        cluster.psql("ALTER SYSTEM SET max_prepared_transactions = 5;");
+        cluster.restart();
+        cluster.psql("BEGIN; CREATE TABLE held (i int); PREPARE TRANSACTION 'held';");
+        cluster.psql("INSERT INTO t SELECT generate_series(21, 30);");
+        let time = moment(&cluster);
+        let programs = format!("--pg-bin={}", install::server(major).display());
+        let reader = stanza.start("reader", &[&programs, &time, "--read-only"]);
+        assert_eq!(reader.psql("SELECT count(*), pg_is_in_recovery() FROM t;"), "30|t", "{major}");
+        assert!(reader.told().contains("recovered to LSN "), "{}", reader.told());
+        reader.stop(&[]);
+        let clone = stanza.start("clone", &[&programs, &time]);
+        assert_eq!(clone.psql("SELECT count(*), pg_is_in_recovery() FROM t;"), "30|f", "{major}");
+        assert_eq!(clone.psql("SELECT gid FROM pg_prepared_xacts;"), "held", "{major}");
+        clone.stop(&[]);
+        cluster.psql("ROLLBACK PREPARED 'held';");
+        stanza.assert_nothing_left();
+    }
+}
+
+/// With its settings outside the data directory a cluster still has the room that its prepared transactions need.
+#[test]
+fn prepared_transactions_survive_settings_that_are_elsewhere() {
+    let stanza = Stanza::in_directory();
+    let builder = Cluster::builder().wal_segsize_mb(1).conf("max_prepared_transactions", "20");
+    let cluster = stanza.archiving(builder.conf("max_connections", "12").conf("max_wal_senders", "4")).start();
+    // as where Debian keeps it
+    std::fs::remove_file(cluster.data_directory().join("postgresql.conf")).unwrap();
+    stanza.create(&cluster);
+    cluster.psql("CREATE TABLE t (i int); BEGIN; INSERT INTO t VALUES (1); PREPARE TRANSACTION 'held';");
+    let label = stanza.backup(&cluster);
+    let time = moment(&cluster);
+    for target in [&label, &time] {
+        let clone = stanza.start("clone", &[target]);
+        assert_eq!(clone.psql("SELECT gid FROM pg_prepared_xacts;"), "held");
+        clone.psql("COMMIT PREPARED 'held';");
+        assert_eq!(clone.psql("SELECT i FROM t;"), "1");
+        clone.stop(&[]);
+    }
+    cluster.psql("ROLLBACK PREPARED 'held';");
+    stanza.assert_nothing_left();
+}
+
+/// A server that is paused before it can be open for reading goes on instead: that is no clone to read at a moment.
+#[test]
+fn a_reader_that_cannot_be_open_at_its_target_says_so() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
+    stanza.create(&cluster);
+    cluster.psql("CREATE TABLE t (i int);");
+    let mut session = cluster.session();
+    session.run("BEGIN;");
+    for i in 0..70 {
+        session.run(&format!("SAVEPOINT s; INSERT INTO t VALUES ({i});"));
+    }
+    stanza.backup(&cluster);
+    cluster.psql("CREATE TABLE seen AS SELECT 1 AS i;");
+    let time = moment(&cluster);
+    let refused = stanza.run(["start", &time, "--read-only"]).fails(1, "more than 64 subtransactions");
+    assert!(refused.stderr.contains("hint: leave --read-only out"), "{}", refused.stderr);
+    let clone = stanza.start("clone", &[&time]);
+    assert_eq!(clone.psql("SELECT (SELECT count(*) FROM t), (SELECT count(*) FROM seen);"), "0|1");
+    clone.stop(&[]);
+    session.run("COMMIT;");
+    // the next list of running transactions is complete, and a moment ends with the last commit before it
+    cluster.psql("CHECKPOINT;");
+    cluster.psql("INSERT INTO seen VALUES (2);");
+    let time = moment(&cluster);
+    let reader = stanza.start("reader", &[&time, "--read-only"]);
+    assert_eq!(reader.psql("SELECT count(*) FROM t;"), "70");
+    reader.stop(&[]);
+    stanza.assert_nothing_left();
+}
+
+/// What no patience mends ends a start at once, and says what does. (Were it tried again until the time-out, these runs would
+/// not end in time.)
+#[test]
+fn nobody_waits_for_a_login_that_is_refused() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder()).start();
+    stanza.create(&cluster);
+    cluster.psql("CREATE ROLE other SUPERUSER LOGIN;");
+    let other = Client::new(cluster.conninfo().replace("user=postgres dbname=postgres", "user=other dbname=template1"));
+    let backup = || stanza.run(["backup", "--type=full", "--pg", other.conninfo()]).ok();
+
+    // neither the usual database, nor a library of every session of the superuser's
+    other.psql("CREATE TABLE here AS SELECT 1 AS i; DROP DATABASE postgres;");
+    other.psql("ALTER ROLE postgres SET session_preload_libraries = 'no_such_library';");
+    backup();
+    let clone = stanza.start("clone", &["latest"]);
+    assert!(clone.told().contains("dbname=template1"), "{}", clone.told());
+    assert_eq!(clone.psql("SELECT i FROM here;"), "1");
+    clone.stop(&[]);
+    let refused = stanza.run(["start", "--pg-database=nowhere"]).fails(1, "database \"nowhere\" does not exist");
+    assert!(refused.stderr.contains("hint: name a database of the cluster with --pg-database"), "{}", refused.stderr);
+
+    other.psql("ALTER ROLE postgres NOLOGIN;");
+    backup();
+    let refused = stanza.run(["start"]).fails(1, "role \"postgres\" is not permitted to log in");
+    assert!(refused.stderr.contains("hint: name a role that may log in with --pg-user"), "{}", refused.stderr);
+    let clone = stanza.start("clone", &["--pg-user=other"]);
+    assert_eq!(clone.psql("SELECT current_user, (SELECT i FROM here);"), "other|1");
+    clone.stop(&[]);
+    let mut command = stanza.command();
+    command.env("PGCAIRN_PG_USER", "other").args(["extract", "--table=template1.public.here"]);
+    assert!(run_command(&mut command).ok().contains("COPY public.here"));
+    // nobody has to log in where the server only recovers
+    let mount = stanza.mount("recovered", &["--recovered", "--backup=latest", "--type=immediate"]);
+    assert!(!mount.path().join("recovery.signal").exists());
+    drop(mount);
+    stanza.assert_nothing_left();
+}
+
+#[test]
+fn a_clone_path_may_hold_any_character_or_is_refused() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder()).start();
+    stanza.create(&cluster);
+    stanza.backup(&cluster);
+    let odd = |name: &str| format!("--clone-path={}", stanza.place().join(name).display());
+    let clones = odd("cl o'nes {ä}");
+    stanza.run(["start", "--name=odd", &clones]).ok();
+    stanza.run(["extract", "--table=postgres.public.*", &clones]).fails(1, "no table matches");
+    stanza.run(["stop", "odd", &clones]).ok();
+    for bad in ["a,b", "a\"b", "a$b", "a\nb"] {
+        stanza.run(["start", "--name=odd", &odd(bad)]).fails(1, "in its name").fails(1, "hint: ");
+    }
+    stanza.run(["start", "--name=odd", &odd(&"long".repeat(30))]).fails(1, "socket would be too long");
+    stanza.assert_nothing_left();
+}
