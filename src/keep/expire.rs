@@ -247,9 +247,12 @@ fn known(repository: &Repository, backup_info: &BackupInfo) -> Result<Vec<Known>
         if !backup_info.backups.contains_key(&label) {
             // with the reason, unless it was committed just now
             if let Err(error) = repository.description(&label) {
-                return Err(Error::new(format!("backup {label} cannot be read, so nothing is removed"))
-                    .hint(format!("if it is lost, remove it with \"pgcairn expire --set {label}\""))
-                    .source(error));
+                let is_lost = error.is_damage() || error.is_not_found();
+                let stop = Error::new(format!("backup {label} cannot be read, so nothing is removed")).source(error);
+                return Err(match is_lost {
+                    true => stop.hint(format!("if it is lost, remove it with \"pgcairn expire --set {label}\"")),
+                    false => stop,
+                });
             }
         }
     }

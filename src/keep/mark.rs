@@ -70,11 +70,17 @@ impl Needed {
 }
 
 fn unreadable(label: &str, error: Error) -> Error {
-    let hint =
-        format!("run \"pgcairn verify\"; if backup {label} is lost, remove it with \"pgcairn expire --set {label}\"");
-    Error::new(format!("backup {label} cannot be read, so no pack may be removed: it may need any of them"))
-        .hint(hint)
-        .source(error)
+    let is_lost = error.is_damage() || error.is_not_found();
+    let unreadable =
+        Error::new(format!("backup {label} cannot be read, so no pack may be removed: it may need any of them"))
+            .source(error);
+    match is_lost {
+        true => unreadable.hint(format!(
+            "run \"pgcairn verify\"; if backup {label} is lost, remove it with \"pgcairn expire --set {label}\""
+        )),
+        // of a store that could not be asked, it says nothing
+        false => unreadable,
+    }
 }
 
 /// One mark, as found.
@@ -90,8 +96,7 @@ pub(super) struct Marked {
 pub(super) fn marks(repository: &Repository) -> Result<Vec<Marked>> {
     let mut marks = Vec::new();
     each_object(repository, &keys::marks(&repository.stanza), |object| {
-        let bytes = repository.store.get(&object.key)?;
-        let packs = match repository.decode_info::<Mark>(&object.key, &bytes) {
+        let packs = match repository.fetch_info::<Mark>(&object.key)? {
             Ok(mark) => mark.packs.iter().filter_map(|id| PackId::from_hex(id)).collect(),
             Err(error) => {
                 tracing::warn!(%error, "a mark cannot be read; what it named is marked again");

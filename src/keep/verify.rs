@@ -175,7 +175,7 @@ pub fn verify(repository: &Repository, options: &VerifyOptions, monitor: &dyn Mo
         report.notes.push(format!("{unneeded} packs that no backup needs; \"pgcairn expire\" removes them"));
     }
     let found = match options.quick {
-        true => packs::compare(repository, &described.packs, &needed, &findings),
+        true => packs::compare(repository, &described.packs, &needed, &findings)?,
         false => packs::read(repository, &described.packs, &needed, &findings, options, monitor, &mut report.checked)?,
     };
     if let Err(error) = harms::remember(repository, &found, options.quick) {

@@ -18,6 +18,7 @@ use super::cache::DiskCache;
 use crate::error::{Error, Result};
 use crate::format::FormatError;
 use crate::format::chunk::{ChunkId, ChunkRef, Decoded, Decoder, PackId};
+use crate::repo::reread::{self, Reads};
 use crate::repo::{Repository, keys};
 use crate::store::{ErrorKind, StoreError};
 
@@ -220,7 +221,7 @@ impl Fetcher {
 
     /// The stored bytes of chunks that lie in one object in ascending order, got by one request.
     pub fn stored(&self, chunks: &[ChunkRef]) -> Result<Stored> {
-        let (key, from, bytes) = self.get_range(chunks)?;
+        let (key, from, bytes) = self.get_range(&Reads::of(&*self.repository.store), chunks)?;
         Ok(Stored { key, from, bytes })
     }
 
@@ -230,7 +231,17 @@ impl Fetcher {
         let range = u64::from(chunk.offset).checked_sub(*from).map(|at| at as usize..(chunk.end() - from) as usize);
         let sealed = range.and_then(|range| bytes.get(range));
         let sealed = sealed.ok_or_else(|| Error::new(format!("chunk {} of {key} was not fetched", chunk.id)))?;
-        with_decoder(|decoder| Ok(decoder.decode_sealed(&self.repository.keys, key, chunk, sealed, plain)?))
+        let mut open = |sealed: &[u8]| {
+            with_decoder(|decoder| Ok(decoder.decode_sealed(&self.repository.keys, key, chunk, sealed, plain)?))
+        };
+        match open(sealed) {
+            // the answer may have been damaged, not the object
+            Err(error) if error.is_damage() => reread::checked(&*self.repository.store, |reads| {
+                let (_, _, sealed) = self.get_range(reads, std::slice::from_ref(chunk))?;
+                open(&sealed)
+            }),
+            done => done,
+        }
     }
 
     /// True for a chunk whose stored bytes are kept for good, see [`Self::hold`].
@@ -314,18 +325,20 @@ impl Fetcher {
 
     /// Gets and checks one range that holds `chunks`, which lie in one object in ascending order.
     fn get(&self, chunks: &[ChunkRef]) -> Result<Vec<Result<Decoded>>> {
-        let (key, from, bytes) = self.get_range(chunks)?;
-        Ok(chunks
-            .iter()
-            .map(|chunk| {
-                let stored = &bytes[(u64::from(chunk.offset) - from) as usize..(chunk.end() - from) as usize];
-                self.decode(&key, chunk, stored)
-            })
-            .collect())
+        let decoded = |reads: &Reads<'_>| -> Result<Vec<Result<Decoded>>> {
+            let (key, from, bytes) = self.get_range(reads, chunks)?;
+            let stored = |chunk: &ChunkRef| (u64::from(chunk.offset) - from) as usize..(chunk.end() - from) as usize;
+            Ok(chunks.iter().map(|chunk| self.decode(&key, chunk, &bytes[stored(chunk)])).collect())
+        };
+        let is_bad = |outcome: &Result<Vec<Result<Decoded>>>| {
+            let damaged = |one: &Result<Decoded>| one.as_ref().is_err_and(Error::is_damage);
+            outcome.as_ref().is_ok_and(|all| all.iter().any(damaged))
+        };
+        reread::judged(&*self.repository.store, decoded, is_bad)?
     }
 
     /// The stored bytes of `chunks`, which lie in one object in ascending order: its key, where they begin, and they.
-    fn get_range(&self, chunks: &[ChunkRef]) -> Result<(String, u64, Bytes)> {
+    fn get_range(&self, reads: &Reads<'_>, chunks: &[ChunkRef]) -> Result<(String, u64, Bytes)> {
         let first = &chunks[0];
         let key = self.key(first.pack);
         let (from, to) = (u64::from(first.offset), chunks.iter().map(ChunkRef::end).max().unwrap_or_default());
@@ -333,7 +346,7 @@ impl Fetcher {
         if let Some(bytes) = held.filter(|bytes| bytes.len() as u64 == to - from) {
             return Ok((key, from, bytes));
         }
-        let bytes = self.repository.store.get_range(&key, from, to - from).map_err(|error| missing(&key, error))?;
+        let bytes = reads.get_range(&key, from, to - from).map_err(|error| missing(&key, error))?;
         self.count(to - from);
         Ok((key, from, bytes))
     }

@@ -11,7 +11,7 @@ use crate::error::{Context, Error, Result};
 use crate::format::chunk::Decoder;
 use crate::format::manifest::Description;
 use crate::postgres::{AUTO_CONF, RECOVERY_SIGNAL, STANDBY_SIGNAL, SegmentName, SegmentSize, Timeline, WalName, conf};
-use crate::repo::{Repository, keys};
+use crate::repo::{Repository, keys, reread};
 
 /// Answers questions about the mount; hidden from listings.
 pub const HIDDEN: &[u8] = b".pgcairn";
@@ -155,8 +155,10 @@ fn read_stored(builder: &Builder, repository: &Repository, path: &[u8]) -> Resul
     for extent in extents {
         let chunk = extent.chunk;
         let key = keys::pack(&repository.stanza, chunk.pack);
-        let stored = repository.store.get_range(&key, u64::from(chunk.offset), u64::from(chunk.stored_len))?;
-        let plain = decoder.decode(&repository.keys, &key, &chunk, &stored)?.plain;
+        let plain = reread::checked(&*repository.store, |reads| {
+            let stored = reads.get_range(&key, u64::from(chunk.offset), u64::from(chunk.stored_len))?;
+            Ok(decoder.decode(&repository.keys, &key, &chunk, &stored)?.plain)
+        })?;
         bytes.extend_from_slice(&plain[extent.offset as usize..(extent.offset + extent.len) as usize]);
     }
     Ok(bytes)

@@ -16,6 +16,7 @@ use crate::format::{CHUNK, FormatError};
 use crate::postgres::{SegmentName, WalName};
 use crate::repo::Repository;
 use crate::repo::asking::Asking;
+use crate::repo::reread::{self, Reads};
 use crate::repo::wal::check_first_bytes;
 use crate::user::{User, as_user};
 
@@ -25,36 +26,43 @@ const WHOLE_BYTES: u64 = 4 * 1024 * 1024;
 /// The chunks of an archived file in file order, one for each [`CHUNK`]. A small object is fetched whole and its chunks are kept
 /// in memory: whoever replays WAL reads it once.
 pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
-    let store = &fetcher.repository().store;
+    let store = &*fetcher.repository().store;
     if size <= WHOLE_BYTES {
-        let bytes = store.get(key)?;
-        fetcher.count(bytes.len() as u64);
-        let pack = Pack::parse(key, &bytes)?;
-        pack.header.expect(key, PackKind::Wal, fetcher.repository().keys.seal_kind())?;
-        fetcher.repository().keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
-        fetcher.locate(pack.header.id, key);
-        let is_segment = WalKey::parse(key).is_some_and(|key| key.name.parse::<SegmentName>().is_ok());
-        for chunk in &pack.chunks {
-            let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
-            // see `write` below
-            let plain =
-                if is_segment { fetcher.open(key, chunk, stored)? } else { fetcher.decode(key, chunk, stored)?.plain };
-            fetcher.keep_in_memory(chunk, plain);
-        }
-        return Ok(pack.chunks);
+        return reread::checked(store, |reads| {
+            let bytes = reads.get(key)?;
+            fetcher.count(bytes.len() as u64);
+            let pack = Pack::parse(key, &bytes)?;
+            pack.header.expect(key, PackKind::Wal, fetcher.repository().keys.seal_kind())?;
+            fetcher.repository().keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
+            fetcher.locate(pack.header.id, key);
+            let is_segment = WalKey::parse(key).is_some_and(|key| key.name.parse::<SegmentName>().is_ok());
+            for chunk in &pack.chunks {
+                let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
+                // see `write` below
+                let plain = if is_segment {
+                    fetcher.open(key, chunk, stored)?
+                } else {
+                    fetcher.decode(key, chunk, stored)?.plain
+                };
+                fetcher.keep_in_memory(chunk, plain);
+            }
+            Ok(pack.chunks)
+        });
     }
-    let get = |offset: u64, len: u64| {
-        fetcher.count(len);
-        store.get_range(key, offset, len)
-    };
-    let header = Header::parse(key, &get(0, HEADER_LEN as u64)?)?;
-    header.expect(key, PackKind::Wal, fetcher.repository().keys.seal_kind())?;
-    let trailer = Trailer::parse(key, size, &get(size - TRAILER_LEN as u64, TRAILER_LEN as u64)?)?;
-    let footer = get(trailer.footer_offset, u64::from(trailer.footer_len))?;
-    let chunks = trailer.footer(key, header.id, &footer)?;
-    fetcher.repository().keys.check_wal_content(key, header.id, &chunks)?;
-    fetcher.locate(header.id, key);
-    Ok(chunks)
+    reread::checked(store, |reads| {
+        let get = |offset: u64, len: u64| {
+            fetcher.count(len);
+            reads.get_range(key, offset, len)
+        };
+        let header = Header::parse(key, &get(0, HEADER_LEN as u64)?)?;
+        header.expect(key, PackKind::Wal, fetcher.repository().keys.seal_kind())?;
+        let trailer = Trailer::parse(key, size, &get(size - TRAILER_LEN as u64, TRAILER_LEN as u64)?)?;
+        let footer = get(trailer.footer_offset, u64::from(trailer.footer_len))?;
+        let chunks = trailer.footer(key, header.id, &footer)?;
+        fetcher.repository().keys.check_wal_content(key, header.id, &chunks)?;
+        fetcher.locate(header.id, key);
+        Ok(chunks)
+    })
 }
 
 /// Why `archive-get` delivered nothing. The difference decides whether PostgreSQL ends recovery or stops.
@@ -107,12 +115,14 @@ pub(super) fn deliver(
 ) -> Result<()> {
     let temporary = target.with_extension(TEMPORARY);
     let user = owner_of_place(target)?;
-    // the store is read as ourselves
-    let bytes = repository.store.get(key)?;
-    as_user(user.as_ref(), || {
-        // PostgreSQL makes durable what it takes
-        files::place(&temporary, target, Outlives::Process, |to| {
-            write(repository, database, name, (key, &bytes), to, threads)
+    reread::checked(&*repository.store, |reads| {
+        // the store is read as ourselves
+        let bytes = reads.get(key)?;
+        as_user(user.as_ref(), || {
+            // PostgreSQL makes durable what it takes
+            files::place(&temporary, target, Outlives::Process, |to| {
+                write(repository, database, name, (key, &bytes), to, threads)
+            })
         })
     })
 }

@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
-use super::{Repository, keys};
+use super::{Repository, keys, reread};
 use crate::error::{Error, Result};
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, Info, Latest, is_sealed};
 use crate::format::manifest::{Database, Description};
 use crate::postgres::{BackupKind, Label};
-use crate::store::{Body, ErrorKind, Store};
+use crate::store::{Body, Store};
 
 impl Repository {
     /// `archive.info`; its absence means that the stanza does not exist.
@@ -241,11 +241,7 @@ impl Repository {
         let kinds = [BackupKind::Full, BackupKind::Diff, BackupKind::Incr].map(|kind| (pointer(kind), Some(kind)));
         for (name, kind) in std::iter::once(("latest", None)).chain(kinds) {
             let key = keys::latest(&self.stanza, name);
-            let named = match self.store.get(&key) {
-                Ok(bytes) => self.decode_info::<Latest>(&key, &bytes).ok().map(|latest| latest.label),
-                Err(error) if error.kind == ErrorKind::NotFound => None,
-                Err(error) => return Err(error.into()),
-            };
+            let named = self.info_state::<Latest>(&key)?.ok().map(|latest| latest.label);
             match newest(kind) {
                 Some(label) if named.as_ref().is_none_or(|named| !info.backups.contains_key(named)) => {
                     self.point(name, label)?;
@@ -291,31 +287,35 @@ impl Repository {
 
     /// What an info file says, or what is wrong with it.
     fn info_state<T: Info>(&self, key: &str) -> Result<std::result::Result<T, String>> {
-        match self.store.get(key) {
-            Ok(bytes) => Ok(self.decode_info(key, &bytes).map_err(|error| format!("is damaged: {}", error.what))),
-            Err(error) if error.kind == ErrorKind::NotFound => Ok(Err("is missing".into())),
-            Err(error) => Err(error.into()),
+        match self.fetch_info(key) {
+            Ok(info) => Ok(info.map_err(|error| format!("is damaged: {}", error.what))),
+            Err(error) if error.is_not_found() => Ok(Err("is missing".into())),
+            Err(error) => Err(error),
         }
     }
 
     fn read_info<T: Info>(&self, key: &str) -> Result<Option<T>> {
         let mut damage = None;
         for key in with_copy(key) {
-            match self.store.get(&key) {
+            let read = reread::checked(&*self.store, |reads| {
+                let bytes = reads.get(&key)?;
                 // who opens a stanza for one call does not look for its key first
-                Ok(bytes) if !self.keys.is_secret() && is_sealed(&bytes) => return Err(self.is_encrypted()),
-                Ok(bytes) => match self.decode_info(&key, &bytes) {
-                    Ok(info) => return Ok(Some(info)),
-                    Err(error) => {
-                        tracing::warn!(%error, "an info file is damaged; its copy is tried");
-                        damage = Some(error);
-                    }
-                },
-                Err(error) if error.kind == ErrorKind::NotFound => {}
-                Err(error) => return Err(error.into()),
+                match !self.keys.is_secret() && is_sealed(&bytes) {
+                    true => Err(self.is_encrypted()),
+                    false => Ok(self.decode_info(&key, &bytes)?),
+                }
+            });
+            match read {
+                Ok(info) => return Ok(Some(info)),
+                Err(error) if error.is_damage() => {
+                    tracing::warn!(%error, "an info file is damaged; its copy is tried");
+                    damage = Some(error);
+                }
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(error),
             }
         }
-        damage.map_or(Ok(None), |error| Err(error.into()))
+        damage.map_or(Ok(None), Err)
     }
 
     fn write_info<T: Info>(&self, key: &str, info: &T) -> Result<()> {

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::{Repository, keys};
+use super::{Repository, keys, reread};
 use crate::error::{Context, Result};
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
 
@@ -16,8 +16,10 @@ impl Repository {
     /// One chunk of a pack below `chunk/`, proved in every way.
     pub fn fetch_chunk(&self, decoder: &mut Decoder, chunk: &ChunkRef) -> Result<Vec<u8>> {
         let key = keys::pack(&self.stanza, chunk.pack);
-        let stored = self.store.get_range(&key, u64::from(chunk.offset), u64::from(chunk.stored_len))?;
-        Ok(decoder.prove(&self.keys, &key, chunk, &stored)?.plain)
+        reread::checked(&*self.store, |reads| {
+            let stored = reads.get_range(&key, u64::from(chunk.offset), u64::from(chunk.stored_len))?;
+            Ok(decoder.prove(&self.keys, &key, chunk, &stored)?.plain)
+        })
     }
 }
 
@@ -73,7 +75,14 @@ impl ChunkReader {
         let window = &windows[windows.len() - 1];
         let stored = &window.bytes[(u64::from(chunk.offset) - window.from) as usize..];
         let stored = &stored[..chunk.stored_len as usize];
-        Ok(decoder.decode(&self.repository.keys, &key, chunk, stored)?.plain)
+        match decoder.decode(&self.repository.keys, &key, chunk, stored) {
+            Ok(decoded) => Ok(decoded.plain),
+            Err(_) => {
+                // nobody is to meet the window again
+                windows.pop();
+                self.repository.fetch_chunk(decoder, chunk)
+            }
+        }
     }
 }
 

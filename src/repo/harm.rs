@@ -6,7 +6,6 @@ use super::{Repository, keys};
 use crate::error::Result;
 use crate::format::chunk::PackId;
 use crate::format::info::Harm;
-use crate::store::ErrorKind;
 
 impl Repository {
     /// Packs on which nothing new may be built: verify found damage in them. What a new backup has in them it stores anew.
@@ -20,12 +19,10 @@ impl Repository {
         loop {
             let page = self.store.list(&keys::harms(&self.stanza), after.as_deref())?;
             for object in page.objects {
-                let harm = match self.store.get(&object.key) {
-                    Ok(bytes) => {
-                        self.decode_info::<Harm>(&object.key, &bytes).map(|harm| harm.packs).unwrap_or_default()
-                    }
-                    Err(error) if error.kind == ErrorKind::NotFound => continue,
-                    Err(error) => return Err(error.into()),
+                let harm = match self.fetch_info::<Harm>(&object.key) {
+                    Ok(harm) => harm.map(|harm| harm.packs).unwrap_or_default(),
+                    Err(error) if error.is_not_found() => continue,
+                    Err(error) => return Err(error),
                 };
                 notes.push((object.key, harm.iter().filter_map(|id| PackId::from_hex(id)).collect()));
             }

@@ -15,7 +15,7 @@ use super::{Repository, keys};
 use crate::error::{Context, Error, Result};
 use crate::format::info::{LockInfo, LockKind};
 use crate::interrupt;
-use crate::store::{Body, ErrorKind, Listed};
+use crate::store::{Body, Listed};
 
 mod process;
 
@@ -405,11 +405,11 @@ fn list(repository: &Repository, timing: &Timing, own: Option<&str>) -> Result<(
     let now = ours.unwrap_or_else(process::now_s);
     let mut others = Vec::new();
     for object in objects.into_iter().filter(|object| Some(object.key.as_str()) != own) {
-        let info = match store.get(&object.key) {
-            Ok(bytes) => repository.decode_info::<LockInfo>(&object.key, &bytes).ok(),
+        let info = match repository.fetch_info::<LockInfo>(&object.key) {
+            Ok(info) => info.ok(),
             // given back since it was listed
-            Err(error) if error.kind == ErrorKind::NotFound => continue,
-            Err(error) => return Err(error.into()),
+            Err(error) if error.is_not_found() => continue,
+            Err(error) => return Err(error),
         };
         let age = now.saturating_sub(object.modified).max(0);
         let gone = info.as_ref().is_some_and(|info| info.failed || process::is_gone(&object.key, info));

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-use super::{Repository, keys};
+use super::{Repository, keys, reread};
 use crate::error::{Context, Result};
 use crate::format::FormatError;
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
@@ -52,7 +52,7 @@ struct Object {
     from: u64,
     chunks: Vec<ChunkRef>,
     decoder: Decoder,
-    keys: crate::format::chunk::Keys,
+    repository: Repository,
 }
 
 impl Repository {
@@ -197,19 +197,21 @@ impl ManifestIndex {
 impl Object {
     fn get(repository: &Repository, label: &str) -> Result<Self> {
         let key = keys::manifest(&repository.stanza, label);
-        let bytes = repository.store.get(&key)?;
-        let pack = Pack::parse(&key, &bytes)?;
-        pack.header.expect(&key, PackKind::Manifest, repository.keys.seal_kind())?;
-        let decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
-        let keys = repository.keys.clone();
-        let object = Self { key, pack: pack.header.id, bytes, from: 0, chunks: pack.chunks, decoder, keys };
-        object.proved(label)
+        reread::checked(&*repository.store, |reads| {
+            let (key, repository) = (key.clone(), repository.clone());
+            let bytes = reads.get(&key)?;
+            let pack = Pack::parse(&key, &bytes)?;
+            pack.header.expect(&key, PackKind::Manifest, repository.keys.seal_kind())?;
+            let decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
+            let object = Self { key, pack: pack.header.id, bytes, from: 0, chunks: pack.chunks, decoder, repository };
+            object.proved(label)
+        })
     }
 
     /// Checks the proof of the list of chunks, where manifests carry one, and takes it off the list.
     fn proved(mut self, label: &str) -> Result<Self> {
         let Some((last, listed)) = self.chunks.split_last() else { return Ok(self) };
-        let Some(expected) = self.keys.manifest_proof(label, self.pack, listed) else { return Ok(self) };
+        let Some(expected) = self.repository.keys.manifest_proof(label, self.pack, listed) else { return Ok(self) };
         let (at, plain) = (u64::from(last.offset), self.plain(self.chunks.len() - 1)?);
         let what = match decode_proof(&self.key, &plain)? {
             Some(proof) if proof == expected => {
@@ -227,16 +229,19 @@ impl Object {
         let key = keys::manifest(&repository.stanza, label);
         let size = repository.store.size(&key)?.unwrap_or_default();
         let Some(from) = size.checked_sub(TAIL_BYTES).filter(|from| *from > 0) else { return Ok(None) };
-        let header = Header::parse(&key, &repository.store.get_range(&key, 0, HEADER_LEN as u64)?)?;
-        header.expect(&key, PackKind::Manifest, repository.keys.seal_kind())?;
-        let bytes = repository.store.get_range(&key, from, TAIL_BYTES)?;
-        let footer_end = bytes.len() - TRAILER_LEN;
-        let trailer = Trailer::parse(&key, size, &bytes[footer_end..])?;
-        let Some(footer) = trailer.footer_offset.checked_sub(from) else { return Ok(None) };
-        let chunks = trailer.footer(&key, header.id, &bytes[footer as usize..footer_end])?;
-        let decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
-        let keys = repository.keys.clone();
-        Self { key, pack: header.id, bytes, from, chunks, decoder, keys }.proved(label).map(Some)
+        reread::checked(&*repository.store, |reads| {
+            let key = key.clone();
+            let header = Header::parse(&key, &reads.get_range(&key, 0, HEADER_LEN as u64)?)?;
+            header.expect(&key, PackKind::Manifest, repository.keys.seal_kind())?;
+            let bytes = reads.get_range(&key, from, TAIL_BYTES)?;
+            let footer_end = bytes.len() - TRAILER_LEN;
+            let trailer = Trailer::parse(&key, size, &bytes[footer_end..])?;
+            let Some(footer) = trailer.footer_offset.checked_sub(from) else { return Ok(None) };
+            let chunks = trailer.footer(&key, header.id, &bytes[footer as usize..footer_end])?;
+            let decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
+            let repository = repository.clone();
+            Self { key, pack: header.id, bytes, from, chunks, decoder, repository }.proved(label).map(Some)
+        })
     }
 
     /// The same bytes, for who reads elsewhere in them.
@@ -248,14 +253,31 @@ impl Object {
             from: self.from,
             chunks: self.chunks.clone(),
             decoder: Decoder::new().context(|| "cannot set up zstd".into())?,
-            keys: self.keys.clone(),
+            repository: self.repository.clone(),
         })
     }
 
     fn plain(&mut self, number: usize) -> Result<Vec<u8>> {
         let chunk = &self.chunks[number];
         let stored = &self.bytes[(u64::from(chunk.offset) - self.from) as usize..(chunk.end() - self.from) as usize];
-        Ok(self.decoder.decode(&self.keys, &self.key, chunk, stored)?.plain)
+        let keys = &self.repository.keys;
+        let damage = match self.decoder.decode(keys, &self.key, chunk, stored) {
+            Ok(decoded) => return Ok(decoded.plain),
+            Err(damage) => damage,
+        };
+        // the answer may have been damaged, not the object
+        let (offset, len) = (u64::from(chunk.offset), u64::from(chunk.stored_len));
+        let mut again = || {
+            reread::checked(&*self.repository.store, |reads| {
+                let stored = reads.get_range(&self.key, offset, len)?;
+                Ok(self.decoder.decode(keys, &self.key, chunk, &stored)?.plain)
+            })
+        };
+        again().map_err(|error| match error.is_not_found() {
+            // it was removed since: what is at hand is all there is
+            true => damage.into(),
+            false => error,
+        })
     }
 
     fn whole_packs(&mut self) -> Result<Vec<PackUse>> {

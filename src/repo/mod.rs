@@ -10,6 +10,7 @@ pub mod lock;
 pub mod manifest;
 pub mod packs;
 pub mod proof;
+pub mod reread;
 pub mod unlock;
 pub mod wal;
 
@@ -18,7 +19,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::error::{Context, Error, Result};
-use crate::format::chunk::{Decoder, Keys};
+use crate::format::FormatError;
+use crate::format::chunk::{ChunkRef, Decoder, Keys};
 use crate::format::info::{self, Info};
 use crate::format::pack::{Pack, PackKind};
 use crate::store::Store;
@@ -43,24 +45,44 @@ impl Repository {
 
     /// Fetches one object that is a pack of `kind`, and calls `each` with the plaintext of its chunks in order.
     pub fn read_pack(&self, key: &str, kind: PackKind, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let bytes = self.store.get(key)?;
-        let pack = Pack::parse(key, &bytes)?;
-        pack.header.expect(key, kind, self.keys.seal_kind())?;
-        if kind == PackKind::Wal {
-            self.keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
-        }
         let mut decoder = Decoder::new().map_err(|error| Error::new("cannot set up zstd").source(error))?;
-        for chunk in &pack.chunks {
-            let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
-            each(&decoder.decode(&self.keys, key, chunk, stored)?.plain)?;
-        }
-        Ok(())
+        let mut done: Vec<ChunkRef> = Vec::new();
+        reread::checked(&*self.store, |reads| {
+            let bytes = reads.get(key)?;
+            let pack = Pack::parse(key, &bytes)?;
+            pack.header.expect(key, kind, self.keys.seal_kind())?;
+            if kind == PackKind::Wal {
+                self.keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
+            }
+            if !pack.chunks.starts_with(&done) {
+                return Err(FormatError::new(key, 0, "it lists other chunks than when it was read before").into());
+            }
+            // an earlier try may have come as far as that
+            for chunk in &pack.chunks[done.len()..] {
+                let stored = &bytes[chunk.offset as usize..chunk.end() as usize];
+                each(&decoder.decode(&self.keys, key, chunk, stored)?.plain)?;
+                done.push(*chunk);
+            }
+            Ok(())
+        })
     }
 
     /// The stored form of an info object.
     pub fn encode_info<T: Info>(&self, key: &str, info: &T) -> Result<Bytes> {
         let bytes = info::encode(&self.keys, key, info).context(|| format!("cannot make {key}"))?;
         Ok(bytes.into())
+    }
+
+    /// Fetches and verifies an info object: what it says, or what is wrong with it.
+    ///
+    /// # Errors
+    /// When the store cannot be asked, or has no such object.
+    pub fn fetch_info<T: Info>(&self, key: &str) -> std::result::Result<crate::format::Result<T>, Error> {
+        reread::judged(
+            &*self.store,
+            |reads| Ok(self.decode_info(key, &reads.get(key)?)),
+            |outcome: &Result<crate::format::Result<T>>| matches!(outcome, Ok(Err(_))),
+        )?
     }
 
     /// Reads and verifies an info object.

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::{Repository, keys};
+use super::{Repository, keys, reread};
 use crate::error::{Context, Error, Result};
 use crate::format::info::{decode_open, encode_open, is_sealed};
 use crate::format::key::{KeyObject, Passphrase, Secret};
@@ -80,12 +80,19 @@ impl Repository {
 
     /// What is at one of the places: nothing, what the passphrase does not open, or the secret.
     pub fn unlock_at(&self, place: &str, passphrase: &Passphrase) -> Result<Option<Option<Secret>>> {
-        let bytes = match self.store.get(place) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error.into()),
+        let opened = reread::judged(
+            &*self.store,
+            |reads| {
+                let bytes = reads.get(place)?;
+                Ok(decode_open::<KeyObject>(place, &bytes).and_then(|object| object.unwrap(place, passphrase)))
+            },
+            |outcome| matches!(outcome, Ok(Err(_))),
+        )?;
+        let opened = match opened {
+            Ok(opened) => opened,
+            Err(error) if Error::is_not_found(&error) => return Ok(None),
+            Err(error) => return Err(error),
         };
-        let opened = decode_open::<KeyObject>(place, &bytes).and_then(|object| object.unwrap(place, passphrase));
         opened.map(Some).map_err(|error| {
             Error::new(format!("the key of stanza {} cannot be read", self.stanza))
                 .hint(format!(

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkRef, PackId};
 use crate::format::pack::{TRAILER_LEN, Trailer};
 use crate::repo::lock::Other;
-use crate::repo::{Repository, keys};
+use crate::repo::{Repository, keys, reread};
 
 /// Requests under way at once.
 const THREADS: usize = 8;
@@ -73,12 +73,14 @@ fn remember(dedup: &Dedup, chunks: Vec<ChunkRef>) {
 fn footer(repository: &Repository, pack: PackId, size: u64) -> Result<Vec<ChunkRef>> {
     let key = keys::pack(&repository.stanza, pack);
     let from = size.saturating_sub(TAIL_BYTES);
-    let tail = repository.store.get_range(&key, from, size - from)?;
-    let trailer_at = tail.len().saturating_sub(TRAILER_LEN);
-    let trailer = Trailer::parse(&key, size, &tail[trailer_at..])?;
-    let footer = match trailer.footer_offset.checked_sub(from) {
-        Some(at) => tail.slice(at as usize..trailer_at),
-        None => repository.store.get_range(&key, trailer.footer_offset, u64::from(trailer.footer_len))?,
-    };
-    Ok(trailer.footer(&key, pack, &footer)?)
+    reread::checked(&*repository.store, |reads| {
+        let tail = reads.get_range(&key, from, size - from)?;
+        let trailer_at = tail.len().saturating_sub(TRAILER_LEN);
+        let trailer = Trailer::parse(&key, size, &tail[trailer_at..])?;
+        let footer = match trailer.footer_offset.checked_sub(from) {
+            Some(at) => tail.slice(at as usize..trailer_at),
+            None => reads.get_range(&key, trailer.footer_offset, u64::from(trailer.footer_len))?,
+        };
+        Ok(trailer.footer(&key, pack, &footer)?)
+    })
 }

@@ -10,6 +10,7 @@ use crate::format::FormatError;
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
 use crate::format::pack::{HEADER_LEN, Header, Pack, TRAILER_LEN, Trailer};
 use crate::progress::Monitor;
+use crate::repo::reread::{self, Reads};
 use crate::repo::{Repository, keys};
 
 /// What is known of the packs that backups need.
@@ -87,18 +88,23 @@ pub(super) fn compare(
     needed: &HashMap<PackId, u64>,
     there: &HashMap<PackId, u64>,
     findings: &Findings,
-) -> Found {
+) -> Result<Found> {
     let mut found = Found { quick: true, ..Found::default() };
     for (id, size) in needed {
-        let what = match there.get(id) {
+        let key = keys::pack(&repository.stanza, *id);
+        if there.get(id).is_some_and(|bytes| bytes >= size) {
+            continue;
+        }
+        // a listing alone does not condemn it
+        let what = match repository.store.size(&key)? {
             None => "is missing".to_owned(),
-            Some(bytes) if bytes < size => format!("has {bytes} bytes, backups need {size} of it"),
+            Some(bytes) if bytes < *size => format!("has {bytes} bytes, backups need {size} of it"),
             Some(_) => continue,
         };
-        findings.harm(&keys::pack(&repository.stanza, *id), what.clone());
+        findings.harm(&key, what.clone());
         found.harmed.insert(*id, what);
     }
-    found
+    Ok(found)
 }
 
 /// Reads every pack that is needed.
@@ -111,19 +117,22 @@ pub(super) fn read(
     monitor: &dyn Monitor,
     checked: &mut Checked,
 ) -> Result<Found> {
-    let mut found = compare(repository, needed, there, findings);
+    let mut found = compare(repository, needed, there, findings)?;
     found.quick = false;
-    let mut packs: Vec<(PackId, u64)> = there.iter().map(|(id, size)| (*id, *size)).collect();
+    let listed = |id: &PackId, size: &u64| there.get(id).copied().or((!found.harmed.contains_key(id)).then_some(*size));
+    let mut packs: Vec<(PackId, u64)> = needed.iter().filter_map(|(id, size)| Some((*id, listed(id, size)?))).collect();
     packs.sort_unstable();
     monitor.stage("reading packs", packs.iter().map(|(_, size)| size).sum());
     let (sound, harmed) = (Mutex::new(HashMap::new()), Mutex::new(HashMap::new()));
     let totals = Mutex::new(*checked);
     each(&packs, options.process_max, |(id, size)| {
         let key = keys::pack(&repository.stanza, *id);
-        let proved = match repository.store.get(&key) {
-            Ok(bytes) => prove(repository, *id, &key, &bytes)?,
-            Err(error) => Proved { chunks: Vec::new(), harm: Some(finding(error.into(), &key)?.1) },
+        let look = |reads: &Reads<'_>| match reads.get(&key) {
+            Ok(bytes) => prove(repository, *id, &key, &bytes),
+            Err(error) => Ok(Proved { chunks: Vec::new(), harm: Some(finding(error.into(), &key)?.1) }),
         };
+        let is_harmed = |proved: &Result<Proved>| proved.as_ref().is_ok_and(|proved| proved.harm.is_some());
+        let proved = reread::judged(&*repository.store, look, is_harmed)??;
         let mut totals = totals.lock();
         totals.packs += 1;
         totals.pack_bytes += size;

@@ -13,9 +13,9 @@ use crate::format::pack::{Pack, PackKind};
 use crate::postgres::wal::landmarks::Landmarks;
 use crate::postgres::{SegmentName, SegmentSize, Timeline, TimelineHistory, WalName};
 use crate::progress::Monitor;
-use crate::repo::Repository;
 use crate::repo::proof::{Claims, Contradiction};
 use crate::repo::wal::{check_first_bytes, wal_identity};
+use crate::repo::{Repository, reread};
 use crate::store::Listed;
 
 /// Missing segments of one backup that are named one by one.
@@ -161,9 +161,12 @@ impl Archive<'_> {
 
     /// Proves one file: its chunks, its name, its length, and that it is this cluster's. Returns its content if that is looked into.
     fn read_file(&self, name: WalName, object: &Listed) -> Result<Vec<u8>> {
-        let (key, keys) = (&object.key, &self.repository.keys);
-        let bytes = self.repository.store.get(key)?;
-        let pack = Pack::parse(key, &bytes)?;
+        reread::checked(&*self.repository.store, |reads| self.prove(name, &object.key, &reads.get(&object.key)?))
+    }
+
+    fn prove(&self, name: WalName, key: &str, bytes: &[u8]) -> Result<Vec<u8>> {
+        let keys = &self.repository.keys;
+        let pack = Pack::parse(key, bytes)?;
         pack.header.expect(key, PackKind::Wal, keys.seal_kind())?;
         let wrong = |what: String| FormatError::new(key, 0, what);
         keys.check_wal_content(key, pack.header.id, &pack.chunks)?;

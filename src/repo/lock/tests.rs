@@ -5,7 +5,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use super::*;
-use crate::store::{Effect, Fault, MemoryStore, Page, Result as StoreResult, Store};
+use crate::store::{Effect, ErrorKind, Fault, MemoryStore, Page, Result as StoreResult, Store};
 
 /// A store that says of every object but one that it is older than it is.
 #[derive(Debug)]
