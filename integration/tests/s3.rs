@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use pgcairn_integration::process::run_ok;
 use pgcairn_integration::stanza::{number, status};
 use pgcairn_integration::{Cluster, Data, Place, Stanza, StopMode, install, wait_until};
-use pgcairn_s3_server::{ACCESS_KEY, S3Server, SECRET_KEY, Trouble};
+use pgcairn_s3_server::{ACCESS_KEY, S3Server, SECOND_ACCESS_KEY, SECRET_KEY, Trouble};
 
 const LONG: Duration = Duration::from_secs(120);
 /// Requests from nothing to the answer of one query, whatever the size of the backup.
@@ -25,6 +25,11 @@ struct Setup {
 
 impl Setup {
     fn new() -> Self {
+        Self::within("180s")
+    }
+
+    /// Whose runs give up on a store that fails after that time.
+    fn within(io_timeout: &str) -> Self {
         let objects = Place::new();
         let server = S3Server::start(objects.path(), Duration::ZERO).unwrap();
         server.make_bucket("backups").unwrap();
@@ -33,6 +38,7 @@ impl Setup {
             ("PGCAIRN_REPO_S3_REGION", "us-east-1"),
             ("PGCAIRN_REPO_S3_KEY", ACCESS_KEY),
             ("PGCAIRN_REPO_S3_KEY_SECRET", SECRET_KEY),
+            ("PGCAIRN_IO_TIMEOUT", io_timeout),
         ];
         let stanza = Stanza::at("s3://backups/some/prefix", &environment);
         Self { server: Some(server), stanza, objects }
@@ -114,7 +120,7 @@ fn the_main_path() {
 /// At whatever request the store begins to refuse, or to cut connections: an error, and nothing that looks whole.
 #[test]
 fn a_store_that_goes_away_during_a_backup() {
-    let mut setup = Setup::new();
+    let mut setup = Setup::within("5s");
     let cluster = Cluster::builder().wal_segsize_mb(1).start();
     Data::tiny().random_mb(24).load(&cluster);
     setup.stanza.create(&cluster);
@@ -195,7 +201,7 @@ fn read(path: &Path) -> Result<Vec<u8>, Option<i32>> {
 
 #[test]
 fn a_mount_outlives_its_store() {
-    let mut setup = Setup::new();
+    let mut setup = Setup::within("5s");
     let cluster = setup.stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
     Data::tiny().random_mb(4).load(&cluster);
     setup.stanza.create(&cluster);
@@ -224,13 +230,15 @@ fn a_mount_outlives_its_store() {
     setup.start(port);
     let index = (mount.path().join(&index), cluster.data_directory().join(&index));
     assert!(read(&index.0).unwrap() == fs::read(&index.1).unwrap());
+    // a failure after a long wait is the answer for some seconds more
+    wait_until(LONG, "what failed to be asked for again", || read(&wal.path()).is_ok());
     assert_eq!(read(&wal.path()).unwrap().len(), 1 << 20);
 }
 
 /// PostgreSQL takes exit status 1 for the end of WAL, so a store that cannot be asked must say something else.
 #[test]
 fn archive_get_from_a_store_that_is_away() {
-    let mut setup = Setup::new();
+    let mut setup = Setup::within("5s");
     let cluster = setup.stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
     setup.stanza.create(&cluster);
     setup.stanza.run(["check", "--pg", cluster.conninfo()]).ok();
@@ -245,4 +253,131 @@ fn archive_get_from_a_store_that_is_away() {
     fs::remove_dir_all(setup.objects.join("backups")).unwrap();
     assert_eq!(get(&setup.stanza), Some(250), "a bucket that is gone has no end of WAL");
     assert!(!target.exists());
+}
+
+/// What comes between may spoil any answer once: nothing is lost, nobody is told of damage, and no WAL ends early.
+#[test]
+fn answers_that_are_spoilt_on_their_way() {
+    let setup = Setup::new();
+    let (stanza, server) = (&setup.stanza, setup.server());
+    let cluster = stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
+    Data::tiny().random_mb(4).load(&cluster);
+    stanza.create(&cluster);
+    let label = stanza.backup(&cluster);
+    let segment = cluster.psql("SELECT pg_walfile_name(pg_switch_wal());");
+    stanza.run(["check", "--pg", cluster.conninfo()]).ok();
+
+    // a listing that was cut is not the end of WAL
+    let target = stanza.place().join("target");
+    let cuts = [Trouble::CutListing(0), Trouble::Empty, Trouble::Page(200), Trouble::Page(404), Trouble::Short];
+    for trouble in cuts {
+        server.trouble_of("list-type=2", trouble, 2);
+        stanza.run(["archive-get", &segment, target.to_str().unwrap()]).ok();
+        fs::remove_file(&target).unwrap();
+        server.calm();
+    }
+    // nor is a stanza without backups
+    server.trouble_of("list-type=2", Trouble::CutListing(0), 2);
+    assert!(stanza.run(["info"]).ok().contains(&label));
+    server.calm();
+
+    // of every kind of object one answer, and two different ones
+    let spoilt = [Trouble::Flip, Trouble::Short, Trouble::Page(200), Trouble::Empty];
+    for kind in ["archive.info", "backup.info", "backup.manifest", "/chunk/", "/0000000100000000/"] {
+        let get = format!("GET /backups/some/prefix/{}", if kind.starts_with('/') { &kind[1..] } else { "" });
+        let of = if kind == "/chunk/" { get } else { kind.to_owned() };
+        for trouble in spoilt {
+            server.trouble_of(&of, trouble, 1);
+        }
+        let told = stanza.run(["verify"]).ok();
+        assert!(!told.contains("damage"), "{kind}: {told}");
+        server.calm();
+    }
+    assert!(!setup.objects.join("backups/some/prefix/harm").exists(), "one bad answer was noted as harm");
+
+    // a mount delivers what is right, from ranges too
+    let table = cluster.psql("SELECT pg_relation_filepath('random_bytes');");
+    let expected = fs::read(cluster.data_directory().join(&table)).unwrap();
+    let cold = stanza.place().join("cold");
+    let mount = stanza.mount("mount", &["--backup", &label, "--cache-path", cold.to_str().unwrap()]);
+    for trouble in [Trouble::Flip, Trouble::WholeForRange, Trouble::Short, Trouble::Page(200)] {
+        server.trouble_of("GET /backups/some/prefix/chunk", trouble, 1);
+    }
+    assert!(read(&mount.path().join(&table)).unwrap() == expected);
+    assert_eq!(number(&status(mount.path()), "errors"), 0);
+    drop(mount);
+    server.calm();
+
+    // the same wrong bytes each time are damage
+    server.trouble_of("GET /backups/some/prefix/chunk", Trouble::Flip, 100_000);
+    stanza.run(["verify"]).fails(1, "chunk/");
+}
+
+/// A store in trouble for some seconds is waited for by every verb.
+#[test]
+fn a_store_that_is_overloaded_for_a_while() {
+    let setup = Setup::new();
+    let (stanza, server) = (&setup.stanza, setup.server());
+    let cluster = Cluster::builder().wal_segsize_mb(1).start();
+    Data::tiny().load(&cluster);
+    stanza.create(&cluster);
+    let while_away = |trouble: Trouble, run: &dyn Fn()| {
+        server.calm();
+        server.trouble_for("", trouble, Duration::from_secs(3));
+        run();
+    };
+    while_away(Trouble::Status(503, "SlowDown"), &|| _ = stanza.backup(&cluster));
+    while_away(Trouble::Page(503), &|| _ = stanza.run(["info"]).ok());
+    let copy = stanza.place().join("copy");
+    while_away(Trouble::Cut, &|| _ = stanza.run(["restore", copy.to_str().unwrap()]).ok());
+}
+
+/// Credentials of a profile that are replaced reach a daemon that runs.
+#[test]
+fn rotated_credentials_reach_a_mount() {
+    let setup = Setup::new();
+    let cluster = setup.stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
+    Data::tiny().random_mb(4).load(&cluster);
+    setup.stanza.create(&cluster);
+    let label = setup.stanza.backup(&cluster);
+    let profile = setup.stanza.place().join("credentials");
+    let write = |key: &str| {
+        let text = format!("[default]\naws_access_key_id = {key}\naws_secret_access_key = {SECRET_KEY}\n");
+        fs::write(&profile, text).unwrap();
+    };
+    write(ACCESS_KEY);
+    let environment = [
+        ("PGCAIRN_REPO_S3_ENDPOINT", setup.server().endpoint.as_str()),
+        ("PGCAIRN_REPO_S3_REGION", "us-east-1"),
+        ("AWS_SHARED_CREDENTIALS_FILE", profile.to_str().unwrap()),
+        ("AWS_CONFIG_FILE", "/dev/null"),
+    ];
+    let stanza = Stanza::at("s3://backups/some/prefix", &environment);
+    let mount = stanza.mount("mount", &["--backup", &label]);
+    let table = cluster.psql("SELECT pg_relation_filepath('random_bytes');");
+    let expected = fs::read(cluster.data_directory().join(&table)).unwrap();
+    setup.server().refuse_key(ACCESS_KEY);
+    write(SECOND_ACCESS_KEY);
+    assert!(read(&mount.path().join(&table)).unwrap() == expected);
+    assert_eq!(number(&status(mount.path()), "errors"), 0);
+}
+
+#[test]
+fn proxies_of_the_environment() {
+    let setup = Setup::new();
+    let proxy = setup.server().endpoint.as_str();
+    let run = |more: &[(&str, &str)]| {
+        let environment = [
+            ("PGCAIRN_REPO_S3_ENDPOINT", "http://store.invalid"),
+            ("PGCAIRN_REPO_S3_KEY", ACCESS_KEY),
+            ("PGCAIRN_REPO_S3_KEY_SECRET", SECRET_KEY),
+            ("PGCAIRN_IO_TIMEOUT", "1s"),
+        ];
+        Stanza::at("s3://backups/proxied", &[&environment, more].concat()).run(["info"])
+    };
+    // through it, the server is found; there is no stanza in it
+    run(&[("HTTP_PROXY", proxy)]).fails(1, "does not exist in s3://backups/proxied");
+    run(&[("http_proxy", proxy), ("NO_PROXY", "elsewhere.invalid")]).fails(1, "does not exist in");
+    run(&[("HTTP_PROXY", proxy), ("NO_PROXY", "store.invalid")]).fails(1, "gave up after");
+    run(&[]).fails(1, "gave up after");
 }

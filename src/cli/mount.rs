@@ -21,6 +21,7 @@ use crate::read::stanza::{Moments, StanzaTree};
 use crate::read::tree::{Owner, ViewTree};
 use crate::read::view::{View, ViewOptions};
 use crate::repo::Repository;
+use crate::store::Stop;
 
 /// Threads that serve the kernel's requests; one that waits for the store holds its thread.
 const SERVE_THREADS: usize = 16;
@@ -88,7 +89,7 @@ impl Mount {
             return match self.prepare(common) {
                 Ok(mount) => {
                     daemon::ready();
-                    self.serve(mount)
+                    self.serve(mount, common)
                 }
                 Err(error) => Err(error),
             };
@@ -109,7 +110,7 @@ impl Mount {
         if self.foreground {
             let mount = self.prepare(common)?;
             output::line(&format!("mounted on {}", self.mountpoint.display()));
-            return self.serve(mount);
+            return self.serve(mount, common);
         }
         let name = absolute(&self.mountpoint)?.replace('/', "-");
         spawn(self, common, &daemon::log_path(&format!("mount{name}"))?)?;
@@ -163,8 +164,8 @@ impl Mount {
     }
 
     /// Serves until unmounted; what only this mount needed goes with it.
-    fn serve(&self, mount: pgcairn_mount::Mount) -> Result<()> {
-        let served = serve(mount);
+    fn serve(&self, mount: pgcairn_mount::Mount, common: &Common) -> Result<()> {
+        let served = serve(mount, common.stop.clone());
         if let Some(directory) = &self.discard {
             discard(directory);
         }
@@ -291,7 +292,7 @@ pub(super) fn spawn(mount: &Mount, common: &Common, log: &Path) -> Result<u32> {
 }
 
 /// Serves until unmounted, or until asked to end.
-fn serve(mount: pgcairn_mount::Mount) -> Result<()> {
+fn serve(mount: pgcairn_mount::Mount, stop: Stop) -> Result<()> {
     let unmounter = mount.unmounter();
     signals::let_go();
     let mut signals =
@@ -299,6 +300,10 @@ fn serve(mount: pgcairn_mount::Mount) -> Result<()> {
     std::thread::spawn(move || {
         // the first signal unmounts if nobody uses the mount; the second takes it away from whoever does
         for asked_before in signals.forever().enumerate().map(|(number, _)| number > 0) {
+            if asked_before {
+                // readers that wait for a store that hangs keep their processes from ending
+                stop.set();
+            }
             let ended = if asked_before { unmounter.detach() } else { unmounter.unmount() };
             if let Err(error) = ended {
                 tracing::error!(%error, "cannot unmount; a second signal detaches the mount from its users");

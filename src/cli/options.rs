@@ -38,6 +38,20 @@ pub(super) struct Common {
     )]
     #[arg(value_parser = ["off", "error", "warn", "info", "debug", "trace"], ignore_case = true)]
     pub(super) log_level: String,
+    /// How long a call of an S3 repository that fails is tried again, e.g. 180s or 5m
+    #[arg(
+        long,
+        global = true,
+        env = "PGCAIRN_IO_TIMEOUT",
+        value_name = "TIME",
+        default_value = "180s",
+        value_parser = io_timeout,
+        help_heading = "Common options"
+    )]
+    pub(super) io_timeout: Duration,
+    /// set when the program is asked to end: calls of the repository fail from then on
+    #[arg(skip)]
+    pub(super) stop: store::Stop,
     #[command(flatten)]
     pub(super) s3: S3,
     #[command(flatten)]
@@ -111,8 +125,11 @@ pub(super) enum YesNo {
 impl Common {
     /// The stanza, whose store gives up on what fails after `patience`.
     pub(super) fn repository_within(&self, patience: Duration) -> Result<Repository> {
-        let retry = RetryPolicy { deadline: patience.min(RetryPolicy::default().deadline), ..RetryPolicy::default() };
-        Repository::open(self.store_with(false, retry)?, self.stanza()?, self.cipher.passphrase()?.as_ref())
+        Repository::open(
+            self.store_with(false, patience.min(self.io_timeout))?,
+            self.stanza()?,
+            self.cipher.passphrase()?.as_ref(),
+        )
     }
 
     /// What tells one repository from another without opening it.
@@ -143,10 +160,10 @@ impl Common {
 
     /// The store alone.
     pub(super) fn store(&self, create: bool) -> Result<Arc<dyn store::Store>> {
-        self.store_with(create, RetryPolicy::default())
+        self.store_with(create, self.io_timeout)
     }
 
-    fn store_with(&self, create: bool, retry: RetryPolicy) -> Result<Arc<dyn store::Store>> {
+    fn store_with(&self, create: bool, deadline: Duration) -> Result<Arc<dyn store::Store>> {
         let url =
             self.repo.as_deref().ok_or_else(|| missing("repo", "--repo /backups or --repo s3://bucket/prefix"))?;
         let options = StoreOptions {
@@ -156,16 +173,15 @@ impl Common {
             key: self.s3.repo_s3_key.clone(),
             key_secret: self.s3.repo_s3_key_secret.clone(),
             ca_file: self.s3.repo_storage_ca_file.clone(),
-            retry,
+            retry: RetryPolicy { deadline, ..RetryPolicy::default() },
+            stop: self.stop.clone(),
             ..StoreOptions::default()
         };
         store::open(url, &options, create).map_err(|error| {
             let failed = Error::new(format!("cannot open the repository {url}"));
             match error.hint() {
                 Some(_) => failed.source(error),
-                None if self.repository_directory().is_none() => {
-                    failed.hint("check --repo and the options --repo-s3-...").source(error)
-                }
+                None if self.repository_directory().is_none() => failed.hint(S3_HINT).source(error),
                 None if error.kind == store::ErrorKind::NotFound => {
                     failed.hint("check --repo; \"pgcairn stanza-create\" makes a directory").source(error)
                 }
@@ -209,6 +225,7 @@ impl Common {
             ("--repo", self.repo.as_deref().map(absolute)),
             ("--stanza", self.stanza.clone()),
             ("--log-level", Some(self.log_level.clone())),
+            ("--io-timeout", self.io_timeout_given().map(|time| time.as_secs().to_string())),
             ("--repo-s3-endpoint", self.s3.repo_s3_endpoint.clone()),
             ("--repo-s3-region", self.s3.repo_s3_region.clone()),
             ("--repo-s3-key", self.s3.repo_s3_key.clone()),
@@ -227,6 +244,10 @@ impl Common {
             .filter_map(|(name, value)| Some([name.to_owned(), value?]))
             .flatten()
             .collect()
+    }
+
+    fn io_timeout_given(&self) -> Option<Duration> {
+        Some(self.io_timeout).filter(|time| *time != RetryPolicy::default().deadline)
     }
 
     /// Secrets, for a child's environment.
@@ -274,6 +295,18 @@ impl Cache {
             vec![format!("--cache-size={}", self.cache_size), format!("--cache-memory={}", self.cache_memory)];
         arguments.extend(self.cache_path.as_deref().map(|path| format!("--cache-path={}", absolute_path(path))));
         arguments
+    }
+}
+
+const S3_HINT: &str = "--repo is s3://BUCKET/PREFIX, with letters, digits and . _ = + : - in the prefix; see --repo-s3-endpoint, \
+    --repo-s3-key and --repo-storage-ca-file";
+
+/// Parses `180`, `180s`, `5m`: long enough for one answer, and not for ever.
+fn io_timeout(text: &str) -> std::result::Result<Duration, String> {
+    let time = super::retention::time(text)?;
+    match (1..=3600).contains(&time.as_secs()) {
+        true => Ok(time),
+        false => Err(format!("{text} is not between 1s and 1h")),
     }
 }
 

@@ -29,6 +29,8 @@ pub struct StoreError {
     pub url: String,
     /// the object's key, or the prefix listed; empty for the store itself
     pub key: String,
+    /// what to do next, if that is more than the kind says
+    pub hint: Option<&'static str>,
     /// the cause
     #[source]
     pub source: Box<dyn std::error::Error + Send + Sync>,
@@ -46,7 +48,7 @@ impl StoreError {
         key: &str,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        Self { kind, operation, url: url.to_owned(), key: key.to_owned(), source: source.into() }
+        Self { kind, operation, url: url.to_owned(), key: key.to_owned(), hint: None, source: source.into() }
     }
 
     /// A read past the end of an object whose size is known, or not.
@@ -60,14 +62,14 @@ impl StoreError {
 
     /// What to do next.
     pub fn hint(&self) -> Option<&'static str> {
-        match self.kind {
+        self.hint.or(match self.kind {
             ErrorKind::NotFound => None,
             ErrorKind::Truncated => Some("the object is damaged; other backups may be whole"),
             ErrorKind::Denied => Some("check the credentials and the permissions of the repository"),
             ErrorKind::NoSpace => Some("free space in the repository, then run the command again"),
             ErrorKind::Transient => Some("check that the repository can be reached, then run the command again"),
             ErrorKind::Other => None,
-        }
+        })
     }
 }
 

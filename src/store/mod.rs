@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 mod call;
+pub mod deadline;
 mod error;
 mod fault;
 mod file;
@@ -16,6 +17,7 @@ mod memory;
 mod record;
 mod retry;
 mod s3;
+mod stop;
 #[cfg(test)]
 mod tests;
 mod url;
@@ -28,6 +30,7 @@ pub use memory::MemoryStore;
 pub use record::{Count, Record, Recording};
 pub use retry::{Retry, RetryPolicy};
 pub use s3::{S3Options, S3Store};
+pub use stop::Stop;
 pub use url::{StoreOptions, open};
 
 /// How many objects one page of a listing holds at most; S3's own limit.

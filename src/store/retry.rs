@@ -5,18 +5,16 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::{Body, ErrorKind, Page, Result, Store, StoreError};
+use super::{Body, ErrorKind, Page, Result, Stop, Store, StoreError, deadline};
 
-/// How often and how long to try.
+/// How long to try, and how to wait between tries. The deadline decides, not the number of tries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// tries in all, the first one included
-    pub attempts: u32,
     /// upper bound of the first wait; doubles with each try
     pub delay_base: Duration,
     /// upper bound of any wait
     pub delay_max: Duration,
-    /// no new try starts this long after the first one started
+    /// how long one call may take, whatever is tried again in it; moving many bytes may take longer
     pub deadline: Duration,
 }
 
@@ -24,7 +22,6 @@ impl Default for RetryPolicy {
     /// Rides out a restart of the server and a few minutes of throttling.
     fn default() -> Self {
         Self {
-            attempts: 10,
             delay_base: Duration::from_millis(100),
             delay_max: Duration::from_secs(10),
             deadline: Duration::from_secs(180),
@@ -32,13 +29,25 @@ impl Default for RetryPolicy {
     }
 }
 
+/// What is left for the last try: none begins later.
+const LAST_TRY: Duration = Duration::from_secs(1);
+
+/// A call that fails for so long is told to whoever waits for it.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+
 impl RetryPolicy {
     /// The wait after the `tries`-th try failed: anything from nothing to the bound ("full jitter"), so that many
     /// clients of a server that throttled them do not come back at once.
-    pub(super) fn delay(&self, tries: u32) -> Duration {
+    fn delay(&self, tries: u32) -> Duration {
         let bound = self.delay_base.saturating_mul(1 << (tries - 1).min(20)).min(self.delay_max);
         let random = getrandom::u32().unwrap_or(u32::MAX);
         bound.mul_f64(f64::from(random) / f64::from(u32::MAX))
+    }
+
+    /// The same, so that one more try fits into what is `left`; `None` when none does.
+    pub(super) fn next_delay(&self, tries: u32, left: Duration) -> Option<Duration> {
+        let left = left.saturating_sub(LAST_TRY.min(self.deadline / 8));
+        (!left.is_zero()).then(|| self.delay(tries).min(left))
     }
 }
 
@@ -48,28 +57,48 @@ impl RetryPolicy {
 pub struct Retry<S> {
     inner: S,
     policy: RetryPolicy,
+    stop: Stop,
 }
 
 impl<S: Store> Retry<S> {
     /// Repeats the calls of `inner`.
     pub fn new(inner: S, policy: RetryPolicy) -> Self {
-        Self { inner, policy }
+        Self { inner, policy, stop: Stop::default() }
+    }
+
+    /// The same, until `stop` is set.
+    #[must_use]
+    pub fn until(self, stop: Stop) -> Self {
+        Self { stop, ..self }
     }
 
     fn run<T>(&self, call: impl Fn() -> Result<T>) -> Result<T> {
+        deadline::within(self.policy.deadline, || self.repeat(call))
+    }
+
+    fn repeat<T>(&self, call: impl Fn() -> Result<T>) -> Result<T> {
         let start = Instant::now();
-        let mut tries = 1;
+        let (mut tries, mut is_told, mut truncated) = (1, false, false);
         loop {
             let error = match call() {
                 Err(error) if error.kind == ErrorKind::Transient => error,
+                // one answer alone does not make an object shorter than it should be
+                Err(error) if error.kind == ErrorKind::Truncated && !truncated => {
+                    truncated = true;
+                    continue;
+                }
                 done => return done,
             };
-            let delay = self.policy.delay(tries);
-            if tries >= self.policy.attempts || start.elapsed() + delay >= self.policy.deadline {
-                return Err(gave_up(error, tries, start.elapsed()));
+            let left = deadline::left().unwrap_or(self.policy.deadline);
+            let delay = self.policy.next_delay(tries, left).filter(|_| !self.stop.is_set());
+            let Some(delay) = delay else { return Err(gave_up(error, tries, start.elapsed())) };
+            if start.elapsed() >= SILENCE_MAX && !is_told {
+                is_told = true;
+                let left = left.as_secs();
+                tracing::warn!(cause = %error.source, "{error}: it is tried again for up to {left} s");
             }
             tracing::debug!(tries, ?delay, error = %error, cause = %error.source, "try again");
-            std::thread::sleep(delay);
+            self.stop.sleep(delay);
             tries += 1;
         }
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use aws_sdk_s3::primitives::ByteStream;
 use bytes::Bytes;
 
-use super::{Body, ErrorKind, Page, Result, Store, StoreError, key};
+use super::{Body, ErrorKind, Page, Result, RetryPolicy, Stop, Store, StoreError, key};
 
 mod answer;
 mod bridge;
@@ -47,6 +47,10 @@ pub struct S3Options {
     pub attempt_timeout: Option<Duration>,
     /// how long connecting may take, 5 s by default
     pub connect_timeout: Option<Duration>,
+    /// how the parts of one upload are tried again
+    pub retry: RetryPolicy,
+    /// ends all calls when it is set
+    pub stop: Stop,
 }
 
 impl std::fmt::Debug for S3Options {
@@ -113,7 +117,8 @@ impl S3Store {
                     Some("NotFound") if failure.kind == ErrorKind::NotFound => Failure::bare_404(),
                     _ => failure,
                 };
-                Err(StoreError::new(failure.kind, operation, &self.url, key, failure))
+                let (kind, hint) = (failure.kind, failure.hint());
+                Err(StoreError { hint, ..StoreError::new(kind, operation, &self.url, key, failure) })
             }
         }
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{DirectoryStore, ErrorKind, Result, Retry, RetryPolicy, S3Options, S3Store, Store, StoreError};
+use super::{DirectoryStore, ErrorKind, Result, Retry, RetryPolicy, S3Options, S3Store, Stop, Store, StoreError};
 
 /// Everything about a store that is not in its URL.
 #[derive(Clone, Default)]
@@ -26,8 +26,10 @@ pub struct StoreOptions {
     pub attempt_timeout: Option<Duration>,
     /// how long connecting may take
     pub connect_timeout: Option<Duration>,
-    /// how often to try
+    /// how long to try
     pub retry: RetryPolicy,
+    /// ends all calls when it is set
+    pub stop: Stop,
 }
 
 impl fmt::Debug for StoreOptions {
@@ -84,7 +86,7 @@ fn open_directory(path: &str, create: bool) -> Result<Arc<dyn Store>> {
 
 fn open_s3(bucket: &str, prefix: &str, options: &StoreOptions) -> Result<Arc<dyn Store>> {
     let options = options.clone();
-    let retry = options.retry;
+    let (retry, stop) = (options.retry, options.stop);
     let store = S3Store::open(S3Options {
         bucket: bucket.to_owned(),
         prefix: prefix.to_owned(),
@@ -96,6 +98,8 @@ fn open_s3(bucket: &str, prefix: &str, options: &StoreOptions) -> Result<Arc<dyn
         ca_file: options.ca_file,
         attempt_timeout: options.attempt_timeout,
         connect_timeout: options.connect_timeout,
+        retry,
+        stop: stop.clone(),
     })?;
-    Ok(Arc::new(Retry::new(store, retry)))
+    Ok(Arc::new(Retry::new(store, retry).until(stop)))
 }

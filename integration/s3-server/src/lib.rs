@@ -25,6 +25,9 @@ pub const ACCESS_KEY: &str = "pgcairn-test-access-key";
 /// The secret key that belongs to it.
 pub const SECRET_KEY: &str = "pgcairn-test-secret-key";
 
+/// Another key with the same secret: for credentials that change.
+pub const SECOND_ACCESS_KEY: &str = "pgcairn-test-second-key";
+
 /// What happens to one request instead of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
@@ -86,6 +89,7 @@ struct Control {
     requests: AtomicU64,
     rules: Mutex<VecDeque<Rule>>,
     log: Mutex<Vec<String>>,
+    refused_keys: Mutex<Vec<String>>,
 }
 
 impl Control {
@@ -114,9 +118,12 @@ impl S3Server {
     pub fn start_on(directory: &Path, latency: Duration, port: u16) -> io::Result<Self> {
         let files = s3s_fs::FileSystem::new(directory).map_err(|e| io::Error::other(format!("{e:?}")))?;
         let mut service = S3ServiceBuilder::new(files);
-        service.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
+        let mut keys = SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY);
+        keys.register(SECOND_ACCESS_KEY.to_owned(), SECRET_KEY.into());
+        service.set_auth(keys);
         let control = Arc::new(Control::default());
-        let handler = Handler { service: service.build(), control: Arc::clone(&control) };
+        let handler =
+            Handler { service: service.build(), control: Arc::clone(&control), directory: directory.to_owned() };
 
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let listener = std::net::TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))?;
@@ -162,6 +169,11 @@ impl S3Server {
         self.control.add(Rule { of: of.to_owned(), trouble, count: usize::MAX, until });
     }
 
+    /// From now on this access key is not known any more.
+    pub fn refuse_key(&self, key: &str) {
+        self.control.refused_keys.lock().unwrap_or_else(PoisonError::into_inner).push(format!("Credential={key}/"));
+    }
+
     /// Ends every trouble.
     pub fn calm(&self) {
         self.control.rules.lock().unwrap_or_else(PoisonError::into_inner).clear();
@@ -205,6 +217,7 @@ async fn serve(listener: std::net::TcpListener, handler: Handler) {
 struct Handler {
     service: S3Service,
     control: Arc<Control>,
+    directory: PathBuf,
 }
 
 type Answer = Pin<Box<dyn Future<Output = Result<HttpResponse, HttpError>> + Send>>;
@@ -214,24 +227,33 @@ impl hyper::service::Service<http::Request<Incoming>> for Handler {
     type Error = HttpError;
     type Future = Answer;
 
-    fn call(&self, mut request: http::Request<Incoming>) -> Answer {
+    fn call(&self, request: http::Request<Incoming>) -> Answer {
         self.control.requests.fetch_add(1, Ordering::SeqCst);
         let latency = Duration::from_micros(self.control.latency_micros.load(Ordering::SeqCst));
         let line = format!("{} {}", request.method(), request.uri().path_and_query().map_or("", |path| path.as_str()));
         let trouble = self.control.meet(&line);
         self.control.log.lock().unwrap_or_else(PoisonError::into_inner).push(line);
-        if trouble == Some(Trouble::WholeForRange) {
-            request.headers_mut().remove("range");
-        }
+        let object = self.directory.join(request.uri().path().trim_start_matches('/'));
+        let signed = request.headers().get("authorization").and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let refused = self.control.refused_keys.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_refused = refused.iter().any(|key| signed.contains(key.as_str()));
+        drop(refused);
         let service = self.service.clone();
         Box::pin(async move {
             if !latency.is_zero() {
                 tokio::time::sleep(latency).await;
             }
             let carry_out = || hyper::service::Service::call(&service, request);
+            if is_refused {
+                return refusal(403, "InvalidAccessKeyId");
+            }
             let Some(trouble) = trouble else { return carry_out().await };
             match trouble {
-                Trouble::Pass | Trouble::WholeForRange => carry_out().await,
+                Trouble::Pass => carry_out().await,
+                Trouble::WholeForRange => match std::fs::read(object) {
+                    Ok(bytes) => whole(bytes),
+                    Err(_) => carry_out().await,
+                },
                 Trouble::Status(status, code) => refusal(status, code),
                 Trouble::StatusAfter(status, code) => {
                     carry_out().await?;
@@ -295,6 +317,15 @@ fn cut() -> HttpError {
 fn refusal(status: u16, code: &str) -> Result<HttpResponse, HttpError> {
     let body = format!("<Error><Code>{code}</Code><Message>refused on purpose</Message></Error>");
     answer(status, "application/xml", body)
+}
+
+/// The whole object, as the answer to whatever was asked of it.
+fn whole(bytes: Vec<u8>) -> Result<HttpResponse, HttpError> {
+    http::Response::builder()
+        .header("etag", "\"whole\"")
+        .header("content-length", bytes.len())
+        .body(s3s::Body::from(bytes))
+        .map_err(|e| HttpError::new(Box::new(e)))
 }
 
 fn answer(status: u16, kind: &str, body: String) -> Result<HttpResponse, HttpError> {

@@ -45,7 +45,7 @@ pub(super) fn check_range(answer: &GetObjectOutput, offset: u64, len: u64) -> Re
         return match content_len {
             Some(size) if offset == 0 && size == len => Ok(()),
             Some(size) if offset.saturating_add(len) > size => Err(truncated(offset, len, Some(size))),
-            _ => Err(Failure::other("the server ignores ranges: it answered with the whole object")),
+            _ => Err(Failure::transient("the server ignores the range: it answered with the whole object")),
         };
     };
     let Some((first, last, size)) = parse_range(range) else {
@@ -90,7 +90,7 @@ mod tests {
         assert_eq!(kind(Some("bytes 95-99/100"), 5, 95, 10), Some(ErrorKind::Truncated));
         assert_eq!(kind(Some("bytes 95-99/*"), 5, 95, 10), Some(ErrorKind::Truncated));
         assert_eq!(kind(None, 100, 100, 10), Some(ErrorKind::Truncated), "moto, past the end");
-        assert_eq!(kind(None, 100, 10, 10), Some(ErrorKind::Other));
+        assert_eq!(kind(None, 100, 10, 10), Some(ErrorKind::Transient));
         assert_eq!(kind(Some("bytes 0-9/100"), 10, 10, 10), Some(ErrorKind::Truncated));
         assert_eq!(kind(Some("bytes 9-19/100"), 11, 10, 10), Some(ErrorKind::Transient));
         assert_eq!(kind(Some("bytes 10-19/100"), 9, 10, 10), Some(ErrorKind::Transient));

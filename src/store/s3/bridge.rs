@@ -2,16 +2,21 @@
 //! call, and a bound in time on everything that runs on it.
 
 use std::fmt;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::time::Duration;
+use std::task::Poll;
+use std::time::{Duration, Instant};
 
 use aws_sdk_s3::Client;
-use parking_lot::Mutex;
+use aws_sdk_s3::config::Credentials;
+use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Runtime;
 
 use super::S3Options;
 use super::connect::connect;
 use super::failure::Failure;
+use crate::store::{ErrorKind, RetryPolicy, deadline};
 
 /// Threads that drive the connections. The callers' own threads do the rest: signing, copying.
 const WORKERS: usize = 2;
@@ -21,6 +26,9 @@ const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
 /// The slowest link that is still worth waiting for, in bytes per second. What moves no byte at all for 20 s is cut
 /// off earlier.
 const RATE_MIN: u64 = 256 << 10;
+
+/// Credentials that are refused are looked for again, but not more often.
+const RENEWAL_MIN: Duration = Duration::from_secs(2);
 
 type Outcome<T> = std::result::Result<T, Failure>;
 
@@ -33,7 +41,22 @@ pub(super) struct Bridge {
 struct Live {
     /// present until dropped
     runtime: Option<Runtime>,
+    connected: RwLock<Connected>,
+}
+
+#[derive(Clone)]
+struct Connected {
     client: Client,
+    credentials: Credentials,
+    /// when they were last looked for after a refusal
+    renewed: Option<Instant>,
+}
+
+impl Connected {
+    async fn new(options: &S3Options) -> Outcome<Self> {
+        let (client, credentials) = connect(options).await?;
+        Ok(Self { client, credentials, renewed: None })
+    }
 }
 
 impl Drop for Live {
@@ -67,16 +90,59 @@ impl Bridge {
         })
     }
 
-    /// Runs calls that bound themselves with [`Bridge::limit`] and [`bounded`].
+    /// Runs calls that bound themselves with [`Bridge::limit`] and [`bounded`], until the program ends.
     pub(super) fn drive<T>(&self, calls: impl AsyncFnOnce(&Client) -> Outcome<T>) -> Outcome<T> {
+        let stop = &self.options.stop;
+        if stop.is_set() {
+            return Err(Failure::stopped());
+        }
         let live = self.live()?;
         let Some(runtime) = &live.runtime else { return Err(Failure::other("the store is closed")) };
-        block_on(runtime, calls(&live.client))
+        let connected = live.connected.read().clone();
+        let outcome = block_on(runtime, async {
+            let (calls, stopped) = (pin!(calls(&connected.client)), pin!(stop.wait()));
+            first(calls, stopped).await.unwrap_or_else(|| Err(Failure::stopped()))
+        });
+        match outcome {
+            Err(failure) if failure.kind == ErrorKind::Denied => Err(self.renewed(&live, &connected, runtime, failure)),
+            outcome => outcome,
+        }
     }
 
-    /// How long moving `len` bytes may take.
+    /// What a refusal comes to. If there are other credentials by now than those that were refused, as in a profile that was
+    /// rotated, they are taken from here on, and the call is worth another try.
+    fn renewed(&self, live: &Live, used: &Connected, runtime: &Runtime, failure: Failure) -> Failure {
+        if live.connected.read().credentials != used.credentials {
+            return failure.again("another thread took up new credentials");
+        }
+        // what was given as an option stays what it is
+        let is_given = self.options.key.is_some();
+        if is_given || used.renewed.is_some_and(|renewed| renewed.elapsed() < RENEWAL_MIN) {
+            return failure;
+        }
+        match block_on(runtime, bounded(self.limit(0), Connected::new(&self.options))) {
+            Ok(fresh) => {
+                let is_new = fresh.credentials != used.credentials;
+                // also if they are the same: the next refusal need not look at once
+                *live.connected.write() = Connected { renewed: Some(Instant::now()), ..fresh };
+                if is_new { failure.again("there are new credentials") } else { failure }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "no new credentials");
+                failure
+            }
+        }
+    }
+
+    /// How long moving `len` bytes may take. One try does not take longer than the whole call may.
     pub(super) fn limit(&self, len: u64) -> Duration {
-        self.options.attempt_timeout.unwrap_or(ATTEMPT_TIMEOUT) + Duration::from_secs(len / RATE_MIN)
+        let attempt = self.options.attempt_timeout.unwrap_or(ATTEMPT_TIMEOUT);
+        deadline::left().map_or(attempt, |left| left.min(attempt)) + moving(len)
+    }
+
+    /// How the parts of an upload are tried again.
+    pub(super) fn retry(&self) -> RetryPolicy {
+        self.options.retry
     }
 
     fn live(&self) -> Outcome<Arc<Live>> {
@@ -90,14 +156,32 @@ impl Bridge {
             .enable_all()
             .build()
             .map_err(|e| Failure::other(format!("no runtime: {e}")))?;
-        let client = block_on(&runtime, bounded(self.limit(0), connect(&self.options)))?;
-        Ok(Arc::clone(live.insert(Arc::new(Live { runtime: Some(runtime), client }))))
+        let connected = block_on(&runtime, bounded(self.limit(0), Connected::new(&self.options)))?;
+        let connected = RwLock::new(connected);
+        Ok(Arc::clone(live.insert(Arc::new(Live { runtime: Some(runtime), connected }))))
     }
 }
 
 #[expect(clippy::disallowed_methods, reason = "this is the one bridge")]
 fn block_on<T>(runtime: &Runtime, future: impl Future<Output = T>) -> T {
     runtime.block_on(future)
+}
+
+/// How long `len` bytes take on the slowest link.
+pub(super) fn moving(len: u64) -> Duration {
+    Duration::from_secs(len / RATE_MIN)
+}
+
+/// What `call` comes to, unless `end` comes first.
+async fn first<T>(
+    mut call: Pin<&mut impl Future<Output = T>>,
+    mut end: Pin<&mut impl Future<Output = ()>>,
+) -> Option<T> {
+    poll_fn(|context| match call.as_mut().poll(context) {
+        Poll::Ready(outcome) => Poll::Ready(Some(outcome)),
+        Poll::Pending => end.as_mut().poll(context).map(|()| None),
+    })
+    .await
 }
 
 /// Gives up on `call` after `limit`.

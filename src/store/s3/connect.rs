@@ -1,7 +1,6 @@
 //! From options to a client of the SDK.
 
 use std::path::Path;
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use aws_config::environment::region::EnvironmentVariableRegionProvider;
@@ -15,9 +14,11 @@ use aws_sdk_s3::config::{
     Credentials, ProvideCredentials, RequestChecksumCalculation, ResponseChecksumValidation, SharedHttpClient,
     StalledStreamProtectionConfig,
 };
-use aws_smithy_http_client::Builder;
+use aws_smithy_http_client::proxy::ProxyConfig;
 use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode};
-use aws_smithy_runtime_api::client::http::{HttpClient, http_client_fn};
+use aws_smithy_http_client::{Connector, ConnectorBuilder};
+use aws_smithy_runtime_api::client::http::{SharedHttpConnector, http_client_fn};
+use parking_lot::Mutex;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
@@ -68,8 +69,10 @@ fn read_certificates(path: &Path) -> std::result::Result<Vec<u8>, String> {
     if roots.is_empty() { Err(format!("no certificate in {shown}")) } else { Ok(pem) }
 }
 
-/// A client, with credentials that were there when it was made.
-pub(super) async fn connect(options: &S3Options) -> std::result::Result<Client, Failure> {
+/// A client, and the credentials that were there when it was made.
+///
+/// The SDK asks again for credentials that expire (web identity, container, instance, process), but reads a profile once.
+pub(super) async fn connect(options: &S3Options) -> std::result::Result<(Client, Credentials), Failure> {
     let endpoint = options.endpoint.clone().or_else(endpoint_of_environment);
     let https = https_client(options)?;
     let timeouts = TimeoutConfig::builder().connect_timeout(options.connect_timeout.unwrap_or(CONNECT_TIMEOUT)).build();
@@ -94,7 +97,7 @@ pub(super) async fn connect(options: &S3Options) -> std::result::Result<Client, 
         loader = loader.credentials_provider(Credentials::new(key, secret, None, None, "options"));
     }
     let shared = loader.load().await;
-    check_credentials(&shared).await?;
+    let credentials = credentials(&shared).await?;
     if shared.region().is_none() {
         return Err(Failure::other("no region is configured for AWS"));
     }
@@ -104,10 +107,10 @@ pub(super) async fn connect(options: &S3Options) -> std::result::Result<Client, 
         let plain = endpoint.starts_with("http://");
         config = config.endpoint_url(endpoint);
         if plain {
-            config = config.http_client(Builder::new().pool_idle_timeout(IDLE_MAX).build_http());
+            config = config.http_client(http_client());
         }
     }
-    Ok(Client::from_conf(config.build()))
+    Ok((Client::from_conf(config.build()), credentials))
 }
 
 fn endpoint_of_environment() -> Option<String> {
@@ -115,29 +118,63 @@ fn endpoint_of_environment() -> Option<String> {
     set("AWS_ENDPOINT_URL_S3").or_else(|| set("AWS_ENDPOINT_URL"))
 }
 
+/// A client for both http:// and https://, by way of the proxies that the environment names (`HTTP_PROXY`, `HTTPS_PROXY`,
+/// `ALL_PROXY`, `NO_PROXY`).
 fn https_client(options: &S3Options) -> std::result::Result<SharedHttpClient, Failure> {
-    let builder = Builder::new().pool_idle_timeout(IDLE_MAX).tls_provider(Provider::Rustls(CryptoMode::Ring));
-    let Some(path) = &options.ca_file else { return Ok(when_used(move || builder.clone().build_https())) };
-    let pem = read_certificates(path).map_err(Failure::other)?;
-    let trust = TrustStore::default().with_pem_certificate(pem);
-    let context = TlsContext::builder().with_trust_store(trust).build().map_err(|e| Failure::other(e.to_string()))?;
-    Ok(builder.tls_context(context).build_https())
+    let context = match &options.ca_file {
+        None => None,
+        Some(path) => {
+            let pem = read_certificates(path).map_err(Failure::other)?;
+            let trust = TrustStore::default().with_pem_certificate(pem);
+            let context = TlsContext::builder().with_trust_store(trust).build();
+            Some(context.map_err(|e| Failure::other(e.to_string()))?)
+        }
+    };
+    Ok(when_used(move |connector| {
+        let connector = connector.tls_provider(Provider::Rustls(CryptoMode::Ring));
+        match &context {
+            Some(context) => connector.tls_context(context.clone()).build(),
+            None => connector.build(),
+        }
+    }))
 }
 
-/// A client that is made when it is first used. Reading the system's certificates takes longer than compressing a WAL segment,
-/// and a store at http:// with keys in the options or the environment never needs them.
-fn when_used(make: impl Fn() -> SharedHttpClient + Send + Sync + 'static) -> SharedHttpClient {
-    let client = OnceLock::new();
-    http_client_fn(move |settings, components| client.get_or_init(&make).http_connector(settings, components))
+/// A client for http:// alone.
+fn http_client() -> SharedHttpClient {
+    when_used(ConnectorBuilder::build_http)
 }
 
-async fn check_credentials(config: &aws_config::SdkConfig) -> std::result::Result<(), Failure> {
+/// What tells one connector from another: how long connecting and reading may take.
+type Timeouts = (Option<Duration>, Option<Duration>);
+
+/// A client whose connectors are made when they are first used. Reading the system's certificates takes longer than
+/// compressing a WAL segment, and a store at http:// with keys in the options or the environment never needs them.
+fn when_used(make: impl Fn(ConnectorBuilder) -> Connector + Send + Sync + 'static) -> SharedHttpClient {
+    let made: Mutex<Vec<(Timeouts, SharedHttpConnector)>> = Mutex::default();
+    http_client_fn(move |settings, components| {
+        let timeouts = (settings.connect_timeout(), settings.read_timeout());
+        let mut made = made.lock();
+        if let Some((_, connector)) = made.iter().find(|(known, _)| *known == timeouts) {
+            return connector.clone();
+        }
+        let mut builder = Connector::builder()
+            .connector_settings(settings.clone())
+            .pool_idle_timeout(IDLE_MAX)
+            .proxy_config(ProxyConfig::from_env());
+        builder.set_sleep_impl(components.sleep_impl());
+        let connector = SharedHttpConnector::new(make(builder));
+        made.push((timeouts, connector.clone()));
+        connector
+    })
+}
+
+async fn credentials(config: &aws_config::SdkConfig) -> std::result::Result<Credentials, Failure> {
+    let hint = "give --repo-s3-key and PGCAIRN_REPO_S3_KEY_SECRET, or AWS's own variables or profile";
     let Some(provider) = config.credentials_provider() else {
-        return Err(Failure::of(ErrorKind::Denied, "no credentials are configured for S3"));
+        return Err(Failure::of(ErrorKind::Denied, "no credentials are configured for S3").hinted(hint));
     };
     provider
         .provide_credentials()
         .await
-        .map(drop)
-        .map_err(|e| Failure::of(ErrorKind::Denied, format!("no credentials for S3: {}", chain(&e))))
+        .map_err(|e| Failure::of(ErrorKind::Denied, format!("no credentials for S3: {}", chain(&e))).hinted(hint))
 }

@@ -18,6 +18,7 @@ pub(super) struct Failure {
     /// the HTTP status, where there was an answer
     pub(super) status: Option<u16>,
     message: String,
+    hint: Option<&'static str>,
 }
 
 impl fmt::Display for Failure {
@@ -30,7 +31,7 @@ impl Error for Failure {}
 
 impl Failure {
     pub(super) fn of(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, code: None, status: None, message: message.into() }
+        Self { kind, code: None, status: None, message: message.into(), hint: None }
     }
 
     pub(super) fn other(message: impl Into<String>) -> Self {
@@ -45,6 +46,26 @@ impl Failure {
         Self::transient(format!("no answer within {} s", limit.as_secs_f64()))
     }
 
+    /// With what helps against it.
+    #[must_use]
+    pub(super) fn hinted(self, hint: &'static str) -> Self {
+        Self { hint: Some(hint), ..self }
+    }
+
+    /// What helps against it, if that is more than its kind says.
+    pub(super) fn hint(&self) -> Option<&'static str> {
+        self.hint
+    }
+
+    /// A failure after which a new try may succeed, for a reason.
+    pub(super) fn again(self, why: &str) -> Self {
+        Self { kind: ErrorKind::Transient, message: format!("{}; {why}", self.message), ..self }
+    }
+
+    pub(super) fn stopped() -> Self {
+        Self::other("the program is ending")
+    }
+
     /// 404 from whoever it was: S3's own says `NoSuchKey`.
     pub(super) fn bare_404() -> Self {
         Self::transient("404 without S3's NoSuchKey: the answer may be a proxy's")
@@ -52,6 +73,7 @@ impl Failure {
 
     pub(super) fn no_bucket(bucket: &str) -> Self {
         Self::other(format!("there is no bucket {bucket:?}"))
+            .hinted("create the bucket, or check --repo and --repo-s3-endpoint")
     }
 
     /// An answer's S3 code, or one key's in the answer to a batch.
@@ -64,7 +86,7 @@ impl Failure {
             Some(message) if !message.is_empty() => format!("{head}: {message}"),
             _ => head,
         };
-        Self { kind, code: code.map(str::to_owned), status, message }
+        Self { kind, code: code.map(str::to_owned), status, message, hint: code.and_then(hint_of) }
     }
 }
 
@@ -93,9 +115,42 @@ impl Failure {
             && let Some(region) = raw.headers().get("x-amz-bucket-region")
         {
             self.message = format!("{}; the bucket is in region {region}", self.message);
+            self.hint = Some(REGION);
         }
         self
     }
+
+    /// Names both clocks, where their difference is the reason.
+    fn clocks(mut self, raw: &HttpResponse) -> Self {
+        if self.code.as_deref() == Some("RequestTimeTooSkewed") {
+            let body = raw.body().bytes().map(String::from_utf8_lossy).unwrap_or_default();
+            let (_, rest) = body.split_once("<ServerTime>").unwrap_or_default();
+            let server = rest.split('<').next().filter(|time| !time.is_empty()).or(raw.headers().get("date"));
+            let server = server.unwrap_or("unknown");
+            let ours = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ");
+            self.message = format!("{}; the server's clock says {server}, this machine's {ours}", self.message);
+        }
+        self
+    }
+}
+
+const REGION: &str = "give the bucket's region with --repo-s3-region";
+
+/// What helps against an answer with this code.
+fn hint_of(code: &str) -> Option<&'static str> {
+    Some(match code {
+        "InvalidAccessKeyId" | "SignatureDoesNotMatch" => {
+            "check the access key and its secret: --repo-s3-key and PGCAIRN_REPO_S3_KEY_SECRET, or AWS's variables or profile"
+        }
+        "ExpiredToken" | "InvalidToken" => "the credentials have expired: renew them where they come from",
+        "AccessDenied" => {
+            "the key may have to be allowed to read, write, list and delete below the repository's prefix"
+        }
+        "RequestTimeTooSkewed" => "set the clock of this machine, e.g. by NTP",
+        "PermanentRedirect" | "AuthorizationHeaderMalformed" | "IllegalLocationConstraintException" => REGION,
+        "NoSuchBucket" => "create the bucket, or check --repo and --repo-s3-endpoint",
+        _ => return None,
+    })
 }
 
 /// The beginning of what a person would read of a page.
@@ -126,7 +181,12 @@ fn kind_of(status: u16, code: &str) -> ErrorKind {
         "NoSuchBucket" => return ErrorKind::Other,
         "NoSuchKey" | "NotFound" => return ErrorKind::NotFound,
         "InvalidRange" => return ErrorKind::Truncated,
-        "AccessDenied" | "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "ExpiredToken" => return ErrorKind::Denied,
+        "AccessDenied"
+        | "InvalidAccessKeyId"
+        | "SignatureDoesNotMatch"
+        | "ExpiredToken"
+        | "InvalidToken"
+        | "RequestTimeTooSkewed" => return ErrorKind::Denied,
         // MinIO's and Ceph's ways to say that they are full
         "XMinioStorageFull" | "QuotaExceeded" | "XMinioAdminBucketQuotaExceeded" => return ErrorKind::NoSpace,
         "SlowDown"
@@ -159,27 +219,50 @@ impl<E: ProvideErrorMetadata + Error + 'static> From<SdkError<E, HttpResponse>> 
                 let (raw, code, message) = (answer.raw(), answer.err().code(), answer.err().message());
                 match (code, message) {
                     (None, None) => Self::of_page(raw, &chain(answer.err())),
-                    _ => Self::of_code(Some(raw.status().as_u16()), code, message).region(raw),
+                    _ => Self::of_code(Some(raw.status().as_u16()), code, message).region(raw).clocks(raw),
                 }
             }
             // an answer cut off, or not of S3: a proxy's page perhaps
             SdkError::ResponseError(answer) => Self::of_page(answer.raw(), &chain(&error)),
             SdkError::TimeoutError(_) => Self::transient(chain(&error)),
-            SdkError::DispatchFailure(failure) => {
-                let hopeless = failure.is_user() || is_bad_certificate(&error);
-                Self::of(if hopeless { ErrorKind::Other } else { ErrorKind::Transient }, chain(&error))
-            }
+            SdkError::DispatchFailure(failure) => match tls_error(&error) {
+                Some(tls) => Self::of_tls(tls, chain(&error)),
+                None if failure.is_user() => Self::other(chain(&error)),
+                None => Self::transient(chain(&error)),
+            },
             _ => Self::other(chain(&error)),
         }
     }
 }
 
-/// A server that is not trusted will not be trusted at the next try.
-fn is_bad_certificate(error: &(dyn Error + 'static)) -> bool {
+impl Failure {
+    /// A server that is not trusted, or does not speak TLS, will not at the next try either.
+    fn of_tls(error: &rustls::Error, chain: String) -> Self {
+        use rustls::{CertificateError, Error};
+        let hint = match error {
+            Error::InvalidMessage(_) => {
+                return Self::other("the server does not speak TLS")
+                    .hinted("give --repo-s3-endpoint with http:// instead of https://, or another port");
+            }
+            Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+                "give the certificate of the authority that signed the server's with --repo-storage-ca-file"
+            }
+            Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
+                "renew the server's certificate, or set the clock of this machine"
+            }
+            Error::InvalidCertificate(_) => "the endpoint's host must be one that the server's certificate names",
+            _ => return Self::transient(chain),
+        };
+        Self::other(chain).hinted(hint)
+    }
+}
+
+/// The error of TLS among the causes.
+fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     let mut next = Some(error);
     while let Some(error) = next {
-        if matches!(error.downcast_ref::<rustls::Error>(), Some(rustls::Error::InvalidCertificate(_))) {
-            return true;
+        if let Some(found) = error.downcast_ref::<rustls::Error>() {
+            return Some(found);
         }
         // an I/O error does not name the error it wraps among its causes
         let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
@@ -188,7 +271,7 @@ fn is_bad_certificate(error: &(dyn Error + 'static)) -> bool {
             None => error.source(),
         };
     }
-    false
+    None
 }
 
 /// The messages of an error and its causes, the repeated ones once.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::primitives::{ByteStream, Length};
@@ -13,7 +13,7 @@ use bytes::Bytes;
 use tokio::task::JoinSet;
 
 use super::answer;
-use super::bridge::{Bridge, bounded};
+use super::bridge::{Bridge, bounded, moving};
 use super::failure::{Failure, chain};
 use crate::store::{ErrorKind, RetryPolicy};
 
@@ -25,14 +25,6 @@ const PARTS_MAX: u64 = 10_000;
 /// Parts in flight, and in memory, at a time.
 const PARALLEL: usize = 4;
 const READ_BUFFER_LEN: usize = 1 << 20;
-
-/// A part fails alone and is repeated alone. The whole upload is repeated, if need be, by whoever repeats `put`.
-const PART_RETRY: RetryPolicy = RetryPolicy {
-    attempts: 4,
-    delay_base: Duration::from_millis(200),
-    delay_max: Duration::from_secs(5),
-    deadline: Duration::from_secs(300),
-};
 
 type Outcome<T> = Result<T, Failure>;
 
@@ -86,6 +78,8 @@ struct Upload {
     key: String,
     id: String,
     limit: Duration,
+    part_len: u64,
+    retry: RetryPolicy,
 }
 
 fn parts(bridge: &Bridge, bucket: &str, key: &str, source: Arc<File>, len: u64) -> Outcome<()> {
@@ -100,6 +94,8 @@ fn parts(bridge: &Bridge, bucket: &str, key: &str, source: Arc<File>, len: u64) 
             key: key.to_owned(),
             id,
             limit: bridge.limit(part_len),
+            part_len,
+            retry: bridge.retry(),
         };
         let outcome = match upload.parts(source, len, part_len).await {
             Ok(parts) => upload.complete(parts).await,
@@ -196,20 +192,25 @@ impl Upload {
         }
     }
 
+    /// A part fails alone and is repeated alone, as long as any call would be. The whole upload is repeated, if need be, by
+    /// whoever repeats `put`.
     async fn retried<T, F>(&self, call: impl Fn() -> F) -> Outcome<T>
     where
         F: Future<Output = Outcome<T>>,
     {
+        let start = Instant::now();
         let mut tries = 1;
         loop {
-            match bounded(self.limit, call()).await {
-                Err(failure) if failure.kind == ErrorKind::Transient && tries < PART_RETRY.attempts => {
-                    tracing::debug!(key = self.key, tries, %failure, "try again");
-                    tokio::time::sleep(PART_RETRY.delay(tries)).await;
-                    tries += 1;
-                }
+            let left = self.retry.deadline.saturating_sub(start.elapsed());
+            let failure = match bounded(self.limit.min(left + moving(self.part_len)), call()).await {
+                Err(failure) if failure.kind == ErrorKind::Transient => failure,
                 outcome => return outcome,
-            }
+            };
+            let left = self.retry.deadline.saturating_sub(start.elapsed());
+            let Some(delay) = self.retry.next_delay(tries, left) else { return Err(failure) };
+            tracing::debug!(key = self.key, tries, %failure, "try again");
+            tokio::time::sleep(delay).await;
+            tries += 1;
         }
     }
 }

@@ -6,17 +6,17 @@ use super::*;
 
 const TRANSIENT: Effect = Effect::Fail(ErrorKind::Transient);
 
-fn flaky(attempts: u32) -> (Arc<FaultPlan>, Arc<Recording>, Retry<Record<Fault<MemoryStore>>>) {
+fn flaky() -> (Arc<FaultPlan>, Arc<Recording>, Retry<Record<Fault<MemoryStore>>>) {
     let fault = Fault::new(MemoryStore::new());
     let plan = fault.plan();
     let record = Record::new(fault);
     let recording = record.recording();
-    (plan, recording, Retry::new(record, quick(attempts)))
+    (plan, recording, Retry::new(record, quick()))
 }
 
 #[test]
 fn what_fails_and_then_succeeds_is_not_noticed() {
-    let (plan, recording, store) = flaky(4);
+    let (plan, recording, store) = flaky();
     for effect in [TRANSIENT, Effect::FailAfter(ErrorKind::Transient)] {
         plan.next(3, effect);
         put(&store, "a", "x");
@@ -40,23 +40,56 @@ fn what_fails_and_then_succeeds_is_not_noticed() {
 }
 
 #[test]
-fn it_gives_up_and_says_so() {
-    let (plan, recording, store) = flaky(3);
+fn it_gives_up_at_the_deadline_and_says_so() {
+    let fault = Fault::new(MemoryStore::new());
+    let plan = fault.plan();
     plan.from_nth(1, TRANSIENT);
+    let start = Instant::now();
+    let store = Retry::new(fault, RetryPolicy { deadline: Duration::from_millis(300), ..quick() });
     let error = store.get("a").unwrap_err();
     assert_eq!(error.kind, ErrorKind::Transient);
-    assert_eq!(recording.count(Operation::Get).calls, 3);
+    // a fixed number of tries would have been over long before
+    assert!(start.elapsed() >= Duration::from_millis(200), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(plan.calls() > 10, "{}", plan.calls());
     let text = shown(&error);
-    assert!(text.starts_with("cannot read memory:/a: gave up after 3 tries in "), "{text}");
+    assert!(text.starts_with("cannot read memory:/a: gave up after ") && text.contains(" tries in 0."), "{text}");
     assert!(text.ends_with(": a fault made for a test"), "{text}");
 }
 
 #[test]
+fn an_outer_deadline_ends_the_tries_too() {
+    let fault = Fault::new(MemoryStore::new());
+    let plan = fault.plan();
+    plan.from_nth(1, TRANSIENT);
+    let store = Retry::new(fault, quick());
+    let start = Instant::now();
+    let error = deadline::within(Duration::from_millis(100), || store.get("a").unwrap_err());
+    assert_eq!(error.kind, ErrorKind::Transient);
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_program_that_ends_does_not_wait() {
+    let fault = Fault::new(MemoryStore::new());
+    fault.plan().from_nth(1, TRANSIENT);
+    let stop = Stop::default();
+    let slow = RetryPolicy { delay_base: Duration::from_secs(60), delay_max: Duration::from_secs(60), ..quick() };
+    let store = Retry::new(fault, RetryPolicy { deadline: Duration::from_secs(3600), ..slow }).until(stop.clone());
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        let read = scope.spawn(|| kind(store.get("a")));
+        std::thread::sleep(Duration::from_millis(50));
+        stop.set();
+        assert_eq!(read.join().unwrap(), ErrorKind::Transient);
+    });
+    assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
+}
+
+#[test]
 fn what_will_not_change_is_not_tried_again() {
-    for kind_made in
-        [ErrorKind::Denied, ErrorKind::Truncated, ErrorKind::NotFound, ErrorKind::NoSpace, ErrorKind::Other]
-    {
-        let (plan, recording, store) = flaky(5);
+    for kind_made in [ErrorKind::Denied, ErrorKind::NotFound, ErrorKind::NoSpace, ErrorKind::Other] {
+        let (plan, recording, store) = flaky();
         plan.nth(1, Effect::Fail(kind_made));
         assert_eq!(kind(store.get("a")), kind_made);
         assert_eq!(recording.total().calls, 1);
@@ -64,25 +97,27 @@ fn what_will_not_change_is_not_tried_again() {
 }
 
 #[test]
-fn the_deadline_ends_the_tries() {
-    let fault = Fault::new(MemoryStore::new());
-    let plan = fault.plan();
-    plan.from_nth(1, TRANSIENT);
-    plan.from_nth(1, Effect::Delay(Duration::from_millis(20)));
-    let policy = RetryPolicy { deadline: Duration::from_millis(100), ..quick(1_000_000) };
-    let start = Instant::now();
-    assert_eq!(kind(Retry::new(fault, policy).get("a")), ErrorKind::Transient);
-    assert!(start.elapsed() < Duration::from_secs(5));
-    assert!(plan.calls() < 100);
+fn an_object_is_short_when_it_is_so_twice() {
+    let (plan, recording, store) = flaky();
+    put(&store, "a", "0123");
+    plan.next(1, Effect::Fail(ErrorKind::Truncated));
+    assert_eq!(store.get_range("a", 0, 4).unwrap(), "0123");
+    recording.reset();
+    assert_eq!(kind(store.get_range("a", 0, 5)), ErrorKind::Truncated);
+    assert_eq!(recording.count(Operation::GetRange).calls, 2);
 }
 
 #[test]
 fn waits_are_bounded_and_differ() {
     let policy = RetryPolicy::default();
-    let waits: Vec<Duration> = (1..=100).map(|tries| policy.delay(tries)).collect();
-    assert!(waits[0] <= Duration::from_millis(100));
-    assert!(waits.iter().all(|wait| *wait <= policy.delay_max));
-    assert!(waits[20..].iter().any(|wait| *wait != waits[20]));
+    let waits = |left| (1..=100).map(|tries| policy.next_delay(tries, left)).collect::<Vec<_>>();
+    let long = waits(Duration::from_secs(100));
+    assert!(long[0] <= Some(Duration::from_millis(100)));
+    assert!(long.iter().all(|wait| wait.is_some_and(|wait| wait <= policy.delay_max)));
+    assert!(long[20..].iter().any(|wait| *wait != long[20]));
+    // one more try fits into what is left
+    assert!(waits(Duration::from_secs(3)).iter().all(|wait| wait.is_some_and(|wait| wait <= Duration::from_secs(2))));
+    assert!(waits(Duration::from_secs(1)).iter().all(Option::is_none));
 }
 
 #[test]

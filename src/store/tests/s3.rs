@@ -49,7 +49,7 @@ fn lie(mut connection: TcpStream, answer: &str) -> std::io::Result<()> {
 fn a_server_in_trouble_is_waited_for() {
     let s3 = TestS3::start();
     let options = S3Options { attempt_timeout: Some(Duration::from_secs(1)), ..s3.options("") };
-    let store = Retry::new(S3Store::open(options).unwrap(), quick(5));
+    let store = Retry::new(S3Store::open(options).unwrap(), quick());
     put(&store, "a", "x");
     let troubles = [
         Trouble::Status(503, "SlowDown"),
@@ -80,6 +80,34 @@ fn a_server_in_trouble_is_waited_for() {
     }
     s3.server.trouble(Trouble::Hang, 1);
     assert_eq!(store.get("a").unwrap(), "x");
+}
+
+/// However often it is tried in that time.
+#[test]
+fn the_deadline_decides_not_the_number_of_tries() {
+    let s3 = TestS3::start();
+    let retry = quick();
+    let store = Retry::new(S3Store::open(S3Options { retry, ..s3.options("") }).unwrap(), retry);
+    put(&store, "a", "x");
+    let source = tempfile::NamedTempFile::new().unwrap();
+    source.as_file().set_len((64 << 20) + 1).unwrap();
+    let calls: [(&str, &dyn Fn()); 7] = [
+        ("put", &|| put(&store, "a", "x")),
+        ("get", &|| assert_eq!(store.get("a").unwrap(), "x")),
+        ("range", &|| assert_eq!(store.get_range("a", 0, 1).unwrap(), "x")),
+        ("size", &|| assert_eq!(store.size("a").unwrap(), Some(1))),
+        ("list", &|| assert_eq!(store.list("", None).unwrap().objects.len(), 1)),
+        ("delete", &|| store.delete(&["b".into(), "c".into()]).unwrap()),
+        ("parts", &|| store.put("b", Body::File(source.path().into())).unwrap()),
+    ];
+    for (name, call) in calls {
+        let before = s3.server.requests();
+        // of an upload in parts, the first part
+        let (of, time) = if name == "parts" { ("partNumber=1", 600) } else { ("", 300) };
+        s3.server.trouble_for(of, Trouble::Status(503, "SlowDown"), Duration::from_millis(time));
+        call();
+        assert!(s3.server.requests() - before > 11, "{name}: more tries than a fixed number would be");
+    }
 }
 
 #[test]
@@ -163,13 +191,91 @@ fn refusals_say_what_to_look_at() {
     assert!(shown(&error).contains("onnection refused"), "{}", shown(&error));
 }
 
+/// What cannot get better is an error at once, and its hint is of what is wrong.
+#[test]
+fn what_is_set_wrongly_is_said_at_once() {
+    let s3 = TestS3::start();
+    let start = Instant::now();
+    let failed = |options: S3Options| {
+        let store = Retry::new(S3Store::open(options).unwrap(), RetryPolicy::default());
+        let error = store.get("a").unwrap_err();
+        assert_ne!(error.kind, ErrorKind::Transient, "{}", shown(&error));
+        (shown(&error), error.hint().unwrap_or_default())
+    };
+    let (_, hint) = failed(S3Options { key_secret: Some("wrong".into()), ..s3.options("") });
+    assert!(hint.contains("--repo-s3-key"), "{hint}");
+    let (error, hint) = failed(S3Options { bucket: "missing".into(), ..s3.options("") });
+    assert!(error.contains("there is no bucket") && hint.contains("--repo"), "{error} {hint}");
+    let plain = s3.server.endpoint.replace("http://", "https://");
+    let (error, hint) = failed(S3Options { endpoint: Some(plain), ..s3.options("") });
+    assert!(error.contains("does not speak TLS") && hint.contains("http://"), "{error} {hint}");
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
+
+    let answered = |head: &str, body: &str| {
+        let answer = format!("HTTP/1.1 {head}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        let error = liar(answer.leak()).get("a").unwrap_err();
+        (shown(&error), error.hint().unwrap_or_default())
+    };
+    let (error, hint) =
+        answered("301 Moved\r\nx-amz-bucket-region: eu-west-7", "<Error><Code>PermanentRedirect</Code></Error>");
+    assert!(error.contains("eu-west-7") && hint.contains("--repo-s3-region"), "{error} {hint}");
+    let (error, hint) = answered("400 Bad Request\r\nx-amz-bucket-region: eu-west-7", "");
+    assert!(error.contains("eu-west-7") && hint.contains("--repo-s3-region"), "{error} {hint}");
+    let skewed = "<Error><Code>RequestTimeTooSkewed</Code><ServerTime>2001-02-03T04:05:06Z</ServerTime></Error>";
+    let (error, hint) = answered("403 Forbidden", skewed);
+    assert!(error.contains("2001-02-03T04:05:06Z, this machine's 20") && hint.contains("clock"), "{error} {hint}");
+    let (error, hint) = answered("403 Forbidden", "<Error><Code>AccessDenied</Code><Message>no</Message></Error>");
+    assert!(error.contains("403 AccessDenied: no") && hint.contains("allowed"), "{error} {hint}");
+}
+
+#[test]
+fn a_call_under_way_ends_when_the_program_does() {
+    let s3 = TestS3::start();
+    let stop = Stop::default();
+    let store = S3Store::open(S3Options { stop: stop.clone(), ..s3.options("") }).unwrap();
+    put(&store, "a", "x");
+    s3.server.trouble(Trouble::Hang, 1);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        let read = scope.spawn(|| store.get("a").unwrap_err());
+        std::thread::sleep(Duration::from_millis(100));
+        stop.set();
+        assert!(shown(&read.join().unwrap()).contains("the program is ending"));
+    });
+    assert!(shown(&store.get("a").unwrap_err()).contains("the program is ending"));
+    assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
+}
+
+/// One deadline for all that is tried in a call, also where each answer hangs.
+#[test]
+fn a_server_that_hangs_costs_one_deadline() {
+    let s3 = TestS3::start();
+    let retry = RetryPolicy { deadline: Duration::from_secs(1), ..RetryPolicy::default() };
+    // one try may take longer than the whole call
+    let store = Retry::new(S3Store::open(S3Options { retry, ..s3.options("") }).unwrap(), retry);
+    put(&store, "a", "x");
+    s3.server.trouble(Trouble::Hang, 1000);
+    let calls: [&dyn Fn() -> ErrorKind; 5] = [
+        &|| kind(store.get("a")),
+        &|| kind(store.get_range("a", 0, 1)),
+        &|| kind(store.put("a", Body::Bytes("x".into()))),
+        &|| kind(store.names("")),
+        &|| kind(store.delete(&["a".into(), "b".into()])),
+    ];
+    for call in calls {
+        let start = Instant::now();
+        assert_eq!(call(), ErrorKind::Transient);
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    }
+}
+
 #[test]
 fn lies_are_seen() {
     let full = "HTTP/1.1 200 OK\r\nETag: \"1\"\r\nContent-Length: 10\r\n\r\n0123456789";
     assert_eq!(liar(full).get("a").unwrap(), "0123456789");
     assert_eq!(liar(full).get_range("a", 0, 10).unwrap(), "0123456789");
     assert_eq!(kind(liar(full).get_range("a", 20, 2)), ErrorKind::Truncated);
-    assert_eq!(kind(liar(full).get_range("a", 2, 2)), ErrorKind::Other);
+    assert_eq!(kind(liar(full).get_range("a", 2, 2)), ErrorKind::Transient);
 
     let cut = "HTTP/1.1 200 OK\r\nETag: \"1\"\r\nContent-Length: 10\r\n\r\n01234";
     assert_eq!(kind(liar(cut).get("a")), ErrorKind::Transient);
@@ -244,7 +350,7 @@ fn a_listing_without_its_end_is_none() {
         s3.server.trouble(trouble, 1);
         assert_eq!(kind(store.names("d/")), ErrorKind::Transient, "{trouble:?}");
     }
-    let patient = Retry::new(store, quick(5));
+    let patient = Retry::new(store, quick());
     s3.server.trouble(Trouble::CutListing(1), 3);
     assert_eq!(patient.list("d/", None).unwrap().objects.len(), 4);
     s3.server.trouble(Trouble::CutListing(2), 3);
