@@ -102,7 +102,8 @@ pub fn copy<S: Supply>(
         let (mut complete, mut asked) = (0, Instant::now());
         loop {
             if asked.elapsed() >= ALIVE_EVERY {
-                alive()?;
+                // a worker in the middle of a large file must not store the rest of it
+                alive().inspect_err(|_| cutting.uploads.give_up())?;
                 asked = Instant::now();
             }
             let (number, done) = match results.recv_timeout(ALIVE_EVERY) {

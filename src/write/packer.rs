@@ -109,6 +109,11 @@ impl Uploads {
         queue.send((id, bytes)).map_err(|_| Error::new("the uploads have ended"))
     }
 
+    /// Ends it early: what is being uploaded is, and nothing after it. Who sends a pack from now on fails.
+    pub fn give_up(&self) {
+        self.shared.failure.lock().get_or_insert_with(|| Arc::new(Error::new("the backup was given up")));
+    }
+
     /// Fails when an upload failed.
     pub fn check(&self) -> Result<()> {
         match &*self.shared.failure.lock() {
