@@ -89,29 +89,33 @@ impl Info {
             repository.resolve(label)?;
             backups.backups.retain(|known, _| known == label);
         }
-        let range = |database: &Database| repository.archive(database).range();
-        let wal = archive.history.iter().map(range).collect::<Result<_>>()?;
-        let mut locks = repository.locks()?;
-        locks.retain(|lock| !lock.dead);
-        let reach = self.reach(repository)?;
-        let (name, is_encrypted) = (repository.stanza.clone(), repository.keys.is_secret());
-        Ok(Stanza { name, is_encrypted, is_locked: false, archive, backups, wal, locks, reach })
-    }
-
-    fn reach(&self, repository: &Repository) -> Result<Vec<Reach>> {
         // without a cache it only takes longer
         let cache = self.cache.directory().unwrap_or_else(|error| {
             tracing::warn!(%error, "the cache cannot be used");
             None
         });
         let horizon = Horizon::load(repository, None, cache.as_deref())?;
-        let reach = |timeline| {
-            let history = horizon.coverage().history(timeline);
-            let (ranges, gaps) = (horizon.ranges(&history)?, horizon.coverage().gaps(timeline));
-            Ok(Reach { timeline, history, ranges, gaps })
+        let range = |database: &Database| match database.id == horizon.times().database().id {
+            // all of it is known
+            true => Ok(horizon.coverage().range().map(|(first, last)| (first.to_string(), last.to_string()))),
+            false => repository.archive(database).range(),
         };
-        horizon.timelines().into_iter().map(reach).collect()
+        let wal = archive.history.iter().map(range).collect::<Result<_>>()?;
+        let mut locks = repository.locks()?;
+        locks.retain(|lock| !lock.dead);
+        let reach = reach(&horizon)?;
+        let (name, is_encrypted) = (repository.stanza.clone(), repository.keys.is_secret());
+        Ok(Stanza { name, is_encrypted, is_locked: false, archive, backups, wal, locks, reach })
     }
+}
+
+fn reach(horizon: &Horizon) -> Result<Vec<Reach>> {
+    let reach = |timeline| {
+        let history = horizon.coverage().history(timeline);
+        let (ranges, gaps) = (horizon.ranges(&history)?, horizon.coverage().gaps(timeline));
+        Ok(Reach { timeline, history, ranges, gaps })
+    };
+    horizon.timelines().into_iter().map(reach).collect()
 }
 
 impl Stanza {

@@ -4,7 +4,7 @@
 mod stalled;
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -294,7 +294,7 @@ impl Fetcher {
 
     /// Fetches one run of neighbours; chunks that another thread is fetching are waited for instead.
     fn fetch_run(&self, wanted: &[ChunkRef], run: &[usize], each: &mut impl FnMut(usize, Plain)) -> Result<()> {
-        let mut mine = Vec::with_capacity(run.len());
+        let mut mine = VecDeque::with_capacity(run.len());
         let mut others = Vec::new();
         {
             let mut flights = self.flights.lock();
@@ -304,7 +304,7 @@ impl Fetcher {
                     None => {
                         let flight = Arc::new(Flight::default());
                         flights.insert(wanted[*number].id, flight.clone());
-                        mine.push((*number, flight));
+                        mine.push_back((*number, flight));
                     }
                 }
             }
@@ -411,7 +411,7 @@ fn missing(key: &str, error: StoreError) -> Error {
 struct Landing<'a> {
     fetcher: &'a Fetcher,
     wanted: &'a [ChunkRef],
-    flights: Vec<(usize, Arc<Flight>)>,
+    flights: VecDeque<(usize, Arc<Flight>)>,
 }
 
 impl Landing<'_> {
@@ -426,19 +426,19 @@ impl Landing<'_> {
             }
         };
         let mut failure = None;
-        for ((number, flight), result) in std::mem::take(&mut self.flights).into_iter().zip(results) {
+        for result in results {
+            // a flight stays in `self` until it has landed: should this thread panic, dropping that lands it
+            let Some((number, flight)) = self.flights.front().cloned() else { break };
             let chunk = &self.wanted[number];
-            match result {
-                Ok(decoded) => {
-                    let plain = self.fetcher.keep(chunk, decoded);
-                    self.land(chunk, &flight, Ok(plain.clone()));
-                    each(number, plain);
-                }
-                Err(error) => {
-                    let error = Arc::new(error);
-                    self.land(chunk, &flight, Err(error.clone()));
-                    failure = Some(Error::new(error.to_string()).source(error));
-                }
+            let landed = match result {
+                Ok(decoded) => Ok(self.fetcher.keep(chunk, decoded)),
+                Err(error) => Err(Arc::new(error)),
+            };
+            self.land(chunk, &flight, landed.clone());
+            self.flights.pop_front();
+            match landed {
+                Ok(plain) => each(number, plain),
+                Err(error) => failure = Some(Error::new(error.to_string()).source(error)),
             }
         }
         failure.map_or(Ok(()), Err)

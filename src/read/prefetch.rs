@@ -17,11 +17,17 @@ const PIECE: u64 = 4 * 1024 * 1024;
 /// Files whose readers are watched.
 const WATCHED: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
 
-/// Watches the readers of one view.
+/// Watches the readers of views.
 #[derive(Debug)]
 pub struct Prefetcher {
     queue: Sender<(Arc<View>, NodeIndex, u64, u64)>,
-    readers: Mutex<LruCache<NodeIndex, Reader>>,
+    readers: Mutex<LruCache<(usize, NodeIndex), Reader>>,
+}
+
+/// A file among those of all views that are served: node numbers repeat from view to view. A view in the place of one that is
+/// gone may inherit its readers' state, which costs at most a fetch ahead.
+fn file(view: &Arc<View>, node: NodeIndex) -> (usize, NodeIndex) {
+    (Arc::as_ptr(view).addr(), node)
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -53,7 +59,7 @@ impl Prefetcher {
     pub fn sequential(&self, view: &Arc<View>, node: NodeIndex, size: u64, at: u64) {
         let (from, to) = {
             let mut readers = self.readers.lock();
-            let reader = readers.get_or_insert_mut(node, Reader::default);
+            let reader = readers.get_or_insert_mut(file(view, node), Reader::default);
             if at < reader.at || at > reader.ahead + WINDOW_MAX {
                 *reader = Reader { at, window: 0, ahead: at };
             }
@@ -71,8 +77,9 @@ impl Prefetcher {
 
     /// Asks for all of a small file of `size` bytes, once.
     pub fn whole(&self, view: &Arc<View>, node: NodeIndex, size: u64) {
-        let before = self.readers.lock().push(node, Reader { at: 0, window: 0, ahead: size });
-        if before.is_none_or(|(other, reader)| other != node || reader.ahead < size) {
+        let file = file(view, node);
+        let before = self.readers.lock().push(file, Reader { at: 0, window: 0, ahead: size });
+        if before.is_none_or(|(other, reader)| other != file || reader.ahead < size) {
             // whoever really reads it meets a full queue, too
             _ = self.queue.try_send((view.clone(), node, 0, size));
         }

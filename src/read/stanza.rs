@@ -59,10 +59,14 @@ pub struct StanzaTree {
     root_owner: Owner,
     find_owner: fn(Option<&str>, &str) -> Result<Owner>,
     labels: Mutex<Labels>,
-    views: Mutex<Vec<(u64, Arc<ViewTree>)>>,
+    /// the most recently used last; each is locked while it is loaded, so that others can be read meanwhile
+    views: Mutex<Vec<(u64, Loading)>>,
     moments: Moments,
     archive: Mutex<Archived>,
 }
+
+/// The tree of a backup, once it is loaded.
+type Loading = Arc<Mutex<Option<Arc<ViewTree>>>>;
 
 /// How points become data directories.
 #[derive(Debug)]
@@ -143,11 +147,19 @@ impl StanzaTree {
 
     /// The tree of the backup in `slot`, loaded when it is first touched.
     fn view(&self, slot: u64) -> io::Result<Arc<ViewTree>> {
-        let mut views = self.views.lock();
-        if let Some(at) = views.iter().position(|(known, _)| *known == slot) {
-            let view = views.remove(at);
-            views.push(view.clone());
-            return Ok(view.1);
+        let loading = {
+            let mut views = self.views.lock();
+            let known = views.iter().position(|(known, _)| *known == slot).map(|at| views.remove(at));
+            if known.is_none() && views.len() >= VIEWS {
+                views.remove(0);
+            }
+            let entry = known.unwrap_or_else(|| (slot, Loading::default()));
+            views.push(entry.clone());
+            entry.1
+        };
+        let mut loaded = loading.lock();
+        if let Some(view) = &*loaded {
+            return Ok(view.clone());
         }
         let label = self.labels.lock().names.get(slot as usize - 1).cloned();
         let label = label.ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))?;
@@ -157,12 +169,8 @@ impl StanzaTree {
             let owner = (self.find_owner)(self.owner.as_deref(), &view.description.owner)?;
             Ok(ViewTree::new(view, owner, self.prefetcher.clone()))
         };
-        let view = Arc::new(load().map_err(|error| eio(&error))?);
-        if views.len() >= VIEWS {
-            views.remove(0);
-        }
-        views.push((slot, view.clone()));
-        Ok(view)
+        let view = load().map_err(|error| eio(&error))?;
+        Ok(loaded.insert(Arc::new(view)).clone())
     }
 
     /// The directory of a point below `pitr/`; what cannot be reached is not there, and the log says why.
@@ -170,6 +178,10 @@ impl StanzaTree {
         let slot = |name| in_slot(self.slot(&format!("{IN_PITR}{name}")), ROOT);
         if self.moments.found.lock().contains_key(name) {
             return Ok(Some(slot(name)));
+        }
+        // `.git`, `.hidden`: programs look for these everywhere, and to look for a restore point is to list the archive
+        if name.starts_with('.') {
+            return Ok(None);
         }
         let point = match Point::of_name(name, &jiff::Zoned::now()) {
             Ok(point) => point,
@@ -447,3 +459,6 @@ impl Tree for StanzaTree {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,24 +1,35 @@
 //! The WAL archive: what is there, under which key.
 
+use std::panic::resume_unwind;
+use std::thread;
+
 use super::{Repository, keys};
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::PackId;
 use crate::format::manifest::Database;
 use crate::format::pack::{POINT, PackKind, WalKey};
 use crate::postgres::{Major, SegmentName, SegmentSize, WalIdentity, WalName};
-use crate::store::Listed;
+use crate::store::{Listed, PAGE_OBJECTS_MAX};
+
+/// Parts of a whole archive that are listed at the same time.
+const LISTINGS: usize = 16;
+/// Objects that one of these parts is to hold: a little less than whole pages, so that the last page is not mostly empty.
+const LISTING_OBJECTS: u64 = 4 * PAGE_OBJECTS_MAX as u64 - 150;
 
 /// The archive of one cluster.
 #[derive(Clone, Debug)]
 pub struct Archive<'a> {
     repository: &'a Repository,
     prefix: String,
+    /// segments that a directory of the archive holds when none is missing
+    per_directory: u64,
 }
 
 impl Repository {
     /// The archive of `database`.
     pub fn archive(&self, database: &Database) -> Archive<'_> {
-        Archive { repository: self, prefix: keys::archive(&self.stanza, database.version, database.id) }
+        let prefix = keys::archive(&self.stanza, database.version, database.id);
+        Archive { repository: self, prefix, per_directory: (1 << 32) / database.wal_segment_size.max(1 << 20) }
     }
 
     /// The content of an archived file, whole.
@@ -121,19 +132,59 @@ impl Archive<'_> {
         if name.ends_with(".history") { prefix } else { format!("{prefix}{content}{point}") }
     }
 
-    /// Every archived file, in name order within its timeline; calls `each` with name and object.
+    /// Every archived file, in the order of their keys; calls `each` with name and object. A large archive is listed in parts,
+    /// several at the same time: the pages of one listing come one after the other.
     pub fn files(&self, mut each: impl FnMut(&str, &Listed)) -> Result<()> {
-        let mut after = None;
-        loop {
-            let page = self.repository.store.list(&self.prefix, after.as_deref())?;
-            for object in &page.objects {
-                if let Some(name) = self.name_of(&object.key) {
-                    each(name, object);
-                }
+        let mut tell = |objects: &[Listed]| {
+            let named = objects.iter().filter_map(|object| Some((self.name_of(&object.key)?, object)));
+            named.for_each(|(name, object)| each(name, object));
+        };
+        let page = self.repository.store.list(&self.prefix, None)?;
+        tell(&page.objects);
+        let Some(after) = page.next else { return Ok(()) };
+        let bounds = self.bounds(after)?;
+        let parts: Vec<(&str, Option<&str>)> = bounds
+            .iter()
+            .enumerate()
+            .map(|(number, after)| (after.as_str(), bounds.get(number + 1).map(String::as_str)))
+            .collect();
+        for some in parts.chunks(LISTINGS) {
+            let listed: Vec<Result<Vec<Listed>>> = thread::scope(|scope| {
+                let listing = |(after, to): &(&str, Option<&str>)| {
+                    let (after, to) = ((*after).to_owned(), to.map(str::to_owned));
+                    scope.spawn(move || self.part(after, to.as_deref()))
+                };
+                let threads: Vec<_> = some.iter().map(listing).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+            });
+            for objects in listed {
+                tell(&objects?);
             }
-            match page.next {
-                Some(next) => after = Some(next),
-                None => return Ok(()),
+        }
+        Ok(())
+    }
+
+    /// Where the parts of a listing begin that goes on after the key `after`. No object has one of these as its key.
+    fn bounds(&self, after: String) -> Result<Vec<String>> {
+        let directories = self.repository.store.names(&self.prefix)?;
+        let beyond = directories.iter().filter(|name| is_directory(name)).map(|name| format!("{}{name}", self.prefix));
+        let beyond: Vec<String> = beyond.filter(|bound| *bound > after).collect();
+        let directories = (LISTING_OBJECTS / self.per_directory.max(1)).max(1) as usize;
+        let bounds = beyond.into_iter().skip(directories - 1).step_by(directories);
+        Ok(std::iter::once(after).chain(bounds).collect())
+    }
+
+    /// The objects whose keys come after `after`, up to `to`.
+    fn part(&self, mut after: String, to: Option<&str>) -> Result<Vec<Listed>> {
+        let mut objects = Vec::new();
+        loop {
+            let page = self.repository.store.list(&self.prefix, Some(&after))?;
+            let is_inside = |object: &Listed| to.is_none_or(|to| object.key.as_str() < to);
+            let is_last = page.objects.last().is_some_and(|object| !is_inside(object));
+            objects.extend(page.objects.into_iter().take_while(is_inside));
+            match page.next.filter(|_| !is_last) {
+                Some(next) => after = next,
+                None => return Ok(objects),
             }
         }
     }
@@ -142,7 +193,7 @@ impl Archive<'_> {
     pub fn range(&self) -> Result<Option<(String, String)>> {
         let segment = |name: &&str| name.len() == 24;
         let mut directories = self.repository.store.names(&self.prefix)?;
-        directories.retain(|name| name.len() == 16 && name.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        directories.retain(|name| is_directory(name));
         let (Some(first), Some(last)) = (directories.first(), directories.last()) else { return Ok(None) };
         let names = |directory: &str| -> Result<Vec<String>> {
             let mut names = self.repository.store.names(&format!("{}{directory}/", self.prefix))?;
@@ -167,6 +218,11 @@ impl Archive<'_> {
         let name = key.rsplit('/').next()?;
         if name.ends_with(".history") { Some(name) } else { Some(WalKey::parse(name)?.name) }
     }
+}
+
+/// Whether this is a directory of segments: named by timeline and the upper half of the position.
+fn is_directory(name: &str) -> bool {
+    name.len() == 16 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// What every WAL segment of `database` says of itself.
@@ -195,3 +251,6 @@ pub fn twice(name: &str) -> Error {
     Error::new(format!("the archive holds different files as {name}"))
         .hint("two clusters pushed under one stanza; find out which, and remove the wrong object by hand")
 }
+
+#[cfg(test)]
+mod tests;

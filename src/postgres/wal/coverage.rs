@@ -99,6 +99,14 @@ impl Coverage {
         all
     }
 
+    /// The first segment of the first timeline and the last of the last one: the first and the last by name.
+    pub fn range(&self) -> Option<(SegmentName, SegmentName)> {
+        let name = |timeline: &Timeline, number| SegmentName::of_number(*timeline, number, self.size);
+        let (first, runs) = self.runs.first_key_value()?;
+        let (last, ends) = self.runs.last_key_value()?;
+        Some((name(first, *runs.first()?.start()), name(last, *ends.last()?.end())))
+    }
+
     /// Whether a timeline's history file is there; the first has none.
     pub fn has_history(&self, timeline: Timeline) -> bool {
         timeline == Timeline(1) || self.histories.contains_key(&timeline)

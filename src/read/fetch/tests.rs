@@ -140,6 +140,17 @@ fn a_store_that_cannot_be_reached_is_not_asked_for_the_rest() {
 }
 
 #[test]
+fn nobody_waits_for_a_thread_that_panics() {
+    let fixture = fixture(3, in_memory(64 << 20));
+    let fetch = || fixture.fetcher.chunks(&fixture.chunks, |_, _| panic!("a reader died"));
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(fetch)).unwrap_err();
+    assert!(fixture.fetcher.flights.lock().is_empty());
+    for (chunk, plain) in fixture.chunks.iter().zip(&fixture.plain) {
+        assert_eq!(*fixture.fetcher.chunk(chunk).unwrap(), *plain);
+    }
+}
+
+#[test]
 fn one_damaged_chunk_harms_only_itself() {
     let fixture = fixture(8, in_memory(64 << 20));
     let within = u64::from(fixture.chunks[3].offset - fixture.chunks[0].offset) + 1000;

@@ -3,7 +3,7 @@
 use super::*;
 use crate::store::Operation;
 
-const FILES: usize = 3000;
+const FILES: usize = 600;
 
 fn path(number: usize) -> String {
     format!("base/5/{}", 30_000 + number)
@@ -12,7 +12,7 @@ fn path(number: usize) -> String {
 /// Files of one page, of pages and a half, of several slots; each twice.
 fn bytes(number: usize) -> Vec<u8> {
     let len = [GRAIN, GRAIN + 77, 2 * GRAIN, 10][number % 4];
-    let len = if number % 500 == 3 { 2 * SLOT + 5 } else { len };
+    let len = if number % 100 == 3 { 2 * SLOT + 5 } else { len };
     content(1000 + number as u64 / 2 * 2, len)
 }
 

@@ -1,0 +1,96 @@
+//! Listings of archives of any size: complete, in order, and in as few requests.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::store::{Body, Effect, Fault, MemoryStore, Operation, Record, Store};
+
+fn database(wal_segment_size: u64) -> Database {
+    Database {
+        id: 1,
+        version: 16,
+        system_id: 1,
+        catalog_version: 1,
+        control_version: 1,
+        page_size: 8192,
+        segment_size: 1 << 30,
+        wal_page_size: 8192,
+        wal_segment_size,
+        checksums: false,
+    }
+}
+
+/// The names of an archive of two timelines with `count` segments each, and what comes beside them.
+fn names(count: u64, size: SegmentSize) -> Vec<String> {
+    let mut names = Vec::new();
+    for timeline in [1, 2] {
+        let segment = |number| SegmentName::of_number(crate::postgres::Timeline(timeline), number, size).to_string();
+        names.extend((40..40 + count).map(segment));
+        names.push(format!("{}.00000028.backup", segment(41)));
+        names.push(format!("{}.partial", segment(40 + count)));
+    }
+    names.push("00000002.history".into());
+    names
+}
+
+#[test]
+fn all_of_an_archive_is_listed_in_order() {
+    for (bytes, count) in [(16 << 20, 3), (16 << 20, 600), (16 << 20, 9000), (1 << 20, 5500), (1 << 30, 700)] {
+        let size = SegmentSize::new(bytes).unwrap();
+        let store = Record::new(MemoryStore::new());
+        let recording = store.recording();
+        let repository = Repository::new(Arc::new(store), "main").unwrap();
+        let archive_of = database(bytes);
+        let archive = repository.archive(&archive_of);
+        let mut keys: Vec<String> =
+            names(count, size).iter().map(|name| archive.key(name, PackId([7; 16]), false)).collect();
+        for key in &keys {
+            repository.store.put(key, Body::Bytes(Vec::new().into())).unwrap();
+        }
+        keys.sort();
+        recording.reset();
+        let mut found = Vec::new();
+        archive
+            .files(|name, object| {
+                assert!(object.key.contains(name));
+                found.push(object.key.clone());
+            })
+            .unwrap();
+        assert!(found == keys, "{} of {} keys of {bytes} bytes", found.len(), keys.len());
+        let pages = recording.total().calls;
+        let least = keys.len().div_ceil(PAGE_OBJECTS_MAX) as u64;
+        assert!(pages <= least + least / 4 + 4, "{pages} requests for {} keys", keys.len());
+    }
+}
+
+#[test]
+fn the_pages_of_a_large_archive_come_at_the_same_time() {
+    let size = SegmentSize::new(16 << 20).unwrap();
+    let fault = Fault::new(MemoryStore::new());
+    let plan = fault.plan();
+    let repository = Repository::new(Arc::new(fault), "main").unwrap();
+    let archive_of = database(16 << 20);
+    let archive = repository.archive(&archive_of);
+    for name in names(3000, size) {
+        repository.store.put(&archive.key(&name, PackId([7; 16]), false), Body::Bytes(Vec::new().into())).unwrap();
+    }
+    const DELAY: Duration = Duration::from_millis(300);
+    let begun = Arc::new(parking_lot::Mutex::new(Vec::new()));
+    let seen = begun.clone();
+    let is_listing = move |call: &crate::store::Call| {
+        let is_listing = call.operation == Operation::List;
+        if is_listing {
+            seen.lock().push(Instant::now());
+        }
+        is_listing
+    };
+    plan.add(is_listing, Effect::Delay(DELAY));
+    let mut count = 0;
+    archive.files(|_, _| count += 1).unwrap();
+    assert_eq!(count, 6005);
+    // one after the other they would begin at least that far apart
+    let begun = begun.lock();
+    assert!(begun.windows(2).any(|pair| pair[1] - pair[0] < DELAY), "{begun:?}");
+}
