@@ -284,7 +284,7 @@ fn answers_that_are_spoilt_on_their_way() {
     // of every kind of object one answer, and two different ones
     let spoilt = [Trouble::Flip, Trouble::Short, Trouble::Page(200), Trouble::Empty];
     for kind in ["archive.info", "backup.info", "backup.manifest", "/chunk/", "/0000000100000000/"] {
-        let get = format!("GET /backups/some/prefix/{}", if kind.starts_with('/') { &kind[1..] } else { "" });
+        let get = format!("GET /backups/some/prefix/{}", kind.strip_prefix('/').unwrap_or_default());
         let of = if kind == "/chunk/" { get } else { kind.to_owned() };
         for trouble in spoilt {
             server.trouble_of(&of, trouble, 1);

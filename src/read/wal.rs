@@ -16,7 +16,7 @@ use crate::format::{CHUNK, FormatError};
 use crate::postgres::{SegmentName, WalName};
 use crate::repo::Repository;
 use crate::repo::asking::Asking;
-use crate::repo::reread::{self, Reads};
+use crate::repo::reread;
 use crate::repo::wal::check_first_bytes;
 use crate::user::{User, as_user};
 

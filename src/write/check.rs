@@ -9,12 +9,12 @@ use super::server::{Archiving, Server};
 use super::stream::Stream;
 use crate::error::{Context, Error, Result};
 use crate::format::manifest::{Database, Source};
+use crate::interrupt;
 use crate::postgres::wal::landmarks::{Place, mark_name};
 use crate::postgres::wal::records::Event;
 use crate::postgres::{CONTROL_FILE, ClusterState, ControlFile, SegmentName};
 use crate::repo::Repository;
 use crate::repo::proof::{Claims, Contradiction};
-use crate::interrupt;
 use crate::repo::wal::Archive;
 use crate::user::{User, as_user};
 

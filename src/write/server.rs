@@ -8,8 +8,8 @@ use postgres::{Client, Config, NoTls, SimpleQueryMessage};
 
 use super::peer;
 use crate::error::{Context, Error, Result};
-use crate::postgres::{Lsn, Major, SegmentName, Timeline};
 use crate::interrupt;
+use crate::postgres::{Lsn, Major, SegmentName, Timeline};
 
 /// Name of the temporary replication slot of backups without an archive.
 const SLOT_NAME: &str = "pgcairn_backup";
