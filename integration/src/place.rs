@@ -116,13 +116,21 @@ impl Place {
         let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path());
         let works_here =
             |process: &PathBuf| fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd.starts_with(&self.path));
-        let mut found: Vec<String> =
-            processes.filter(works_here).map(|process| process.display().to_string()).collect();
+        let mut found: Vec<String> = processes
+            .filter(works_here)
+            .map(|process| format!("{}: {}", process.display(), command(&process)))
+            .collect();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let top = format!("{}/", self.path.display());
         found.extend(mounts.lines().filter(|line| line.contains(&top)).map(str::to_owned));
         found
     }
+}
+
+/// The command line of a process, given its directory in `/proc`.
+fn command(process: &Path) -> String {
+    let words = fs::read(process.join("cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&words).replace('\0', " ")
 }
 
 impl Default for Place {

@@ -6,6 +6,7 @@ use std::ops::Deref;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use crate::bin::{self, Output, run_command};
 use crate::client::Client;
@@ -13,9 +14,13 @@ use crate::cluster::{Builder, Cluster};
 use crate::install;
 use crate::mounts::MountGuard;
 use crate::place::Place;
+use crate::wait::poll;
 
 /// The stanza's name.
 pub const NAME: &str = "main";
+
+/// How long processes may take to end.
+const ENDING: Duration = Duration::from_secs(30);
 
 /// Tells where the passphrase is.
 pub const PASS_FILE: &str = "PGCAIRN_REPO_CIPHER_PASS_FILE";
@@ -177,8 +182,9 @@ impl Stanza {
         let clones = self.place.join("clones");
         let left: Vec<_> = fs::read_dir(&clones).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         assert!(left.is_empty(), "clones are left: {left:?}");
-        let left = self.place.leftovers();
-        assert!(left.is_empty(), "{left:?}");
+        // a server has removed its lock file before its process is gone
+        let gone = poll(ENDING, || self.place.leftovers().is_empty().then_some(()));
+        assert!(gone.is_some(), "{:?}", self.place.leftovers());
     }
 }
 
