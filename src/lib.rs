@@ -16,16 +16,19 @@
 //!   into a backup.
 //! - [`write`](mod@write): PGDATA to packs. Session with the server (a primary, or a standby: [`write::standby`]), scan (or a stream from the server), cut into slots, pack, commit; the push of WAL files.
 //! - [`format`](mod@format): every stored byte layout. `docs/format.md` says the same in prose, `docs/reader.py` proves the prose.
-//! - [`repo`]: keys, the catalog, the WAL archive, locks, the secret of an encrypted stanza ([`repo::unlock`]): what writing, reading and keeping share.
+//! - [`repo`]: keys, the catalog, the WAL archive, locks, the secret of an encrypted stanza ([`repo::unlock`]), what proves that an archive is a server's ([`repo::proof`], [`repo::asking`]), times
+//!   that the clocks of several machines told ([`repo::clock`]): what writing, reading and keeping share.
 //! - [`spool`]: the local directory in which the archive's background workers leave answers for the calls that come later.
 //! - [`store`]: where objects live: a directory, S3, memory; decorated by retry, recording and faults.
 //! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore. A point in time
-//!   becomes a backup and a recovery: [`read::point`] is the grammar, [`read::horizon`] what can be reached, [`read::course`] the way.
+//!   becomes a backup and a recovery: [`read::point`] is the grammar, [`read::horizon`] what can be reached, [`read::crossing`] where
+//!   in WAL a time is passed, whatever clocks showed, [`read::course`] the way.
 //! - [`clone`](mod@clone): the server of a clone: its settings, its environment, the namespaces in which it sees nothing of its source.
 //! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep, verify, repair, another passphrase.
 //! - `pgcairn_mount`, a crate of its own: a FUSE filesystem over any `Tree`, with a copy-on-write scratch.
 //! - [`files`]: files that appear whole or not at all.
 //! - [`user`]: a user's files are worked on as that user, though root runs the program.
+//! - [`interrupt`]: a signal ends long work where it can clean up.
 //! - [`error`], [`progress`]: how failures and long work are told; nothing but `cli` prints.
 //!
 //! Dependencies point one way: `cli -> {write, read, keep} -> repo -> {format, store}`; `cli -> clone -> postgres`; `postgres` is a leaf.

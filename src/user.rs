@@ -52,8 +52,10 @@ impl User {
     pub fn of_server(data_directory: &Path) -> Result<Option<Self>> {
         let user = Self::owner_of(data_directory)?;
         match geteuid().is_root() && user.is_none() {
-            true => Err(Error::new(format!("{} belongs to root", data_directory.display()))
-                .hint("a server's data directory belongs to the server's user; check data_directory")),
+            true => Err(Error::new(format!("{} belongs to root", data_directory.display())).hint(
+                "a server's data directory belongs to the server's user; if the server runs on another machine, use \
+                     --source=stream",
+            )),
             false => Ok(user),
         }
     }

@@ -131,7 +131,7 @@ fn a_copy_a_mount_and_a_clone_are_not_backed_up_as_the_cluster() {
     write(&cluster, 0..2);
     settle(&cluster);
     let target = stanza.place().join("copy");
-    stanza.run(["restore", target.to_str().unwrap()]).ok();
+    stanza.run(["restore", "--type=none", target.to_str().unwrap()]).ok();
     let copy = Cluster::open(15, &target, &[]);
     write(&copy, 100..104);
     for wal in ["auto", "stored"] {

@@ -1,7 +1,7 @@
 //! A standby as the source, what makes it useless, and a failover between two backups.
 #![allow(clippy::unwrap_used)]
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -104,6 +104,9 @@ fn backups_go_from_the_primary_to_a_standby_and_over_a_failover() {
     let checked = stanza.run([&["check", "--pg", standby.conninfo()][..], &by_primary].concat()).ok();
     assert!(checked.contains("the server is a standby") && checked.contains("was archived"), "{checked}");
 
+    // a file that has just been written is not known again by its times
+    let written = || fs::metadata(standby.data_directory().join("PG_VERSION")).unwrap().modified().unwrap();
+    wait_until(LONG, "the standby's files to be old enough", || written().elapsed().unwrap() > Duration::from_secs(6));
     let of_primary = take(&stanza, &primary, &[]);
     assert_eq!((&of_primary["type"], &of_primary["source"]["standby"]), (&"full".into(), &false.into()));
     let load = background_load(&primary);

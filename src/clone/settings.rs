@@ -133,7 +133,7 @@ impl Settings {
         self.add(Preference, "wal_init_zero", "off");
         self.add(Preference, "recovery_min_apply_delay", "0");
         // a server that goes on at its target is not open before it
-        self.add(Fixed, "hot_standby", if clone.read_only { "on" } else { "off" });
+        self.add(Preference, "hot_standby", if clone.read_only { "on" } else { "off" });
         self.add(Preference, "autovacuum", "off");
         self.add(Preference, "shared_buffers", format!("{}MB", shared_buffers_mb(clone)));
         self.add(Preference, "huge_pages", "off");

@@ -10,7 +10,7 @@ use std::fs::{DirBuilder, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, fchown};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use nix::errno::Errno;
@@ -79,7 +79,9 @@ impl DirectoryStore {
     fn remove_old_temp_files(&self) -> io::Result<()> {
         let root = File::open(&self.root)?;
         let directory = open_beneath(&root, Path::new(key::RESERVED), OFlag::O_DIRECTORY)?;
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        // each file that a writer makes gives the directory this time, by the file system's own clock: this machine's may be
+        // ahead, and then the files of writers at work would look old
+        let now = directory.metadata()?.mtime();
         for entry in walk::entries(&directory)? {
             let (name, _) = entry?;
             if !is_temp_name(&name) {
@@ -87,8 +89,7 @@ impl DirectoryStore {
             }
             let Ok(found) = fstatat(&directory, name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW) else { continue };
             let is_file = SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG;
-            let age = now.saturating_sub(u64::try_from(found.st_mtime).unwrap_or_default());
-            if is_file && age > TEMP_AGE_MAX.as_secs() {
+            if is_file && now.saturating_sub(found.st_mtime) > TEMP_AGE_MAX.as_secs() as i64 {
                 let _ = unlinkat(&directory, name.as_c_str(), UnlinkatFlags::NoRemoveDir);
             }
         }

@@ -233,7 +233,11 @@ impl Server {
     /// Whether the server works on a mounted backup.
     pub fn is_view(&mut self) -> Result<bool> {
         if self.may("pg_stat_file(text, boolean)")? {
-            let there = self.value("SELECT count(size) FROM pg_stat_file('.pgcairn/status', true)")?;
+            // a user may have a file of that name, and then it is an error to look below it
+            let there = self.value(
+                "SELECT CASE WHEN (SELECT isdir FROM pg_stat_file('.pgcairn', true)) \
+                 THEN (SELECT count(size) FROM pg_stat_file('.pgcairn/status', true)) ELSE 0 END",
+            )?;
             return Ok(there != "0");
         }
         Ok(self.data_directory.join(".pgcairn/status").exists())

@@ -1,7 +1,7 @@
 //! A clone's server in its sandbox: what it sees in place of its source's directories.
 
 use std::fs::{self, DirBuilder};
-use std::os::unix::fs::{DirBuilderExt, chown, symlink};
+use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -16,6 +16,7 @@ use crate::format::manifest::Description;
 use crate::postgres::{AUTO_CONF, conf};
 use crate::read::tablespaces::{Created, created_in};
 use crate::repo::wal::wal_identity;
+use crate::user::{User, as_user};
 
 /// Where a clone keeps its tablespaces, below its data directory.
 const TABLESPACES: &str = ".pgcairn/tablespaces";
@@ -98,14 +99,13 @@ fn directory(place: &Place, oid: u32) -> PathBuf {
 fn make_directory(place: &Place, clone: &Clone, oid: u32) -> Result<()> {
     let directory = directory(place, oid);
     let above: Vec<&Path> = directory.ancestors().take(3).collect();
-    for path in above.into_iter().rev().filter(|path| !path.exists()) {
-        DirBuilder::new().mode(0o700).create(path).map_err(|error| Error::io("create", path, error))?;
-        if nix::unistd::geteuid().is_root() {
-            chown(path, Some(clone.uid), Some(clone.gid))
-                .map_err(|error| Error::io("change the owner of", path, error))?;
+    // the server's user owns the data directory, and may have put links into it
+    as_user(User::other(clone.uid, clone.gid).as_ref(), || {
+        for path in above.into_iter().rev().filter(|path| !path.exists()) {
+            DirBuilder::new().mode(0o700).create(path).map_err(|error| Error::io("create", path, error))?;
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Has the links that replay made lead where the directories are, also for those outside of the sandbox: to whoever reads the
@@ -113,15 +113,17 @@ fn make_directory(place: &Place, clone: &Clone, oid: u32) -> Result<()> {
 pub(super) fn settle_links(place: &Place, clone: &Clone, of: &Description) -> Result<()> {
     let links = place.mount().join("pg_tblspc");
     let covers = covers(place, clone, of);
-    for entry in fs::read_dir(&links).map_err(|error| Error::io("list", &links, error))? {
-        let link = entry.map_err(|error| Error::io("list", &links, error))?.path();
+    as_user(User::other(clone.uid, clone.gid).as_ref(), || replace_links(place, &links, &covers))
+}
+
+fn replace_links(place: &Place, links: &Path, covers: &[Cover]) -> Result<()> {
+    for entry in fs::read_dir(links).map_err(|error| Error::io("list", links, error))? {
+        let link = entry.map_err(|error| Error::io("list", links, error))?.path();
         let Ok(target) = fs::read_link(&link) else { continue };
         let Some(cover) = covers.iter().rev().find(|cover| cover.at == target) else { continue };
         let Ok(shows) = cover.shows.strip_prefix(place.mount()) else { continue };
         let beside = link.with_extension("pgcairn");
-        let replaced = symlink(Path::new("..").join(shows), &beside)
-            .and_then(|()| std::os::unix::fs::lchown(&beside, Some(clone.uid), Some(clone.gid)))
-            .and_then(|()| fs::rename(&beside, &link));
+        let replaced = symlink(Path::new("..").join(shows), &beside).and_then(|()| fs::rename(&beside, &link));
         replaced.map_err(|error| Error::io("replace", &link, error))?;
     }
     Ok(())
