@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use pgcairn_mount::{Error, Tree, Writes, mountpoint};
 use support::tree::{HARMED, MANY, noise};
-use support::{ALL_WRITES, Daemon};
+use support::{ALL_WRITES, Daemon, Random};
 
 #[test]
 fn serve_for_another_test() {
@@ -270,19 +270,6 @@ fn random_operations_do_what_a_local_disk_does() {
             compare(&daemon.mountpoint, &local);
         }
         daemon.unmount();
-    }
-}
-
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        self.0 >> 33
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
     }
 }
 

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use pgcairn_mount::{Writes, mountpoint};
 use support::tree::{noise, sample};
-use support::{ALL_WRITES, Daemon};
+use support::{ALL_WRITES, Daemon, Random};
 
 #[test]
 fn serve_for_another_test() {
@@ -473,19 +473,6 @@ fn one_of(versions: &[Vec<u8>], found: &[u8], resized: bool) -> Result<(), Strin
         }
     }
     Ok(())
-}
-
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        self.0 >> 33
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
 }
 
 /// A disk of its own that loses power.

@@ -82,22 +82,18 @@ impl Supply for Incoming<'_> {
     }
 }
 
+/// A directory or link as the server sends it.
+fn without_content(path: &[u8], mode: u32, mtime: i64, kind: ScannedKind) -> Scanned {
+    Scanned { path: path.into(), mode, mtime, size: 0, kind, first_block: None, identity: None, is_settled: false }
+}
+
 impl Incoming<'_> {
     /// The data directory itself and the links to tablespaces, which are in no archive. False, as below, when nobody takes jobs
     /// any more.
     fn links(&self, jobs: &mut Jobs) -> bool {
         let entry = |path: &[u8], mode, kind| {
             let mtime = self.started.start_time;
-            Scanned {
-                path: path.into(),
-                mode,
-                mtime,
-                size: 0,
-                kind,
-                first_block: None,
-                identity: None,
-                is_settled: false,
-            }
+            without_content(path, mode, mtime, kind)
         };
         let root = entry(b"", self.root_mode, ScannedKind::Directory);
         jobs.small(root, Known::New, Origin::Disk)
@@ -132,17 +128,7 @@ impl Incoming<'_> {
             // links to tablespaces are made from their list
             TarKind::Link(_) => return Ok(true),
             TarKind::Directory => {
-                let kind = ScannedKind::Directory;
-                let found = Scanned {
-                    path: path.into(),
-                    mode,
-                    mtime,
-                    size: 0,
-                    kind,
-                    first_block: None,
-                    identity: None,
-                    is_settled: false,
-                };
+                let found = without_content(&path, mode, mtime, ScannedKind::Directory);
                 let is_kept = !matches!(class, FileClass::Skip(_));
                 return Ok(!is_kept || jobs.small(found, Known::New, Origin::Disk));
             }
