@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::unwrap_in_result)]
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -146,6 +146,26 @@ fn a_clone_is_told_nothing_of_its_starter() {
     let secret = "SELECT string_agg(line, ' ') FROM e WHERE line LIKE '%told-to-nobody%';";
     assert_eq!(clone.psql(&format!("{environment} {secret}")), "", "the server knows its starter's secrets");
     stanza.run(["stop", "quiet"]).ok();
+    stanza.assert_nothing_left();
+}
+
+#[test]
+fn a_clone_in_memory_has_its_walls() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder()).start();
+    stanza.create(&cluster);
+    stanza.backup(&cluster);
+    // the sandbox has a /dev/shm of its own
+    let memory = tempfile::Builder::new().prefix("pgcairn-test-").tempdir_in("/dev/shm").unwrap();
+    fs::set_permissions(memory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let place = format!("--clone-path={}", memory.path().join("clones").display());
+    let mut command = stanza.command();
+    command.args(["start", "--name", "memory", &place]);
+    let started = pgcairn_integration::bin::run_command(&mut command);
+    assert!(!started.stderr.contains("without namespaces"), "{}", started.stderr);
+    let clone = Client::new(started.ok().split('"').nth(1).unwrap());
+    assert_eq!(clone.psql("SELECT 1;"), "1");
+    stanza.run(["stop", "memory", &place]).ok();
     stanza.assert_nothing_left();
 }
 

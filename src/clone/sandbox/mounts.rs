@@ -54,10 +54,12 @@ pub(super) fn set_up(sandbox: &Sandbox, listening: &[PathBuf]) -> Result<()> {
     for entry in entries()? {
         entry.make_read_only(&own, &kept)?;
     }
+    let shown = Shown::open(sandbox)?;
     if Path::new(SHARED_MEMORY).is_dir() {
         file_system(Path::new(SHARED_MEMORY), "mode=1777")?;
+        // clones may live in memory, too
+        shown.below(Path::new(SHARED_MEMORY))?;
     }
-    let shown = Shown::open(sandbox)?;
     let hidden = if sandbox.network { Vec::new() } else { hidden(sandbox, listening, &kept) };
     for directory in &hidden {
         file_system(directory, "mode=0755,size=1m")?;
