@@ -5,7 +5,7 @@ import sys
 
 from .bench import Bench, Failed
 
-TOPICS = ["backup", "restore", "delta", "first_query", "pgbench", "reads", "small_files", "incremental", "schedule", "verify", "archive",
+TOPICS = ["backup", "restore", "restore_s3", "delta", "first_query", "pgbench", "reads", "small_files", "incremental", "schedule", "verify", "archive",
           "moment", "encryption", "many_backups"]
 
 

@@ -131,6 +131,10 @@ def pushed(bench, wal, tool, asynchronous):
 
 def fetched(bench, wal, tool, asynchronous):
     into = bench.directory("recovering")
+    # by which pgcairn knows the cluster that asks
+    (into / "global").mkdir()
+    shutil.copy(wal.cluster.path / "global/pg_control", into / "global")
+    bench.run("chown", "-R", "postgres:", into, user="root")
     target = into / "pg_wal"
     target.mkdir()
     shutil.chown(target, "postgres", "postgres")

@@ -11,8 +11,7 @@ FILES = 200_000
 
 
 def measure(bench):
-    place = memory_disk(bench)
-    cluster = Cluster.built(bench, f"{place}/cluster", 0, many_files, 5495)
+    cluster = built(bench, memory_disk(bench))
     ours = Pgcairn(bench, cluster, "pgcairn-repo-files")
     ran, _ = ours.backup()
     bench.report.at_most(f"backup of {FILES} files", [ran.seconds], "s")
@@ -35,12 +34,17 @@ def measure(bench):
     cluster.stop()
 
 
+def built(bench, place):
+    """The cluster, running."""
+    return Cluster.built(bench, f"{place}/cluster", 0, many_files, 5495)
+
+
 def memory_disk(bench):
     """A file system in memory: a disk would need minutes to delete them all."""
     path = bench.work / "files"
     path.mkdir(exist_ok=True)
     if not os.path.ismount(path):
-        bench.run("mount", "-t", "tmpfs", "-o", "size=4g,mode=755", "tmpfs", path, user="root")
+        bench.run("mount", "-t", "tmpfs", "-o", "size=6g,mode=755", "tmpfs", path, user="root")
         shutil.chown(path, "postgres", "postgres")
     bench.undo.callback(lambda: bench.run("umount", path, user="root"))
     return path.name
