@@ -24,8 +24,8 @@ from blake3 import blake3
 
 GRAIN, SLOT, CHUNK, LEAF, INDEX = 8192, 131072, 8 * 131072, 256 * 131072, 512 * 256 * 131072
 STORED_MAX = CHUNK + 256
-GRAIN_KEY, CHUNK_KEY, FILE_KEY, SEAL_KEY = (
-    blake3(b"", derive_key_context=f"pgcairn 2026 {name}").digest() for name in ("grain", "chunk", "file", "seal"))
+GRAIN_KEY, CHUNK_KEY, FILE_KEY, SEAL_KEY, HISTORY_KEY = (
+    blake3(b"", derive_key_context=f"pgcairn 2026 {name}").digest() for name in ("grain", "chunk", "file", "seal", "history"))
 
 
 def need(condition, what):
@@ -314,8 +314,13 @@ class Repository:
         need(len(found) == 1, f"the archive has {len(found)} files called {name}")
         data = found[0].read_bytes()
         chunks = list(whole_pack(data, kind=5))
-        content = blake3(b"".join(name for name, _ in chunks), key=FILE_KEY).digest()[:16]
-        need(data[16:32] == content, "the content hash")
+        ids = b"".join(name for name, _ in chunks)
+        content = blake3(ids, key=FILE_KEY).digest()[:16]
+        expected = [content]
+        if name.endswith(".history"):
+            bound = struct.pack("<QI", history["system-id"], len(name)) + name.encode() + ids
+            expected.append(blake3(bound, key=HISTORY_KEY).digest()[:16])
+        need(data[16:32] in expected, "the content hash")
         need(name.endswith(".history") or found[0].name.removesuffix(".point") == f"{name}-{content.hex()}", "the object's key")
         need(all(len(plain) == CHUNK for _, plain in chunks[:-1]), "a chunk that is no run of 1 MiB")
         return b"".join(plain for _, plain in chunks)

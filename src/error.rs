@@ -19,12 +19,13 @@ pub struct Error {
     what: String,
     hint: Option<String>,
     source: Option<Source>,
+    conflict: bool,
 }
 
 impl Error {
     /// `what` names the thing and the values, lower case, without a full stop.
     pub fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), hint: None, source: None }
+        Self { what: what.into(), hint: None, source: None, conflict: false }
     }
 
     /// What to do next.
@@ -38,6 +39,13 @@ impl Error {
     #[must_use]
     pub fn source(mut self, source: impl Into<Source>) -> Self {
         self.source = Some(source.into());
+        self
+    }
+
+    /// The archive holds another content under a name.
+    #[must_use]
+    pub fn conflict(mut self) -> Self {
+        self.conflict = true;
         self
     }
 
@@ -70,9 +78,28 @@ impl Error {
         None
     }
 
+    /// The error and its causes in one line.
+    pub fn told(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(next) = cause {
+            let more = next.to_string();
+            if !text.ends_with(&more) {
+                text = format!("{text}: {more}");
+            }
+            cause = next.source();
+        }
+        text
+    }
+
     /// True when the cause is that stored bytes are not what they should be.
     pub fn is_damage(&self) -> bool {
         self.find::<FormatError>().is_some()
+    }
+
+    /// True when the archive holds another content under a name: nothing that comes later may be archived before that is settled.
+    pub fn is_conflict(&self) -> bool {
+        self.conflict || self.find::<Self>().is_some_and(Self::is_conflict)
     }
 
     /// True when the cause is that the store has no such object.

@@ -447,7 +447,7 @@ fn wal_spliced_from_stored_chunks_is_refused() {
     let view = view(&repository, &ViewOptions::default());
     let segment = find(&view, format!("pg_wal/{}", files::SEGMENT).as_bytes());
     assert!(read_all(&view, segment).is_err(), "in a view");
-    assert!(repository.wal_file(&key).is_err(), "whole");
+    assert!(repository.wal_file(&database, &key).is_err(), "whole");
     let target = place.path().join("RECOVERYXLOG");
     assert!(matches!(wal::get(&repository, files::SEGMENT, &target), Err(wal::GetError::Failed(_))));
     assert!(!target.exists());

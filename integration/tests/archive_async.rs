@@ -17,6 +17,7 @@ use pgcairn::repo::Repository;
 use pgcairn::spool::Spool;
 use pgcairn::store::{Body, Effect, ErrorKind, Fault, MemoryStore, Store};
 use pgcairn::write::ahead::{AheadOptions, push_ahead};
+use pgcairn::write::push::push;
 use pgcairn_integration::stanza::NAME;
 use pgcairn_integration::{Cluster, Place, Stanza, StopMode, install, wait_until};
 
@@ -224,6 +225,19 @@ impl Left {
         Arc::new(store)
     }
 
+    /// A store that has another content under this segment's name, of the same cluster; and the key of that.
+    fn conflict(&self, (name, bytes): &(String, Vec<u8>)) -> (Arc<MemoryStore>, String) {
+        let path = self.place.join(name);
+        let mut bytes = bytes.clone();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&path, &bytes).unwrap();
+        let store = self.fresh();
+        push(&Repository::new(Arc::clone(&store) as Arc<dyn Store>, NAME).unwrap(), &path, 1).unwrap();
+        let mut objects = store.list("archive/", None).unwrap().objects;
+        objects.retain(|object| object.key.contains(name));
+        (store, objects.remove(0).key)
+    }
+
     fn spool(&self) -> Spool {
         Spool::open(&self.place.join("spool"), "main", &[]).unwrap()
     }
@@ -296,6 +310,49 @@ fn many_segments_share_their_listings() {
     let segments = left.segments.len() as u64;
     // archive.info; before; after, at worst after each
     assert!(plan.calls() <= 2 + 2 * segments, "{} calls for {segments} segments", plan.calls());
+}
+
+/// What is behind it would be another server's history: it waits, as it does where the server pushes file by file.
+#[test]
+fn nothing_is_pushed_behind_a_file_that_the_archive_holds_with_other_content() {
+    let left = Left::new();
+    let (first, behind) = (&left.segments[1], &left.segments[2..]);
+    let (store, wrong) = left.conflict(first);
+    for _ in 0..2 {
+        left.push_ahead(Arc::clone(&store)).unwrap();
+        assert!(left.has(&store, &left.segments[0]));
+        let told = left.answer(&first.0).unwrap();
+        assert!(told.contains("already holds"), "{told}");
+        for segment in behind {
+            let told = left.answer(&segment.0).unwrap();
+            assert!(told.contains(&format!("{} waits for {}", segment.0, first.0)), "{told}");
+            assert!(!left.has(&store, segment), "{} was pushed", segment.0);
+        }
+    }
+    // a person has found out which one is right
+    store.delete(&[wrong]).unwrap();
+    left.push_ahead(Arc::clone(&store)).unwrap();
+    assert!(left.segments.iter().all(|segment| left.has(&store, segment)));
+}
+
+/// The worker lives on while a conflict is settled, and tells what waited for it then.
+#[test]
+fn what_waited_for_a_conflict_is_pushed_when_it_is_settled() {
+    let left = Left::new();
+    let first = &left.segments[1];
+    let (store, wrong) = left.conflict(first);
+    fs::write(left.place.join("data/postmaster.pid"), b"a server lives").unwrap();
+    let last = &left.segments[left.segments.len() - 1].0;
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| left.push_ahead(Arc::clone(&store)).unwrap());
+        let says = |name: &str, what: &str| left.answer(name).is_some_and(|answer| answer.contains(what));
+        wait_until(LONG, "the conflict", || says(last, "waits for"));
+        store.delete(&[wrong.clone()]).unwrap();
+        wait_until(LONG, "the last one", || says(last, "archived"));
+        fs::remove_file(left.place.join("data/postmaster.pid")).unwrap();
+        worker.join().unwrap();
+    });
+    assert!(left.segments.iter().all(|segment| left.has(&store, segment)));
 }
 
 /// A file that the archive holds with other content is refused through the worker, too; the answer for one content is none for

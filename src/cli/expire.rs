@@ -3,13 +3,14 @@ use clap::Args;
 use super::options::{Common, Output};
 use super::output::{self, Progress};
 use super::retention::{RetentionOptions, tell};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::keep::expire::{ExpireOptions, expire};
 
 /// Remove backups and WAL that the retention no longer keeps, and packs that no backup needs
 ///
 /// The last full backup always stays, and so does the WAL that kept backups need. Packs go only after a grace period, and
-/// not while a backup runs. It runs after each backup too, unless --expire-auto is n.
+/// not while a backup runs. It runs after each backup too, unless --expire-auto is n. Before something is removed, the kept
+/// backups that stand for it must be proved by their WAL; one that is not does not count, and the exit status is 1.
 #[derive(Debug, Args)]
 pub(super) struct Expire {
     #[command(flatten)]
@@ -40,6 +41,13 @@ impl Expire {
             Output::Json => output::line(&serde_json::to_string_pretty(&report)?),
             Output::Text => tell(&report, true),
         }
-        Ok(())
+        match report.unproved.as_slice() {
+            [] => Ok(()),
+            unproved => {
+                let labels: Vec<&str> = unproved.iter().map(|of| of.label.as_str()).collect();
+                Err(Error::new(format!("backups that their WAL does not prove: {}", labels.join(", ")))
+                    .hint("older backups stay in their place; look with \"pgcairn verify\", take a new full backup"))
+            }
+        }
     }
 }

@@ -7,7 +7,7 @@ use clap::Args;
 use super::options::Common;
 use super::output;
 use crate::error::{Error, Result};
-use crate::format::info::LockKind;
+use crate::format::manifest::Database;
 use crate::repo::Repository;
 use crate::store::Store;
 use crate::write::check::identify;
@@ -34,20 +34,14 @@ impl StanzaCreate {
             give_to_owner_of(&server.data_directory, &directory)?;
             store = common.store(false)?;
         }
-        let repository = self.open(common, store)?;
+        let cluster = format!("PostgreSQL {}, system identifier {}", database.version, database.system_id);
+        let (repository, is_created) = self.create(common, store, database)?;
         let text = format!(
-            "{}stanza {} (PostgreSQL {}, system identifier {}) in {}",
+            "{}stanza {} ({cluster}) in {}",
             if repository.keys.is_secret() { "encrypted " } else { "" },
             repository.stanza,
-            database.version,
-            database.system_id,
             repository.store.url()
         );
-        // of two that create the stanza for different clusters at this moment, the second finds that of the first
-        let lock = repository.lock(LockKind::Stanza, "stanza-create")?;
-        let is_created = repository.create_stanza(database)?;
-        lock.check()?;
-        drop(lock);
         common.repository()?.archive_info()?;
         match is_created {
             true => output::line(&format!("created {text}")),
@@ -56,19 +50,22 @@ impl StanzaCreate {
         Ok(())
     }
 
-    fn open(&self, common: &Common, store: Arc<dyn Store>) -> Result<Repository> {
+    fn create(&self, common: &Common, store: Arc<dyn Store>, database: Database) -> Result<(Repository, bool)> {
         let open = Repository::new(store, common.stanza()?)?;
-        match (self.encrypt, common.cipher.passphrase()?) {
-            (true, Some(passphrase)) => open.create_secret(&passphrase),
-            (true, None) => Err(Error::new("--encrypt needs a passphrase").hint(
+        let passphrase = common.cipher.passphrase()?;
+        if self.encrypt {
+            let passphrase = passphrase.ok_or_else(|| Error::new("--encrypt needs a passphrase").hint(
                 "give --repo-cipher-pass-file or --repo-cipher-pass-command, or set PGCAIRN_REPO_CIPHER_PASS in the environment",
-            )),
-            (false, Some(_)) if !open.has_secret()? => {
-                Err(Error::new(format!("a passphrase is given, but stanza {} is not encrypted", open.stanza))
-                    .hint("give --encrypt too, or leave the passphrase out"))
-            }
-            (false, passphrase) => Repository::open(open.store, &open.stanza, passphrase.as_ref()),
+            ))?;
+            return open.create_encrypted_stanza(&passphrase, database);
         }
+        if passphrase.is_some() && !open.has_secret()? {
+            return Err(Error::new(format!("a passphrase is given, but stanza {} is not encrypted", open.stanza))
+                .hint("give --encrypt too, or leave the passphrase out"));
+        }
+        let repository = Repository::open(open.store, &open.stanza, passphrase.as_ref())?;
+        let is_created = repository.create_stanza(database)?;
+        Ok((repository, is_created))
     }
 }
 

@@ -50,6 +50,7 @@ pub struct Keys {
     grain: [u8; 32],
     chunk: [u8; 32],
     file: [u8; 32],
+    history: [u8; 32],
     seal: Seal,
     info: InfoSeal,
     /// of an encrypted stanza whose manifests carry a proof
@@ -72,6 +73,7 @@ impl Keys {
             grain: blake3::derive_key("pgcairn 2026 grain", secret),
             chunk: blake3::derive_key("pgcairn 2026 chunk", secret),
             file: blake3::derive_key("pgcairn 2026 file", secret),
+            history: blake3::derive_key("pgcairn 2026 history", secret),
             seal: Seal::new(secret),
             info: InfoSeal::new(secret),
             manifest: None,
@@ -95,12 +97,31 @@ impl Keys {
         Some(*hasher.finalize().as_bytes())
     }
 
-    /// Fails unless the chunks of an archived file, in order, are those that its pack id names.
-    pub fn check_wal_content(&self, object: &str, pack: PackId, chunks: &[ChunkRef]) -> Result<()> {
-        let content = self.file(chunks.iter().map(|chunk| chunk.id));
-        match content == pack {
-            true => Ok(()),
-            false => Err(FormatError::new(object, 0, format!("its content is {content}, it is named {pack}"))),
+    /// Fails unless the chunks of an archived file, in order, are those that its pack id names. That of a timeline history file
+    /// names the file, too, and its cluster, which is to be the one with `system_id`, if that is known.
+    ///
+    /// A pack id without them is that of a history file by an earlier writer: it proves the content alone.
+    pub fn check_wal_content(
+        &self,
+        object: &str,
+        system_id: Option<u64>,
+        pack: PackId,
+        chunks: &[ChunkRef],
+    ) -> Result<()> {
+        let ids = || chunks.iter().map(|chunk| chunk.id);
+        let content = self.file(ids());
+        if content == pack {
+            return Ok(());
+        }
+        let name = object.rsplit('/').next().unwrap_or_default();
+        match system_id.filter(|_| name.ends_with(".history")) {
+            Some(system_id) if self.history(system_id, name, ids()) == pack => Ok(()),
+            Some(system_id) => {
+                let what =
+                    format!("it is not what was archived as {name} of the cluster with system identifier {system_id}");
+                Err(FormatError::new(object, 0, what))
+            }
+            None => Err(FormatError::new(object, 0, format!("its content is {content}, it is named {pack}"))),
         }
     }
 
@@ -150,14 +171,22 @@ impl Keys {
 
     /// The name of a whole file from the names of its chunks in order; the WAL archive's file names carry it.
     pub fn file(&self, chunks: impl IntoIterator<Item = ChunkId>) -> PackId {
-        let mut hasher = blake3::Hasher::new_keyed(&self.file);
-        for chunk in chunks {
-            hasher.update(&chunk.0);
-        }
-        let mut id = PackId::default();
-        id.0.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-        id
+        hash_of(blake3::Hasher::new_keyed(&self.file), chunks)
     }
+
+    /// The pack id of a timeline history file: its text says neither which timeline it is of nor whose, so this does.
+    pub fn history(&self, system_id: u64, name: &str, chunks: impl IntoIterator<Item = ChunkId>) -> PackId {
+        let mut hasher = blake3::Hasher::new_keyed(&self.history);
+        hasher.update(&system_id.to_le_bytes()).update(&(name.len() as u32).to_le_bytes()).update(name.as_bytes());
+        hash_of(hasher, chunks)
+    }
+}
+
+fn hash_of(mut hasher: blake3::Hasher, chunks: impl IntoIterator<Item = ChunkId>) -> PackId {
+    chunks.into_iter().for_each(|chunk| _ = hasher.update(&chunk.0));
+    let mut id = PackId::default();
+    id.0.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+    id
 }
 
 /// The whole digest of one grain, of which [`GrainHash`] is the beginning.

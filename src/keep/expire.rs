@@ -8,7 +8,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use super::mark::{self, Needed};
-use super::policy::{Decision, Fate, Known, Retention, WalRule, decide, remove_one};
+use super::policy::{Decision, Fate, Known, Retention, WalRule, remove_one};
+use super::proofs::Proofs;
 use super::sweep::{BATCH, Swept, due, sweep};
 use crate::error::{Context, Error, Result};
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, LockKind};
@@ -16,6 +17,7 @@ use crate::format::manifest::Database;
 use crate::postgres::{BackupKind, Label, WalName};
 use crate::progress::Monitor;
 use crate::repo::lock::{Attempt, Lock, Other, Timing};
+use crate::repo::proof::Doubt;
 use crate::repo::{Repository, keys};
 
 /// How long a pack that nobody needs stays, unless said otherwise: longer than any reader or writer that knows it.
@@ -66,6 +68,8 @@ pub struct Report {
     pub archives: Vec<ArchiveReport>,
     /// packs, if they were looked at
     pub packs: Option<PackReport>,
+    /// backups that stand for no other
+    pub unproved: Vec<Unproved>,
     /// what was left for another run, and why
     pub notes: Vec<String>,
 }
@@ -79,6 +83,17 @@ pub struct BackupReport {
     pub keep: bool,
     /// why
     pub why: String,
+}
+
+/// A backup that its WAL does not prove: it does not count, and what would go for it stays.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Unproved {
+    /// which
+    pub label: String,
+    /// the segment that is missing or is not its own, if that is it
+    pub segment: Option<String>,
+    /// what is wrong
+    pub what: String,
 }
 
 /// What went of one archive.
@@ -133,7 +148,8 @@ pub fn expire(repository: &Repository, options: &ExpireOptions, monitor: &dyn Mo
     let moment = moment(repository, lock.as_ref())?;
     repository.labels_proved()?;
     let backup_info = repository.backup_info()?;
-    let decision = decision(repository, options, named, &archive_info, &backup_info, moment.now)?;
+    let mut proofs = Proofs::new(repository);
+    let decision = decision(&mut proofs, repository, options, named, &archive_info, &backup_info, moment.now)?;
     let mut report = Report {
         dry_run: options.dry_run,
         backups: decision.backups.iter().map(BackupReport::from).collect(),
@@ -147,11 +163,12 @@ pub fn expire(repository: &Repository, options: &ExpireOptions, monitor: &dyn Mo
     drop(alone);
     let mut failure = None;
     for database in &archive_info.history {
-        match expire_wal(repository, lock.as_ref(), database, &decision, moment.horizon) {
+        match expire_wal(repository, lock.as_ref(), database, &decision, &mut proofs, moment.horizon) {
             Ok(archive) => report.archives.push(archive),
             Err(error) => _ = failure.get_or_insert(error),
         }
     }
+    report.tell_unproved(&proofs);
     let reason = gone > 0 || moment.others.iter().any(|other| other.dead && may_be_backup(other));
     match packs(repository, lock.as_ref(), options, &moment, reason, &mut report, monitor) {
         Ok(()) => failure.map_or(Ok(report), Err),
@@ -197,6 +214,7 @@ fn moment(repository: &Repository, lock: Option<&Lock>) -> Result<Moment> {
 }
 
 fn decision(
+    proofs: &mut Proofs<'_>,
     repository: &Repository,
     options: &ExpireOptions,
     named: Option<Label>,
@@ -206,14 +224,15 @@ fn decision(
 ) -> Result<Decision> {
     let clusters: Vec<u32> = archive_info.history.iter().map(|database| database.id).collect();
     if let Some(label) = named {
-        return decide_set(repository, options, backup_info, label, &clusters);
+        return decide_set(proofs, repository, options, backup_info, label, &clusters);
     }
     let known = known(repository, backup_info)?;
-    Ok(decide(&known, &options.retention, &clusters, now))
+    proofs.decide(known, &options.retention, &clusters, now)
 }
 
 /// One backup goes because a person says so.
 fn decide_set(
+    proofs: &mut Proofs<'_>,
     repository: &Repository,
     options: &ExpireOptions,
     backup_info: &BackupInfo,
@@ -230,6 +249,9 @@ fn decide_set(
         Error::new(format!("backup {label} is not removed: {why}"))
             .hint("take a new full backup first; a whole stanza is removed by deleting its objects by hand")
     })?;
+    if named.kind() == BackupKind::Full {
+        proofs.refuse_last(&known, named)?;
+    }
     let unknown = |other: &String| *other != label && !backup_info.backups.contains_key(other);
     match repository.labels()?.iter().any(unknown) {
         // nobody knows what WAL another one needs that cannot be read
@@ -268,6 +290,7 @@ fn known_of(label: &str, of: &BackupSummary) -> Result<Known> {
         database: of.database_id,
         stop_time: of.stop_time,
         wal: (of.wal_start.parse().context(what)?, of.wal_stop.parse().context(what)?),
+        counts: true,
     })
 }
 
@@ -296,6 +319,7 @@ fn expire_wal(
     lock: Option<&Lock>,
     database: &Database,
     decision: &Decision,
+    proofs: &mut Proofs<'_>,
     horizon: i64,
 ) -> Result<ArchiveReport> {
     let all = (WalRule::All, "nothing is known of that cluster".to_owned());
@@ -310,7 +334,7 @@ fn expire_wal(
     if *rule == WalRule::All {
         return Ok(report);
     }
-    let (mut batch, mut failure) = (Vec::new(), None);
+    let (mut batch, mut failure, mut is_kept) = (Vec::new(), None, None);
     let remove = |batch: &mut Vec<String>| -> Result<()> {
         if let Some(lock) = lock.filter(|_| !batch.is_empty()) {
             lock.check()?;
@@ -327,8 +351,14 @@ fn expire_wal(
             Ok(WalName::History(_)) | Err(_) => return,
         };
         // a backup that runs may need what was archived since it began
-        if rule.keeps(segment) || object.modified >= horizon || failure.is_some() {
+        if rule.keeps(segment) || object.modified >= horizon || failure.is_some() || is_kept.is_some() {
             return;
+        }
+        // without that backup, it would be missed
+        match decision.cut.filter(|_| report.removed == 0).map(|cut| Ok((cut, proofs.is_proved(cut)?))).transpose() {
+            Ok(Some((cut, false))) => return is_kept = Some(cut),
+            Ok(_) => {}
+            Err(error) => return failure = Some(error),
         }
         report.removed += 1;
         report.bytes += object.size;
@@ -337,6 +367,10 @@ fn expire_wal(
             failure = remove(&mut batch).err();
         }
     })?;
+    if let Some(cut) = is_kept {
+        (report.keep, report.why) =
+            (WalRule::All.to_string(), format!("backup {cut} does not count: its WAL does not prove it"));
+    }
     match failure {
         Some(error) => Err(error),
         None => remove(&mut batch).map(|()| report),
@@ -396,6 +430,22 @@ fn remove_dead_locks(lock: &Lock, moment: &Moment, grace: Duration) -> Result<()
     let grace = i64::try_from(grace.as_secs()).unwrap_or(i64::MAX);
     dead.retain(|other| other.dead && moment.now.saturating_sub(other.modified) >= grace);
     lock.remove(&dead)
+}
+
+impl Report {
+    fn tell_unproved(&mut self, proofs: &Proofs<'_>) {
+        for (label, Doubt { segment, what }) in proofs.doubts() {
+            let (label, segment) = (label.to_string(), segment.map(|segment| segment.to_string()));
+            // one that goes is missed by nobody
+            if self.backups.iter().any(|backup| backup.label == label && backup.keep) {
+                self.notes.push(format!(
+                    "backup {label} does not count: {what}; what would go for it stays. Look with \"pgcairn verify\", take a new \
+                     full backup"
+                ));
+                self.unproved.push(Unproved { label, segment, what: what.clone() });
+            }
+        }
+    }
 }
 
 impl From<&Fate> for BackupReport {

@@ -44,6 +44,8 @@ pub struct Known {
     pub stop_time: i64,
     /// first and last segment that it needs
     pub wal: (SegmentName, SegmentName),
+    /// nothing speaks against it, so that older ones may go for it
+    pub counts: bool,
 }
 
 /// What becomes of a backup.
@@ -78,6 +80,10 @@ pub struct Decision {
     pub backups: Vec<Fate>,
     /// by number of the cluster
     pub archives: BTreeMap<u32, (WalRule, String)>,
+    /// the kept ones that must be sound, or those that go would be missed
+    pub rests: Vec<Label>,
+    /// the one from which on WAL stays, if without it older WAL would be missed
+    pub cut: Option<Label>,
     /// what looks wrong
     pub notes: Vec<String>,
 }
@@ -120,7 +126,30 @@ pub fn decide(known: &[Known], retention: &Retention, clusters: &[u32], now: i64
         (Some(_), FullType::Time) => doubts(&known, &clock),
         _ => Vec::new(),
     };
-    Decision { notes, ..decision(&known, gone, retention, clusters) }
+    let rests = rests(&known, &gone);
+    Decision { notes, rests, ..decision(&known, gone, retention, clusters) }
+}
+
+/// The kept backups that stand for those that go: the newest, which a restore takes; the one behind them, which takes over their
+/// points in time; and the newest of each cluster that loses one. Of those that go with their full backup, full ones; of the
+/// others, differential ones too.
+fn rests(known: &[Known], gone: &BTreeMap<Label, String>) -> Vec<Label> {
+    let stays = |backup: &&Known| !gone.contains_key(&backup.label);
+    let fulls: BTreeSet<Label> = known.iter().filter(stays).map(|of| of.label).filter(is_full_label).collect();
+    let mut rests = BTreeSet::new();
+    for kind in [BackupKind::Full, BackupKind::Diff] {
+        let goes = |of: &&Known| !stays(of) && fulls.contains(&of.label.full()) == (kind == BackupKind::Diff);
+        let going: Vec<&Known> = known.iter().filter(goes).collect();
+        let kept: Vec<&Known> = known.iter().filter(stays).filter(|of| of.counts && of.label.kind() <= kind).collect();
+        let last = going.iter().rfind(|of| of.label.kind() <= kind).or(going.first());
+        let Some(last) = last.map(|of| of.label) else { continue };
+        rests.extend(kept.iter().find(|of| of.label > last).map(|of| of.label));
+        rests.extend(kept.last().map(|of| of.label));
+        for cluster in going.iter().map(|of| of.database).collect::<BTreeSet<_>>() {
+            rests.extend(kept.iter().rfind(|of| of.database == cluster).map(|of| of.label));
+        }
+    }
+    rests.into_iter().rev().collect()
 }
 
 /// Says which times are not believed.
@@ -162,24 +191,39 @@ pub fn remove_one(
 
 fn decision(known: &[Known], mut gone: BTreeMap<Label, String>, retention: &Retention, clusters: &[u32]) -> Decision {
     let kept: Vec<&Known> = known.iter().filter(|backup| !gone.contains_key(&backup.label)).collect();
-    let archives = clusters.iter().map(|cluster| (*cluster, wal_rule(&kept, retention, *cluster, clusters))).collect();
+    let cut = cut(&kept, retention);
+    let rule = |cluster: u32| match &cut {
+        Ok((cut, why)) => wal_rule(&kept, *cut, why, cluster, clusters),
+        Err(why) => (WalRule::All, why.clone()),
+    };
+    let archives = clusters.iter().map(|cluster| (*cluster, rule(*cluster))).collect();
     let fate = |backup: &Known| match gone.remove(&backup.label) {
         Some(why) => Fate { label: backup.label, keep: false, why },
         None => Fate { label: backup.label, keep: true, why: why_kept(backup, known, retention) },
     };
-    Decision { backups: known.iter().map(fate).collect(), archives, notes: Vec::new() }
+    // WAL before the first kept backup is of no use to any
+    let cut = cut.ok().map(|(cut, _)| cut).filter(|cut| kept.iter().any(|backup| backup.label < *cut));
+    Decision { backups: known.iter().map(fate).collect(), archives, rests: Vec::new(), cut, notes: Vec::new() }
 }
 
 fn is_full(backup: &Known) -> bool {
-    backup.label.kind() == BackupKind::Full
+    is_full_label(&backup.label)
+}
+
+fn is_full_label(label: &Label) -> bool {
+    label.kind() == BackupKind::Full
 }
 
 fn why_kept(backup: &Known, known: &[Known], retention: &Retention) -> String {
     let last = known.iter().filter(|backup| is_full(backup)).map(|backup| backup.label).next_back();
+    let that_count = if known.iter().all(|backup| backup.counts) { "" } else { " that count" };
     match (retention.full, retention.full_type) {
+        _ if !backup.counts => "it does not count: its WAL does not prove it".into(),
         _ if Some(backup.label) == last => "the last full backup".into(),
         (None, _) => "no retention of full backups is set".into(),
-        (Some(full), FullType::Count) => format!("among the last {full} full backups and what belongs to them"),
+        (Some(full), FullType::Count) => {
+            format!("among the last {full} full backups{that_count} and what belongs to them")
+        }
         (Some(days), FullType::Time) => format!("needed to reach back {days} days"),
     }
 }
@@ -191,28 +235,30 @@ fn expire_fulls(
     gone: &mut BTreeMap<Label, String>,
 ) {
     let Some(count) = retention.full else { return };
-    let fulls: Vec<&Known> = known.iter().filter(|backup| is_full(backup)).collect();
+    let counted: Vec<usize> = (0..known.len()).filter(|at| is_full(&known[*at]) && known[*at].counts).collect();
     // never the last one, whatever was asked for
     let (first_kept, why) = match retention.full_type {
         FullType::Count => (
-            fulls.len().saturating_sub((count as usize).max(1)),
+            counted.len().checked_sub((count as usize).max(1)).map(|at| counted[at]),
             format!("older than the last {count} full backups (repo-retention-full)"),
         ),
         FullType::Time => {
             // the newest one that is old enough stays: without it nobody could reach back that far
             let oldest = now.saturating_sub(i64::from(count) * 86_400);
-            let is_old = |number: usize| is_full(&known[number]) && clock.at_most(number) <= oldest;
-            let reaching = (0..known.len()).rev().find(|number| is_old(*number));
-            let first_kept = reaching.map_or(0, |number| known[..number].iter().filter(|of| is_full(of)).count());
-            (first_kept, format!("a newer full backup reaches back {count} days (repo-retention-full)"))
+            (
+                counted.into_iter().rfind(|at| clock.at_most(*at) <= oldest),
+                format!("a newer full backup reaches back {count} days (repo-retention-full)"),
+            )
         }
     };
-    for full in &fulls[..first_kept] {
-        gone.insert(full.label, why.clone());
-        take_set(known, full.label, &format!("goes with its full backup {}", full.label), gone);
+    let before = known.iter().take(first_kept.unwrap_or(0)).filter(|backup| is_full(backup));
+    for full in before.map(|backup| backup.label) {
+        gone.insert(full, why.clone());
+        take_set(known, full, &format!("goes with its full backup {full}"), gone);
     }
     // a set whose full backup is no more, as a run that died leaves it
-    let Some(first) = fulls.get(first_kept) else { return };
+    let is_first = |backup: &&Known| is_full(backup) && backup.counts && !gone.contains_key(&backup.label);
+    let Some(first) = known.iter().find(is_first) else { return };
     for backup in known.iter().filter(|backup| !is_full(backup) && backup.label.full() < first.label) {
         gone.entry(backup.label).or_insert_with(|| format!("its full backup {} is gone", backup.label.full()));
     }
@@ -226,16 +272,16 @@ fn take_set(known: &[Known], full: Label, why: &str, gone: &mut BTreeMap<Label, 
 
 fn expire_diffs(known: &[Known], retention: &Retention, gone: &mut BTreeMap<Label, String>) {
     let Some(count) = retention.diff else { return };
-    let counted: Vec<Label> = known
-        .iter()
-        .map(|backup| backup.label)
-        .filter(|label| label.kind() != BackupKind::Incr && !gone.contains_key(label))
-        .collect();
-    let old = counted.len().saturating_sub((count as usize).max(1));
-    for label in counted[..old].iter().filter(|label| label.kind() == BackupKind::Diff) {
+    let stays = |backup: &&Known| backup.label.kind() != BackupKind::Incr && !gone.contains_key(&backup.label);
+    let counted: Vec<Label> =
+        known.iter().filter(stays).filter(|backup| backup.counts).map(|backup| backup.label).collect();
+    let Some(first_kept) = counted.len().checked_sub((count as usize).max(1)).map(|at| counted[at]) else { return };
+    let is_old = |label: &Label| label.kind() == BackupKind::Diff && *label < first_kept;
+    let old: Vec<Label> = known.iter().filter(stays).map(|backup| backup.label).filter(is_old).collect();
+    for label in old {
         let why = format!("older than the last {count} differential or full backups (repo-retention-diff)");
-        gone.insert(*label, why);
-        take_followers(known, *label, gone);
+        gone.insert(label, why);
+        take_followers(known, label, gone);
     }
 }
 
@@ -251,23 +297,26 @@ fn take_followers(known: &[Known], label: Label, gone: &mut BTreeMap<Label, Stri
     }
 }
 
-fn wal_rule(kept: &[&Known], retention: &Retention, cluster: u32, clusters: &[u32]) -> (WalRule, String) {
-    let counts = |backup: &&&Known| backup.label.kind() <= retention.archive_type;
+/// The backup from which on WAL stays, and by which option; or why all of it does.
+fn cut(kept: &[&Known], retention: &Retention) -> std::result::Result<(Label, &'static str), String> {
+    let counts = |backup: &&&Known| backup.label.kind() <= retention.archive_type && backup.counts;
     let counted: Vec<Label> = kept.iter().filter(counts).map(|backup| backup.label).collect();
     let (cut, why) = match (retention.archive, retention.full) {
-        (None, None) => return (WalRule::All, "no retention of WAL or full backups is set".into()),
+        (None, None) => return Err("no retention of WAL or full backups is set".into()),
         // as with pgBackRest, the WAL then goes with the full backups
-        (None, Some(_)) => (kept.iter().filter(|backup| is_full(backup)).map(|backup| backup.label).next(), "full"),
+        (None, Some(_)) => (kept.iter().find(|backup| is_full(backup)).map(|backup| backup.label), "full"),
         (Some(count), _) if counted.len() < count as usize => {
-            let why = format!("{} of {count} backups that repo-retention-archive counts", counted.len());
-            return (WalRule::All, why);
+            return Err(format!("{} of {count} backups that repo-retention-archive counts", counted.len()));
         }
         (Some(count), _) => {
             let at = counted.len() - (count as usize).max(1);
             (counted.get(at).copied(), "archive")
         }
     };
-    let Some(cut) = cut else { return (WalRule::All, "there is no full backup".into()) };
+    cut.map(|cut| (cut, why)).ok_or_else(|| "there is no full backup".into())
+}
+
+fn wal_rule(kept: &[&Known], cut: Label, why: &str, cluster: u32, clusters: &[u32]) -> (WalRule, String) {
     let ours: Vec<&&Known> = kept.iter().filter(|backup| backup.database == cluster).collect();
     if ours.is_empty() {
         return match clusters.last() == Some(&cluster) {

@@ -3,7 +3,7 @@
 //!
 //! Quick: manifests are read, packs and WAL only listed. Full: every pack that a backup needs is read once and every chunk
 //! in it proved; then every manifest is followed, down to the last extent, into a table of what was found; every WAL file
-//! is read. Memory: 8 bytes for each stored chunk, beside the packs being read.
+//! is read, and what backups store of WAL is compared with them. Memory: 8 bytes for each stored chunk, beside the packs being read.
 
 mod backups;
 mod harms;
@@ -185,7 +185,7 @@ pub fn verify(repository: &Repository, options: &VerifyOptions, monitor: &dyn Mo
     if !options.quick || !found.is_sound() {
         monitor.stage("following manifests", 0);
         let labels: Vec<&Description> = described.descriptions.iter().collect();
-        backups::follow(repository, &labels, &found, &findings, options.process_max)?;
+        backups::follow(repository, &labels, &found, &findings, options)?;
     }
     for database in &archive_info.history {
         let ours: Vec<&Description> =

@@ -410,7 +410,7 @@ pub(super) fn coverage(repository: &Repository, database: &Database) -> Result<(
         _ => {}
     })?;
     for (timeline, key) in histories {
-        let text = repository.wal_file(&key)?;
+        let text = repository.wal_file(database, &key)?;
         match TimelineHistory::parse(timeline, &text) {
             Ok(history) => coverage.add_history(history),
             Err(error) => tracing::warn!(%error, "a history file cannot be read; its timeline is left out"),

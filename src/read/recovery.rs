@@ -11,6 +11,7 @@ use crate::error::{Context, Error, Result};
 use crate::format::chunk::Decoder;
 use crate::format::manifest::Description;
 use crate::postgres::{AUTO_CONF, RECOVERY_SIGNAL, STANDBY_SIGNAL, SegmentName, SegmentSize, Timeline, WalName, conf};
+use crate::repo::wal::check_history;
 use crate::repo::{Repository, keys, reread};
 
 /// Answers questions about the mount; hidden from listings.
@@ -92,7 +93,9 @@ fn recovery(builder: &mut Builder, repository: &Repository, of: &Description, pr
     for timeline in &prepared.recovery.histories {
         let name = WalName::History(Timeline(*timeline)).to_string();
         let object = archive.find(&name)?.ok_or_else(|| Error::new(format!("the archive has no {name} any more")))?;
-        let text = Content::Text(Bytes::from(repository.wal_file(&object.key)?));
+        let text = repository.wal_file(&of.database, &object.key)?;
+        check_history(&object.key, &name, &text)?;
+        let text = Content::Text(Bytes::from(text));
         builder.add(format!("pg_wal/{name}").as_bytes(), 0o600, of.stop_time, text);
     }
     Ok(())

@@ -93,6 +93,7 @@ struct Labels {
 struct Archived {
     listed: Option<Instant>,
     segment_size: u64,
+    system_id: u64,
     present: Vec<usize>,
     files: Vec<(String, Listed)>,
     numbers: HashMap<String, usize>,
@@ -223,7 +224,7 @@ impl StanzaTree {
                 present.push(number);
             })?;
             archive.present = present;
-            archive.segment_size = info.current()?.wal_segment_size;
+            (archive.segment_size, archive.system_id) = (info.current()?.wal_segment_size, info.current()?.system_id);
             archive.listed = Some(Instant::now());
             Ok(())
         };
@@ -232,15 +233,16 @@ impl StanzaTree {
 
     fn archived(&self, node: NodeId) -> io::Result<(usize, Listed, Arc<Vec<ChunkRef>>)> {
         let number = (node.0 - WAL_FIRST) as usize;
-        let (object, chunks) = {
+        let (object, chunks, system_id) = {
             let archive = self.archive.lock();
             let file = archive.files.get(number).ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))?;
-            (file.1.clone(), archive.chunks.get(&number).cloned())
+            (file.1.clone(), archive.chunks.get(&number).cloned(), archive.system_id)
         };
         let chunks = match chunks {
             Some(chunks) => chunks,
             None => {
-                let opened = wal::open(&self.fetcher, &object.key, object.size).map_err(|error| eio(&error))?;
+                let opened =
+                    wal::open(&self.fetcher, system_id, &object.key, object.size).map_err(|error| eio(&error))?;
                 let opened = Arc::new(opened);
                 self.archive.lock().chunks.insert(number, opened.clone());
                 opened

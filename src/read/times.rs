@@ -282,7 +282,7 @@ impl Times {
     }
 
     fn bytes(&self, name: SegmentName, key: &str) -> Result<Vec<u8>> {
-        self.repository.wal_file(key).context(|| format!("cannot read WAL segment {name}"))
+        self.repository.wal_file(&self.database, key).context(|| format!("cannot read WAL segment {name}"))
     }
 
     /// The object's name holds a hash of what is in it.

@@ -493,7 +493,7 @@ impl View {
         if let Some(chunks) = &*known {
             return Ok(chunks.clone());
         }
-        let chunks = wal::open(&self.fetcher, key, stored)?;
+        let chunks = wal::open(&self.fetcher, self.description.database.system_id, key, stored)?;
         wal::check_cover(key, &chunks, size)?;
         if let Some(first) = chunks.first() {
             let name = String::from_utf8_lossy(&self.node(node)?.name).into_owned();

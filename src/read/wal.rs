@@ -17,7 +17,7 @@ use crate::postgres::{SegmentName, WalName};
 use crate::repo::Repository;
 use crate::repo::asking::Asking;
 use crate::repo::reread;
-use crate::repo::wal::check_first_bytes;
+use crate::repo::wal::{check_first_bytes, check_history};
 use crate::user::{User, as_user};
 
 /// An archived object up to this size is fetched whole: its footer alone would cost as many requests.
@@ -25,7 +25,7 @@ const WHOLE_BYTES: u64 = 4 * 1024 * 1024;
 
 /// The chunks of an archived file in file order, one for each [`CHUNK`]. A small object is fetched whole and its chunks are kept
 /// in memory: whoever replays WAL reads it once.
-pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
+pub fn open(fetcher: &Fetcher, system_id: u64, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
     let store = &*fetcher.repository().store;
     if size <= WHOLE_BYTES {
         return reread::checked(store, |reads| {
@@ -33,7 +33,7 @@ pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
             fetcher.count(bytes.len() as u64);
             let pack = Pack::parse(key, &bytes)?;
             pack.header.expect(key, PackKind::Wal, fetcher.repository().keys.seal_kind())?;
-            fetcher.repository().keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
+            fetcher.repository().keys.check_wal_content(key, Some(system_id), pack.header.id, &pack.chunks)?;
             fetcher.locate(pack.header.id, key);
             let is_segment = WalKey::parse(key).is_some_and(|key| key.name.parse::<SegmentName>().is_ok());
             for chunk in &pack.chunks {
@@ -44,6 +44,7 @@ pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
                 } else {
                     fetcher.decode(key, chunk, stored)?.plain
                 };
+                check_history(key, key.rsplit('/').next().unwrap_or_default(), &plain)?;
                 fetcher.keep_in_memory(chunk, plain);
             }
             Ok(pack.chunks)
@@ -59,7 +60,7 @@ pub fn open(fetcher: &Fetcher, key: &str, size: u64) -> Result<Vec<ChunkRef>> {
         let trailer = Trailer::parse(key, size, &get(size - TRAILER_LEN as u64, TRAILER_LEN as u64)?)?;
         let footer = get(trailer.footer_offset, u64::from(trailer.footer_len))?;
         let chunks = trailer.footer(key, header.id, &footer)?;
-        fetcher.repository().keys.check_wal_content(key, header.id, &chunks)?;
+        fetcher.repository().keys.check_wal_content(key, Some(system_id), header.id, &chunks)?;
         fetcher.locate(header.id, key);
         Ok(chunks)
     })
@@ -146,7 +147,7 @@ fn write(
 ) -> Result<()> {
     let pack = Pack::parse(key, bytes)?;
     pack.header.expect(key, PackKind::Wal, repository.keys.seal_kind())?;
-    repository.keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
+    repository.keys.check_wal_content(key, Some(database.system_id), pack.header.id, &pack.chunks)?;
     let len: u64 = pack.chunks.iter().map(|chunk| u64::from(chunk.plain_len)).sum();
     let is_segment = matches!(WalName::parse(name), Ok(WalName::Segment(_)));
     if is_segment && len != database.wal_segment_size {
@@ -166,6 +167,7 @@ fn write(
             }
             if offset == 0 {
                 check_first_bytes(database, name, &plain)?;
+                check_history(key, name, &plain)?;
             }
             file.write_all_at(&plain, offset).map_err(|error| Error::io("write", path, error))?;
             offset += plain.len() as u64;

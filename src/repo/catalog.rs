@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::{Repository, keys, reread};
 use crate::error::{Error, Result};
-use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, Info, Latest, is_sealed};
+use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, Info, Latest, LockKind, is_sealed};
 use crate::format::manifest::{Database, Description};
 use crate::postgres::{BackupKind, Label};
 use crate::store::{Body, Store};
@@ -142,8 +142,20 @@ impl Repository {
     /// Creates the stanza for `database`, or finds it created already.
     ///
     /// # Errors
-    /// When there is no `archive.info`, but backups or WAL of the stanza: they are of another cluster perhaps.
+    /// When there is no `archive.info`, but backups or WAL of the stanza: they are of another cluster perhaps. When somebody else
+    /// creates it at this moment.
     pub fn create_stanza(&self, database: Database) -> Result<bool> {
+        // of two that create it for different clusters at the same moment, the second finds that of the first
+        let lock = self.lock(LockKind::Stanza, "stanza-create")?;
+        if !self.keys.is_secret() && self.has_secret()? {
+            return Err(self.is_encrypted());
+        }
+        let is_created = self.create_locked_stanza(database)?;
+        lock.check().map(|()| is_created)
+    }
+
+    /// The same by who holds the lock.
+    pub(super) fn create_locked_stanza(&self, database: Database) -> Result<bool> {
         let key = keys::archive_info(&self.stanza);
         if let Some(info) = self.read_info::<ArchiveInfo>(&key)? {
             info.check(&self.stanza, &database)?;
@@ -407,3 +419,6 @@ fn summary(of: &Description) -> BackupSummary {
         page_errors: !of.page_errors.is_empty(),
     }
 }
+
+#[cfg(test)]
+mod tests;

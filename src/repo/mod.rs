@@ -11,6 +11,7 @@ pub mod manifest;
 pub mod packs;
 pub mod proof;
 pub mod reread;
+pub mod stored;
 pub mod unlock;
 pub mod wal;
 
@@ -44,7 +45,18 @@ impl Repository {
     }
 
     /// Fetches one object that is a pack of `kind`, and calls `each` with the plaintext of its chunks in order.
-    pub fn read_pack(&self, key: &str, kind: PackKind, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    pub fn read_pack(&self, key: &str, kind: PackKind, each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.read_pack_of(None, key, kind, each)
+    }
+
+    /// The same of what belongs to the cluster with this system identifier.
+    fn read_pack_of(
+        &self,
+        system_id: Option<u64>,
+        key: &str,
+        kind: PackKind,
+        mut each: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         let mut decoder = Decoder::new().map_err(|error| Error::new("cannot set up zstd").source(error))?;
         let mut done: Vec<ChunkRef> = Vec::new();
         reread::checked(&*self.store, |reads| {
@@ -52,7 +64,7 @@ impl Repository {
             let pack = Pack::parse(key, &bytes)?;
             pack.header.expect(key, kind, self.keys.seal_kind())?;
             if kind == PackKind::Wal {
-                self.keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
+                self.keys.check_wal_content(key, system_id, pack.header.id, &pack.chunks)?;
             }
             if !pack.chunks.starts_with(&done) {
                 return Err(FormatError::new(key, 0, "it lists other chunks than when it was read before").into());

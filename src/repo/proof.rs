@@ -9,6 +9,7 @@ use crate::format::manifest::{Database, Description};
 use crate::postgres::wal::landmarks::{Landmarks, Place, holders, record_at};
 use crate::postgres::wal::records::Event;
 use crate::postgres::{BackupLabel, BackupSource, Lsn, SegmentName, SegmentSize, Timeline, WalIdentity};
+use crate::store::{PAGE_OBJECTS_MAX, StoreError};
 
 /// What the archive must hold for a backup to be recovered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,14 +34,33 @@ pub struct Contradiction {
     pub what: Option<String>,
 }
 
+/// Why a backup cannot be counted on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Doubt {
+    /// the segment, if it is one
+    pub segment: Option<SegmentName>,
+    /// what is wrong, for people
+    pub what: String,
+}
+
+/// The first and the last segment that a backup needs.
+pub fn wal_of(of: &Description) -> Result<(SegmentName, SegmentName)> {
+    let what = || format!("the WAL of backup {}", of.label);
+    Ok((of.wal_start.parse().context(what)?, of.wal_stop.parse().context(what)?))
+}
+
 impl Repository {
     /// Reads the landmarks of an archived segment; `None` if it is not there.
     pub fn landmarks(&self, database: &Database, segment: SegmentName) -> Result<Option<Landmarks>> {
         let name = segment.to_string();
         let Some(object) = self.archive(database).find(&name)? else { return Ok(None) };
-        let bytes = self.wal_file(&object.key).context(|| format!("cannot read WAL segment {name}"))?;
+        self.landmarks_at(database, segment, &object.key).map(Some)
+    }
+
+    fn landmarks_at(&self, database: &Database, segment: SegmentName, key: &str) -> Result<Landmarks> {
+        let bytes = self.wal_file(database, key).context(|| format!("cannot read WAL segment {segment}"))?;
         let read = Landmarks::read(&wal_identity(database)?, segment, &bytes);
-        read.map(Some).context(|| format!("the archive holds something else as {name}"))
+        read.context(|| format!("the archive holds something else as {segment}"))
     }
 
     /// Returns the landmark at `place` of a timeline, if the archive has it there.
@@ -58,6 +78,65 @@ impl Repository {
             }
         }
         Ok(None)
+    }
+
+    /// What speaks against a backup: its manifest or its WAL is missing or cannot be read, or is other WAL. `None` if its start
+    /// and its end are proved, and all WAL between them is there.
+    ///
+    /// # Errors
+    /// When the store fails, so that nobody knows.
+    pub fn doubt(&self, label: &str) -> Result<Option<Doubt>> {
+        let asked = || -> Result<Option<Contradiction>> {
+            let mut manifest = self.open_manifest(label)?;
+            match manifest.description.wal_stored {
+                true => {
+                    let stored = manifest.stored_wal()?;
+                    self.stored_contradiction(&manifest, &stored)
+                }
+                false => self.archived_contradiction(&manifest.description),
+            }
+        };
+        match asked() {
+            Ok(found) => Ok(found.map(|Contradiction { segment, what }| Doubt {
+                segment: Some(segment),
+                what: format!("WAL segment {segment} {}", what.unwrap_or_else(|| "is missing".into())),
+            })),
+            Err(error) if error.find::<StoreError>().is_none_or(|_| error.is_not_found() || error.is_truncated()) => {
+                Ok(Some(Doubt { segment: None, what: error.told() }))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The same of a backup whose WAL is in the archive, from its first segment to its last.
+    fn archived_contradiction(&self, of: &Description) -> Result<Option<Contradiction>> {
+        let (database, (first, last)) = (&of.database, wal_of(of)?);
+        let (claims, identity) = (Claims::of(of)?, wal_identity(database)?);
+        let size = identity.segment_size;
+        let (claimed, mut found) = (claims.segments(size), BTreeMap::new());
+        let mut all = std::iter::successors(Some(first), |segment| segment.next(size).filter(|next| *next <= last));
+        loop {
+            let needed: Vec<SegmentName> = all.by_ref().take(PAGE_OBJECTS_MAX).collect();
+            if needed.is_empty() {
+                return Ok(claims.judge(&identity, &found));
+            }
+            for (segment, stored) in needed.iter().zip(self.archive(database).stored(&needed)?) {
+                let what = match &stored[..] {
+                    [] => None,
+                    [object] if claimed.contains(segment) => match self.landmarks_at(database, *segment, &object.key) {
+                        Ok(landmarks) => {
+                            found.insert(*segment, landmarks);
+                            continue;
+                        }
+                        Err(error) if error.find::<StoreError>().is_some() => return Err(error),
+                        Err(error) => Some(format!("cannot be used: {}", error.told())),
+                    },
+                    [_] => continue,
+                    _ => Some("is in the archive with different contents".to_owned()),
+                };
+                return Ok(Some(Contradiction { segment: *segment, what }));
+            }
+        }
     }
 
     /// Compares a backup with the WAL in the archive; `None` if that is its WAL.

@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use super::{Repository, keys, reread};
 use crate::error::{Context, Error, Result};
-use crate::format::info::{decode_open, encode_open, is_sealed};
+use crate::format::info::{LockKind, decode_open, encode_open, is_sealed};
 use crate::format::key::{KeyObject, Passphrase, Secret};
+use crate::format::manifest::Database;
 use crate::store::{Body, ErrorKind, Store};
 
 /// What a passphrase opened.
@@ -113,6 +114,20 @@ impl Repository {
             false => Err(Error::new(format!("{place} was written, but something else is there"))
                 .hint("somebody else may have done the same at this moment; run the command again")),
         }
+    }
+
+    /// Creates the stanza for `database`, encrypted, or finds it created already; returns it with the keys of its secret.
+    pub fn create_encrypted_stanza(&self, passphrase: &Passphrase, database: Database) -> Result<(Self, bool)> {
+        if let Some(unlocked) = self.unlock(passphrase)? {
+            let repository = self.with_secret(&unlocked.secret);
+            let is_created = repository.create_stanza(database)?;
+            return Ok((repository, is_created));
+        }
+        // of two who write a secret at the same moment, one would lose what he was told is there
+        let lock = self.lock(LockKind::Stanza, "stanza-create")?;
+        let repository = self.create_secret(passphrase)?;
+        let is_created = repository.create_locked_stanza(database)?;
+        lock.check().map(|()| (repository, is_created))
     }
 
     /// Gives a stanza that is to be created its secret; or takes up the one that a creation left which died.

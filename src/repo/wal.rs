@@ -5,10 +5,11 @@ use std::thread;
 
 use super::{Repository, keys};
 use crate::error::{Context, Error, Result};
+use crate::format::FormatError;
 use crate::format::chunk::PackId;
 use crate::format::manifest::Database;
 use crate::format::pack::{POINT, PackKind, WalKey};
-use crate::postgres::{Major, SegmentName, SegmentSize, WalIdentity, WalName};
+use crate::postgres::{Major, SegmentName, SegmentSize, TimelineHistory, WalIdentity, WalName};
 use crate::store::{Listed, PAGE_OBJECTS_MAX};
 
 /// Parts of a whole archive that are listed at the same time.
@@ -32,10 +33,10 @@ impl Repository {
         Archive { repository: self, prefix, per_directory: (1 << 32) / database.wal_segment_size.max(1 << 20) }
     }
 
-    /// The content of an archived file, whole.
-    pub fn wal_file(&self, key: &str) -> Result<Vec<u8>> {
+    /// The content of a file in the archive of `database`, whole.
+    pub fn wal_file(&self, database: &Database, key: &str) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        self.read_pack(key, PackKind::Wal, |plain| {
+        self.read_pack_of(Some(database.system_id), key, PackKind::Wal, |plain| {
             bytes.extend_from_slice(plain);
             Ok(())
         })?;
@@ -246,10 +247,18 @@ pub fn check_first_bytes(database: &Database, name: &str, first: &[u8]) -> Resul
     })
 }
 
+/// Fails unless `text`, archived as `name`, is the history of a timeline of that number: its ancestors have lower ones.
+pub fn check_history(key: &str, name: &str, text: &[u8]) -> Result<()> {
+    let Ok(WalName::History(timeline)) = WalName::parse(name) else { return Ok(()) };
+    let parsed = TimelineHistory::parse(timeline, text).map(drop);
+    Ok(parsed.map_err(|error| FormatError::new(key, 0, error.to_string()))?)
+}
+
 /// Two contents under one name.
 pub fn twice(name: &str) -> Error {
     Error::new(format!("the archive holds different files as {name}"))
         .hint("two clusters pushed under one stanza; find out which, and remove the wrong object by hand")
+        .conflict()
 }
 
 #[cfg(test)]

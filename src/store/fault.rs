@@ -59,6 +59,16 @@ impl FaultPlan {
         self.add(move |call| call.number >= first, effect);
     }
 
+    /// Lets every call wait for a random moment first, so that what runs at the same time comes in any order.
+    pub fn shake(&self, longest: Duration) {
+        let wait = move |_: &Call| {
+            let part = f64::from(getrandom::u32().unwrap_or_default()) / f64::from(u32::MAX);
+            std::thread::sleep(longest.mul_f64(part));
+            false
+        };
+        self.add(wait, Effect::Delay(Duration::ZERO));
+    }
+
     /// Forgets all rules; the count of calls goes on.
     pub fn clear(&self) {
         self.rules.write().clear();

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! The rules are those of [`super::push`]: other content under a name is refused before anything is written, and found out
-//! afterwards if it came at the same moment. Only what the second listing shows is called archived.
+//! afterwards if it came at the same moment. Only what the second listing shows is called archived. Behind a file that the archive
+//! holds with other content nothing is pushed but what was under way when that was found out.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use parking_lot::Mutex;
 
 mod desk;
 
@@ -28,7 +30,7 @@ use crate::repo::Repository;
 use crate::repo::wal::twice;
 use crate::spool::Spool;
 use crate::store::Listed;
-use desk::{Desk, Told};
+use desk::{Desk, Told, turn};
 
 /// Where PostgreSQL says what is to be archived, in `pg_wal`.
 pub(super) const STATUS: &str = "archive_status";
@@ -66,7 +68,10 @@ pub fn push_ahead(spool: &Spool, options: &AheadOptions, open: &dyn Fn() -> Resu
     let mut desk = Desk::new(spool, &run, options);
     while let Some(todo) = desk.next()? {
         match open().and_then(|repository| Ok((current(&repository)?, repository))) {
-            Ok((database, repository)) => Session { repository, database, options }.work(&mut desk)?,
+            Ok((database, repository)) => {
+                let conflict = Mutex::new(desk.conflict());
+                Session { repository, database, options, conflict }.work(&mut desk)?;
+            }
             Err(error) => desk.fail(&todo, &error)?,
         }
     }
@@ -82,6 +87,8 @@ struct Session<'a> {
     repository: Repository,
     database: Database,
     options: &'a AheadOptions,
+    /// the file behind which nothing is pushed
+    conflict: Mutex<Option<String>>,
 }
 
 /// A file for a thread, and what the archive had under its name when it was last looked for.
@@ -152,6 +159,7 @@ impl Session<'_> {
         let mut looked_up = Instant::now();
         loop {
             hear.try_iter().try_for_each(|told| desk.hear(told))?;
+            *self.conflict.lock() = desk.conflict();
             if jobs.len() < self.threads() {
                 let mut todo = desk.todo()?;
                 if !todo.is_empty() && looked_up.elapsed() > INFO_AGE_MAX {
@@ -189,9 +197,15 @@ impl Session<'_> {
                 }
             }
         }
+        let mut is_judged = false;
         for name in todo.into_iter().filter(|name| !failed.contains(name)) {
-            desk.begin(&name);
             let there = there.remove(&name).unwrap_or_default();
+            // what is there is compared; what is not is put, which must wait until nothing before it is a conflict
+            if is_judged && there.is_empty() {
+                break;
+            }
+            is_judged |= !there.is_empty() || name.parse::<SegmentName>().is_err();
+            desk.begin(&name, is_judged);
             // room was left for it
             _ = jobs.send(Job { name, there });
         }
@@ -200,6 +214,10 @@ impl Session<'_> {
 
     fn push_all(&self, lines: &Lines) {
         for job in &lines.jobs {
+            if self.is_held(&job.name) {
+                _ = lines.told.send(Told { name: job.name, outcome: None });
+                continue;
+            }
             let told = match self.push_one(&job, lines) {
                 Ok(Some(outcome)) => Told { name: job.name, outcome: Some(outcome) },
                 Ok(None) => continue,
@@ -208,6 +226,10 @@ impl Session<'_> {
             };
             _ = lines.told.send(told);
         }
+    }
+
+    fn is_held(&self, name: &str) -> bool {
+        self.conflict.lock().as_deref().is_some_and(|at| turn(name) > turn(at))
     }
 
     /// Pushes one file; `None` when its fate is known only after it was listed.
@@ -237,10 +259,14 @@ impl Session<'_> {
         file.check(&self.database)?;
         match &job.there[..] {
             [] => {}
-            [there] => return file.compare(&self.repository, &there.key).map(|_| Some(Outcome::Archived { about })),
+            [there] => {
+                return file
+                    .compare(&self.repository, &self.database, &there.key)
+                    .map(|_| Some(Outcome::Archived { about }));
+            }
             _ => return Err(twice(&job.name)),
         }
-        let (key, stored) = (file.key(&self.repository, &self.database), file.pack());
+        let (key, stored) = (file.key(&self.repository, &self.database), file.pack(&self.repository, &self.database));
         drop(file);
         put(&self.repository, &key, stored)?;
         _ = lines.puts.send(Put { segment, about, key });

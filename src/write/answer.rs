@@ -79,21 +79,15 @@ pub(super) enum Outcome {
         error: String,
         /// what to do
         hint: Option<String>,
+        /// the archive holds other content under its name
+        #[serde(default)]
+        conflict: bool,
     },
 }
 
 impl Outcome {
     pub(super) fn failed(error: &Error) -> Self {
-        let mut text = error.to_string();
-        let mut cause = std::error::Error::source(error);
-        while let Some(next) = cause {
-            let more = next.to_string();
-            if !text.ends_with(&more) {
-                text = format!("{text}: {more}");
-            }
-            cause = next.source();
-        }
-        Self::Failed { error: text, hint: error.hint_text().map(str::to_owned) }
+        Self::Failed { error: error.told(), hint: error.hint_text().map(str::to_owned), conflict: error.is_conflict() }
     }
 }
 

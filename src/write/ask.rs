@@ -99,7 +99,7 @@ pub fn ask(
     loop {
         match call.look(start) {
             Ok(Look::Outcome(Outcome::Archived { .. })) => return Ok(Asked::Archived),
-            Ok(Look::Outcome(Outcome::Failed { error, hint })) => {
+            Ok(Look::Outcome(Outcome::Failed { error, hint, .. })) => {
                 let error = Error::new(error);
                 return Err(if let Some(hint) = hint { error.hint(hint) } else { error });
             }

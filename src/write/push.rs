@@ -18,9 +18,9 @@ use crate::format::manifest::Database;
 use crate::format::pack::{ENTRY_LEN, HEADER_LEN, PackKind, PackWriter, TRAILER_LEN, WalKey};
 use crate::format::seal::SealKind;
 use crate::format::{CHUNK, GRAIN};
-use crate::postgres::WalName;
 use crate::postgres::wal::header::{LONG_PAGE_HEADER_BYTES, LongPageHeader};
 use crate::postgres::wal::records::may_begin_restore_point;
+use crate::postgres::{TimelineHistory, WalName};
 use crate::repo::Repository;
 use crate::repo::asking::Asking;
 use crate::repo::wal::wal_identity;
@@ -82,10 +82,10 @@ fn push_any(repository: &Repository, path: &Path, level: i32) -> Result<Pushed> 
     let ((database, there), file) = (asked?, file?);
     file.check(&database)?;
     if let Some(there) = there? {
-        return file.compare(repository, &there.key);
+        return file.compare(repository, &database, &there.key);
     }
     let key = file.key(repository, &database);
-    put(repository, &key, file.pack())?;
+    put(repository, &key, file.pack(repository, &database))?;
     // somebody else may have pushed other content at the same moment: then both are told
     let listed = repository.archive(&database).find(name)?;
     listed.filter(|listed| listed.key == key).map(|_| Pushed::New).ok_or_else(|| not_listed(name))
@@ -220,6 +220,10 @@ impl WalFile {
     /// Refuses what is not WAL of this cluster.
     pub(super) fn check(&self, database: &Database) -> Result<()> {
         let (name, len, expected) = (&self.name, self.len, database.wal_segment_size);
+        if let WalName::History(timeline) = self.kind {
+            let text = std::fs::read(&self.path).map_err(|error| Error::io("read", &self.path, error))?;
+            TimelineHistory::parse(timeline, &text).context(|| format!("{} tells no history", self.path.display()))?;
+        }
         // history files say nothing of their cluster
         if let Some(asking) = Asking::of(&self.path).filter(|asking| asking.system_id != database.system_id) {
             return Err(Error::new(format!(
@@ -246,13 +250,9 @@ impl WalFile {
     }
 
     /// Whether what the archive has at `key`, under this file's name, is the same.
-    pub(super) fn compare(&self, repository: &Repository, key: &str) -> Result<Pushed> {
+    pub(super) fn compare(&self, repository: &Repository, database: &Database, key: &str) -> Result<Pushed> {
         let same = if self.name.ends_with(".history") {
-            let mut there = Vec::new();
-            repository.read_pack(key, PackKind::Wal, |plain| {
-                there.extend_from_slice(plain);
-                Ok(())
-            })?;
+            let there = repository.wal_file(database, key)?;
             there == std::fs::read(&self.path).map_err(|error| Error::io("read", &self.path, error))?
         } else {
             WalKey::parse(key).is_some_and(|there| there.content == self.content.to_string())
@@ -260,7 +260,8 @@ impl WalFile {
         match same {
             true => Ok(Pushed::AlreadyThere),
             false => Err(Error::new(format!("the archive already holds {} with other content", self.name))
-                .hint("another cluster, or a restored copy on the same timeline, archives into this stanza")),
+                .hint("another cluster, or a restored copy on the same timeline, archives into this stanza")
+                .conflict()),
         }
     }
 
@@ -271,10 +272,16 @@ impl WalFile {
     }
 
     /// Its object, if it was compressed.
-    pub(super) fn pack(&self) -> Vec<u8> {
+    pub(super) fn pack(&self, repository: &Repository, database: &Database) -> Vec<u8> {
+        let id = match self.kind {
+            WalName::History(_) => {
+                repository.keys.history(database.system_id, &self.name, self.chunks.iter().map(|chunk| chunk.id))
+            }
+            _ => self.content,
+        };
         let stored: usize = self.chunks.iter().map(|chunk| chunk.stored.len() + ENTRY_LEN).sum();
         let capacity = HEADER_LEN + stored + TRAILER_LEN;
-        let mut pack = PackWriter::new(PackKind::Wal, self.seal, self.content, capacity);
+        let mut pack = PackWriter::new(PackKind::Wal, self.seal, id, capacity);
         for chunk in &self.chunks {
             pack.add(chunk.id, chunk.plain_len, &chunk.stored);
         }
@@ -348,3 +355,6 @@ impl Source<'_> {
         Ok(chunks)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -93,7 +93,7 @@ fn refuse_other_history(server: &mut Server, repository: &Repository, database: 
     let name = WalName::History(timeline).to_string();
     let Some(ours) = server.wal_text(&name)? else { return Ok(()) };
     let Some(object) = repository.archive(database).find(&name)? else { return Ok(()) };
-    let theirs = String::from_utf8_lossy(&repository.wal_file(&object.key)?).into_owned();
+    let theirs = String::from_utf8_lossy(&repository.wal_file(database, &object.key)?).into_owned();
     let last = |text: &str| text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default().to_owned();
     match ours == theirs {
         true => Ok(()),

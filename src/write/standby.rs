@@ -101,7 +101,7 @@ fn history(repository: &Repository, database: &Database, timeline: Timeline) -> 
         _ => repository.archive(database).find(&name)?,
     };
     let Some(object) = object else { return Ok(TimelineHistory { timeline, ancestors: Vec::new() }) };
-    TimelineHistory::parse(timeline, &repository.wal_file(&object.key)?).context(|| name)
+    TimelineHistory::parse(timeline, &repository.wal_file(database, &object.key)?).context(|| name)
 }
 
 /// The timeline of a backup that begins with this pg_control, or goes on with it on `expected`.

@@ -31,7 +31,7 @@ fn taken(kinds: &str) -> Vec<Known> {
         let day = day as i64;
         let label = Label::next(kind, newest, START + day * DAY, newest).unwrap();
         let wal = (segment(1, day as u64 * 10), segment(1, day as u64 * 10 + 1));
-        known.push(Known { label, prior, database: 1, stop_time: START + day * DAY, wal });
+        known.push(Known { label, prior, database: 1, stop_time: START + day * DAY, wal, counts: true });
     }
     known
 }
@@ -97,6 +97,45 @@ fn what_is_left_of_a_set_without_its_full_backup_goes_with_older_sets() {
     // as long as no newer full backup is there, it stays
     let known = taken("FDI")[1..].to_vec();
     assert_eq!(stays("DI", &decide(&known, &retention(1, 0), &[1], START)), "DI");
+}
+
+/// Lower case: it does not count.
+#[test]
+fn what_does_not_count_stands_for_no_other() {
+    let by_time = |days| Retention { full_type: FullType::Time, ..retention(days, 0) };
+    for (kinds, retention, expected, rests) in [
+        ("FFF", retention(1, 0), "..F", &[2][..]),
+        ("FFFF", retention(2, 0), "..FF", &[3, 2]),
+        ("FFFF", retention(9, 0), "FFFF", &[]),
+        ("FFf", retention(1, 0), ".Ff", &[1]),
+        ("FfF", retention(2, 0), "FfF", &[]),
+        ("FFfF", retention(2, 0), ".FfF", &[3, 1]),
+        ("fFF", retention(2, 0), ".FF", &[2, 1]),
+        ("fF", retention(1, 0), ".F", &[1]),
+        ("fff", retention(1, 0), "fff", &[]),
+        ("FDfDF", retention(1, 0), "....F", &[4]),
+        ("FDIfDI", retention(1, 0), "FDIfDI", &[]),
+        ("FDIDI", retention(0, 1), "F..DI", &[3]),
+        ("FDIdI", retention(0, 1), "FDIdI", &[]),
+        ("FDIDIdID", retention(0, 2), "F..DIdID", &[7, 3]),
+        ("FFF", by_time(50), ".FF", &[2, 1]),
+        ("FfF", by_time(50), "FfF", &[]),
+    ] {
+        let mut known = taken(&kinds.to_uppercase());
+        known.iter_mut().zip(kinds.chars()).for_each(|(of, letter)| of.counts = letter.is_uppercase());
+        let labels: Vec<Label> = known.iter().map(|of| of.label).collect();
+        // with 50 days, the first two are old enough
+        let decision = decide(&known, &retention, &[1], START + 51 * DAY);
+        assert_eq!(stays(kinds, &decision), expected, "{kinds} {retention:?}");
+        let of = |number: &usize| labels[*number];
+        assert_eq!(decision.rests, rests.iter().map(of).collect::<Vec<_>>(), "{kinds} {retention:?}");
+    }
+    // the newest of a cluster that loses one
+    let mut known = taken("FFFF");
+    known[..2].iter_mut().for_each(|of| of.database = 1);
+    known[2..].iter_mut().for_each(|of| of.database = 2);
+    let decision = decide(&known, &retention(3, 0), &[1, 2], START);
+    assert_eq!(decision.rests, [known[3].label, known[1].label]);
 }
 
 #[test]

@@ -69,8 +69,8 @@ impl Store for Clocked {
 }
 
 /// The stanza.
-pub(super) struct Made {
-    pub(super) repository: Repository,
+pub(crate) struct Made {
+    pub(crate) repository: Repository,
     pub(super) plan: Arc<FaultPlan>,
     now: Arc<AtomicI64>,
     labels: Vec<Label>,
@@ -82,7 +82,7 @@ pub(super) struct Made {
 }
 
 impl Made {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let now = Arc::new(AtomicI64::new(START));
         Self::with(Clocked { inner: MemoryStore::new(), now: now.clone(), modified: Mutex::default() }, now)
     }
@@ -176,8 +176,67 @@ impl Made {
         label.to_string()
     }
 
-    /// Manifests of `count` full backups, each of which says that it needs `packs` packs; none of these is there.
+    /// A full backup that stores its WAL; `content` says what is in its segments.
+    pub(super) fn backup_with_wal(&mut self, content: impl Fn(SegmentName) -> Vec<u8>) -> String {
+        let mut entries = self.store_files();
+        let label = self.next_label(BackupKind::Full);
+        let wal = (segment(1, self.next_segment), segment(1, self.next_segment + 1));
+        self.next_segment += 3;
+        let mut pack = PackWriter::new(PackKind::Data, SealKind::Hashed, self.pack_id(), 0);
+        let mut files = vec![Entry { path: b"pg_wal".into(), ..entries[0].clone() }];
+        for segment in [wal.0, wal.1] {
+            let bytes = content(segment);
+            let chunk = self.chunk(&mut pack, &bytes);
+            let extents: Vec<Extent> = (0..bytes.len().div_ceil(SLOT))
+                .map(|slot| Extent {
+                    chunk,
+                    offset: (slot * SLOT) as u32,
+                    len: (bytes.len() - slot * SLOT).min(SLOT) as u32,
+                })
+                .collect();
+            let none = SlotChange { crc: 0, grains: vec![0; SLOT / GRAIN] };
+            let changes = self.chunk(&mut pack, &encode_changes(&vec![none; extents.len()]));
+            let place = match segment == wal.0 {
+                true => Place::Inline { extents, changes: Some((changes, 0)) },
+                false => {
+                    let mut leaf = Leaf::default();
+                    extents.iter().for_each(|extent| leaf.push(&[*extent]));
+                    Place::Leaves(vec![LeafRef { map: self.chunk(&mut pack, &leaf.encode()), changes }])
+                }
+            };
+            let node = Node::File(File { size: bytes.len() as u64, crc: 0, place });
+            let path = format!("pg_wal/{segment}").into_bytes();
+            files.push(Entry { path, mode: 0o600, mtime: 0, identity: None, node });
+        }
+        self.put(pack);
+        entries.splice(3..3, files);
+        let of = description(&label.to_string(), BackupKind::Full, None, wal, self.now());
+        self.commit(&entries, &Description { wal_stored: true, ..of });
+        self.labels.push(label);
+        label.to_string()
+    }
+
+    /// The key of an archived segment.
+    pub(super) fn wal_key(&self, number: u64) -> String {
+        let name = segment(1, number).to_string();
+        self.keys("archive/main/15-1/").into_iter().find(|key| key.contains(&name)).unwrap()
+    }
+
+    pub(super) fn remove(&self, key: &str) {
+        self.repository.store.delete(&[key.to_owned()]).unwrap();
+    }
+
+    /// Puts the WAL of another server with the same system identifier in a segment's place: name, header and checksums are right.
+    pub(super) fn swap_wal(&mut self, number: u64) {
+        self.remove(&self.wal_key(number));
+        self.archive_bytes(&segment(1, number).to_string(), &other_wal(segment(1, number)));
+    }
+
+    /// Manifests of `count` full backups, each of which says that it needs `packs` packs; none of these is there. They share
+    /// their WAL.
     pub(super) fn many(&mut self, count: u64, packs: u64) {
+        self.archive_segment();
+        self.archive_segment();
         let id = |number: u64| {
             let mut id = PackId::default();
             id.0[..8].copy_from_slice(&number.to_be_bytes());
@@ -329,7 +388,7 @@ impl Made {
         self.archive_bytes(name, &wal_bytes(segment));
     }
 
-    pub(super) fn archive_bytes(&mut self, name: &str, bytes: &[u8]) {
+    pub(crate) fn archive_bytes(&mut self, name: &str, bytes: &[u8]) {
         let ids: Vec<_> = bytes.chunks(CHUNK).map(|plain| self.repository.keys.digest(plain).id).collect();
         let content = self.repository.keys.file(ids.iter().copied());
         let mut pack = PackWriter::new(PackKind::Wal, SealKind::Hashed, content, 0);
@@ -408,6 +467,14 @@ pub(crate) fn wal_bytes(segment: SegmentName) -> Vec<u8> {
     assert_eq!(wal.checkpoint(redo), redo);
     assert_eq!(wal.end().0 % database.wal_segment_size, CHECKPOINT.1);
     wal.segments().remove(0)
+}
+
+/// Sound WAL of another server in a segment of this name.
+pub(super) fn other_wal(segment: SegmentName) -> Vec<u8> {
+    let number = segment.number(SegmentSize::new(database().wal_segment_size).unwrap()).unwrap();
+    let mut other = Writer::of(segment.timeline().0, number, database().system_id);
+    other.commit(700, 1);
+    other.segments().remove(0)
 }
 
 /// Where a backup starts in its first segment, where it ends in its last, and its `backup_label`.

@@ -5,12 +5,15 @@ use std::collections::{BTreeMap, HashMap};
 use parking_lot::Mutex;
 
 use super::packs::{Found, Verdict};
-use super::{Findings, each, finding};
+use super::{Findings, VerifyOptions, each, finding};
 use crate::error::{Context, Error, Result};
 use crate::format::LEAF_BYTES;
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
 use crate::format::manifest::{Description, File, Node, Place};
 use crate::format::map::{Leaf, LeafRef, changes_base, decode_index};
+use crate::repo::manifest::ManifestCursor;
+use crate::repo::proof::Contradiction;
+use crate::repo::stored::{StoredWal, stored_segment};
 use crate::repo::{Repository, keys};
 
 /// What the manifests that can be read say.
@@ -55,16 +58,16 @@ pub(super) fn describe(
 /// A leaf of a file map that was looked at: many backups share it.
 type Leaves = Mutex<HashMap<ChunkRef, Vec<(PackId, String)>>>;
 
-/// Follows every manifest down to its chunks.
+/// Follows every manifest down to its chunks, and in a full run looks into the WAL that a backup stores.
 pub(super) fn follow(
     repository: &Repository,
     descriptions: &[&Description],
     found: &Found,
     findings: &Findings,
-    threads: usize,
+    options: &VerifyOptions,
 ) -> Result<()> {
     let leaves = Leaves::default();
-    each(descriptions, threads, |description| {
+    each(descriptions, options.process_max, |description| {
         let label = &description.label;
         let decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
         let mut follower = Follower { repository, found, findings, leaves: &leaves, label, own: None, decoder };
@@ -79,13 +82,18 @@ pub(super) fn follow(
             Err(error) => return gone(error),
         };
         follower.own = Some(manifest.pack());
+        let has_wal = description.wal_stored && !options.quick;
+        let mut wal = StoredWal::new();
         loop {
             match manifest.next() {
                 Ok(Some(entry)) => {
                     if let Node::File(file) = &entry.node {
                         follower.file(&entry.path, file)?;
                     }
+                    let segment = stored_segment(&entry).filter(|_| has_wal);
+                    wal.extend(segment.map(|(segment, file)| (segment, file.clone())));
                 }
+                Ok(None) if has_wal => return follower.wal(&manifest, &wal),
                 Ok(None) => return Ok(()),
                 Err(error) => return gone(error),
             }
@@ -190,6 +198,27 @@ impl Follower<'_> {
         }
         if let Verdict::Harmed(what) = self.found.judge(self.repository, &mut self.decoder, chunk)? {
             self.findings.suffers(self.label, &self.key(chunk.pack), &what, Some(path));
+        }
+        Ok(())
+    }
+
+    /// Whether the WAL that it stores is its own: names and headers prove nothing.
+    fn wal(&self, manifest: &ManifestCursor, stored: &StoredWal) -> Result<()> {
+        let (label, key) = (self.label, manifest.key());
+        match self.repository.stored_contradiction(manifest, stored) {
+            Ok(None) => {}
+            Ok(Some(Contradiction { segment, what })) => {
+                let path = format!("pg_wal/{segment}");
+                let what = match what {
+                    Some(what) => format!("{path} in it is not the WAL of backup {label}: it {what}"),
+                    None => format!("{path}, which backup {label} needs, is not in it"),
+                };
+                self.findings.suffers(label, key, &what, Some(path.as_bytes()));
+            }
+            Err(error) => {
+                let (object, what) = finding(error, key)?;
+                self.findings.suffers(label, &object, &what, None);
+            }
         }
         Ok(())
     }

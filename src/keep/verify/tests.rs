@@ -4,9 +4,8 @@ use crate::format::pack::{PackKind, PackWriter};
 use crate::format::seal::SealKind;
 use crate::keep::expire::{ExpireOptions, GRACE, expire};
 use crate::keep::policy::Retention;
-use crate::keep::tests::{Made, database, segment};
+use crate::keep::tests::{Made, database, other_wal, segment, wal_bytes};
 use crate::postgres::BackupKind::{Diff, Full, Incr};
-use crate::postgres::wal::records::tests::Writer;
 use crate::progress::Silent;
 use crate::store::{Body, Effect, ErrorKind};
 
@@ -29,10 +28,6 @@ fn change(made: &Made, key: &str, spoil: impl FnOnce(&mut Vec<u8>)) {
     made.repository.store.put(key, Body::Bytes(bytes.into())).unwrap();
 }
 
-fn remove(made: &Made, key: &str) {
-    made.repository.store.delete(&[key.to_owned()]).unwrap();
-}
-
 /// Labels of the backups that are harmed.
 fn harmed(report: &Report) -> Vec<String> {
     report.backups.iter().filter(|backup| !backup.sound).map(|backup| backup.label.clone()).collect()
@@ -52,11 +47,6 @@ fn own_packs(made: &Made, number: usize) -> Vec<PackId> {
 fn needing(made: &Made, pack: PackId) -> Vec<String> {
     let needs = |label: &String| made.repository.manifest_packs(label).unwrap().iter().any(|of| of.pack == pack);
     made.labels().into_iter().filter(needs).collect()
-}
-
-fn wal_key(made: &Made, number: u64) -> String {
-    let name = segment(1, number).to_string();
-    made.keys("archive/main/15-1/").into_iter().find(|key| key.contains(&name)).unwrap()
 }
 
 #[test]
@@ -116,7 +106,7 @@ fn a_pack_that_is_missing_or_cut_is_found_even_quickly() {
             let expected = needing(&made, pack);
             match cut {
                 true => change(&made, &key, |bytes| bytes.truncate(bytes.len() / 3)),
-                false => remove(&made, &key),
+                false => made.remove(&key),
             }
             // twice: what is noted is noted once
             run(&made, quick);
@@ -158,7 +148,7 @@ fn wal_that_a_backup_needs() {
     for quick in [true, false] {
         let made = made(&[Full, Incr, Full]);
         // each backup needs two segments, and a third is archived after it
-        remove(&made, &wal_key(&made, 5));
+        made.remove(&made.wal_key(5));
         let report = run(&made, quick);
         assert_eq!(harmed(&report), made.labels()[1..2]);
         assert!(report.harms[0].object.ends_with(&segment(1, 5).to_string()), "{report:?}");
@@ -173,7 +163,7 @@ fn a_gap_in_the_wal_harms_points_but_no_backup() {
         made.archive_segment();
         made.archive_segment();
         made.backup(Full);
-        remove(&made, &wal_key(&made, 7));
+        made.remove(&made.wal_key(7));
         let report = run(&made, quick);
         let labels = made.labels();
         assert!(!report.sound && harmed(&report).is_empty(), "{report:?}");
@@ -188,15 +178,15 @@ fn a_gap_in_the_wal_harms_points_but_no_backup() {
 fn wal_that_is_damaged_or_somebody_elses() {
     let mut made = made(&[Full, Incr]);
     made.archive_segment();
-    let good = wal_key(&made, 6);
+    let good = made.wal_key(6);
     change(&made, &good, |bytes| bytes[40] ^= 1);
     // sound, but of another place
     let name = segment(1, 7).to_string();
-    remove(&made, &wal_key(&made, 7));
+    made.remove(&made.wal_key(7));
     made.archive_file(&name, segment(1, 9));
     let report = run(&made, false);
     let objects: Vec<&str> = report.harms.iter().map(|harm| harm.object.as_str()).collect();
-    assert_eq!(objects, [good, wal_key(&made, 7)]);
+    assert_eq!(objects, [good, made.wal_key(7)]);
     assert!(report.harms[1].what.contains("begins at"), "{report:?}");
     assert!(harmed(&report).is_empty());
     assert_eq!(report.gaps.len(), 2, "{report:?}");
@@ -214,17 +204,48 @@ fn wal_of_another_server_under_the_right_names() {
     for number in [1, 2] {
         let mut made = made(&[Full, Incr]);
         assert!(run(&made, false).sound);
-        let mut other = Writer::of(1, number, database().system_id);
-        other.commit(700, 1);
-        remove(&made, &wal_key(&made, number));
-        made.archive_bytes(&segment(1, number).to_string(), &other.segments()[0]);
+        made.swap_wal(number);
         let report = run(&made, false);
         assert_eq!(harmed(&report), made.labels()[..1], "{report:?}");
         let [harm] = report.harms.as_slice() else { panic!("{report:?}") };
-        assert_eq!(harm.object, wal_key(&made, number));
+        assert_eq!(harm.object, made.wal_key(number));
         assert!(harm.what.contains("is not the WAL of backup"), "{report:?}");
         assert!(run(&made, true).sound, "a quick look cannot see it");
     }
+}
+
+/// The same of WAL that a backup stores.
+#[test]
+fn stored_wal_of_another_server_under_the_right_names() {
+    let mut made = Made::new();
+    made.backup_with_wal(wal_bytes);
+    for quick in [true, false] {
+        assert!(run(&made, quick).sound);
+    }
+    for (number, part) in [(4, "the checkpoint at"), (8, "sound WAL up to")] {
+        let swapped = segment(1, number);
+        let label = made.backup_with_wal(|name| if name == swapped { other_wal(name) } else { wal_bytes(name) });
+        let report = run(&made, false);
+        let harm =
+            report.harms.iter().find(|harm| harm.backups == [label.clone()]).unwrap_or_else(|| panic!("{report:?}"));
+        assert_eq!(harm.object, keys::manifest("main", &label));
+        let wanted = format!("pg_wal/{swapped} in it is not the WAL of backup {label}: it does not hold {part}");
+        assert!(harm.what.starts_with(&wanted), "{harm:?}");
+        let health = report.backups.iter().find(|health| health.label == label).unwrap();
+        assert_eq!(health.files, [format!("pg_wal/{swapped}")]);
+        assert!(run(&made, true).sound, "a quick look cannot see it");
+    }
+    assert_eq!(harmed(&run(&made, false)), made.labels()[1..]);
+}
+
+/// Names of segments that the description asks for and no entry has, or that are no whole segments.
+#[test]
+fn stored_wal_that_is_not_whole() {
+    let mut made = Made::new();
+    let label = made.backup_with_wal(|name| wal_bytes(name)[..800_000].to_vec());
+    let report = run(&made, false);
+    assert_eq!(harmed(&report), [label]);
+    assert!(report.harms[0].what.contains("has 800000 bytes, a segment has 1048576"), "{report:?}");
 }
 
 #[test]
@@ -254,7 +275,7 @@ fn a_timeline_must_join_the_one_before() {
     assert!(report.sound, "{report:?}");
     // the new timeline's first segment
     let key = made.keys("archive/main/15-1/0000000200000000/")[0].clone();
-    remove(&made, &key);
+    made.remove(&key);
     made.archive_file(&segment(2, 6).to_string(), segment(2, 6));
     let report = run(&made, true);
     assert_eq!(report.gaps[0].first, segment(2, 5).to_string(), "{report:?}");
@@ -263,7 +284,7 @@ fn a_timeline_must_join_the_one_before() {
 #[test]
 fn summaries_are_notes_and_a_store_that_fails_is_an_error() {
     let made = made(&[Full, Incr]);
-    remove(&made, "backup/main/backup.info.copy");
+    made.remove("backup/main/backup.info.copy");
     change(&made, "latest/main/latest-full", |bytes| bytes[30] ^= 1);
     let report = run(&made, true);
     assert!(report.sound);

@@ -169,7 +169,7 @@ impl Archive<'_> {
         let pack = Pack::parse(key, bytes)?;
         pack.header.expect(key, PackKind::Wal, keys.seal_kind())?;
         let wrong = |what: String| FormatError::new(key, 0, what);
-        keys.check_wal_content(key, pack.header.id, &pack.chunks)?;
+        keys.check_wal_content(key, Some(self.database.system_id), pack.header.id, &pack.chunks)?;
         let mut decoder = Decoder::new().context(|| "cannot set up zstd".into())?;
         let (mut len, mut content) = (0u64, Vec::new());
         let is_looked_into = match name {

@@ -87,6 +87,10 @@ impl TimelineHistory {
                 _ => ancestors.push(ancestor),
             }
         }
+        // a recovery along a timeline to a point before its beginning leaves both where it ended
+        for number in (1..ancestors.len()).rev() {
+            ancestors[number - 1].end = ancestors[number - 1].end.min(ancestors[number].end);
+        }
         Ok(Self { timeline, ancestors })
     }
 
@@ -149,6 +153,18 @@ mod tests {
         assert_eq!(history.timeline_at(Lsn(0xB00_0000)), Timeline(4));
         assert_eq!(history.ancestors[1].reason, "before 2000-01-01");
         assert_eq!(TimelineHistory::of_first_timeline().timeline_at(Lsn(1)), Timeline(1));
+    }
+
+    /// As PostgreSQL writes it after a recovery with `recovery_target_timeline = latest` to a point before timeline 2 began.
+    #[test]
+    fn a_timeline_that_was_left_before_it_began_holds_nothing() {
+        let history =
+            TimelineHistory::parse(Timeline(3), b"1\t0/5000000\tx\n2\t0/4000000\tbefore 2000-01-01\n").unwrap();
+        for (lsn, timeline) in [(0x3FF_FFFF, 1), (0x400_0000, 3), (0x4FF_FFFF, 3), (0x500_0000, 3)] {
+            assert_eq!(history.timeline_at(Lsn(lsn)), Timeline(timeline), "{lsn:X}");
+        }
+        assert_eq!(history.end_of(Timeline(1)), Some(Lsn(0x400_0000)));
+        assert!(history.contains(Timeline(2)));
     }
 
     #[test]

@@ -37,7 +37,11 @@ pub(super) struct Desk<'a> {
     run: &'a Run,
     options: &'a AheadOptions,
     busy: HashSet<String>,
+    /// those of them that may find the archive with other content: nothing later is begun meanwhile
+    judged: HashSet<String>,
     failed: HashMap<String, Failed>,
+    /// those that were told that they wait for a conflict
+    held: HashSet<String>,
     /// when there was last something to do
     active: Instant,
     trouble: Option<Trouble>,
@@ -48,6 +52,13 @@ pub(super) struct Desk<'a> {
 struct Failed {
     again: Instant,
     pause: Duration,
+    /// the error and the hint of a file that the archive holds with other content
+    conflict: Option<(String, Option<String>)>,
+}
+
+/// The order in which the server asks for files: histories first.
+pub(super) fn turn(name: &str) -> (bool, &str) {
+    (!name.ends_with(".history"), name)
 }
 
 struct Trouble {
@@ -59,7 +70,18 @@ struct Trouble {
 impl<'a> Desk<'a> {
     pub(super) fn new(spool: &'a Spool, run: &'a Run, options: &'a AheadOptions) -> Self {
         let active = Instant::now();
-        Self { spool, run, options, busy: HashSet::new(), failed: HashMap::new(), active, trouble: None, waiting: 0 }
+        Self {
+            spool,
+            run,
+            options,
+            busy: HashSet::new(),
+            judged: HashSet::new(),
+            failed: HashMap::new(),
+            held: HashSet::new(),
+            active,
+            trouble: None,
+            waiting: 0,
+        }
     }
 
     /// Waits until there is something to do; `None` when there was nothing for long enough.
@@ -90,16 +112,46 @@ impl<'a> Desk<'a> {
         self.failed.retain(|name, _| ready.contains(name));
         let now = Instant::now();
         let mut todo: Vec<String> = ready.into_iter().filter(|name| !self.busy.contains(name)).collect();
+        todo.sort_unstable_by(|a, b| turn(a).cmp(&turn(b)));
+        let conflict = self.conflict();
+        let behind = conflict.as_ref().map_or(todo.len(), |at| todo.partition_point(|name| turn(name) <= turn(at)));
+        let blocked = todo.split_off(behind);
+        self.hold(conflict.as_deref(), &blocked, &answered)?;
+        let is_behind = |name: &String| conflict.as_ref().is_some_and(|at| turn(name) > turn(at));
+        let released: HashSet<String> = self.held.extract_if(|name| !is_behind(name)).collect();
+        released.iter().try_for_each(|name| self.spool.remove(&Answer::file(name)))?;
         todo.retain(|name| match self.failed.get(name) {
             // a call took the answer away: it wants another
             Some(failed) => failed.again <= now || !answered.contains(name.as_str()),
-            None => !answered.contains(name.as_str()),
+            None => !answered.contains(name.as_str()) || released.contains(name),
         });
-        todo.sort_unstable_by_key(|name| (!name.ends_with(".history"), name.clone()));
+        if let Some(judged) = self.judged.iter().map(|name| turn(name)).min() {
+            todo.retain(|name| turn(name) < judged);
+        }
         if !todo.is_empty() {
             self.active = now;
         }
         Ok(todo)
+    }
+
+    /// The first file that the archive holds with other content. What is behind it stays, as it does where the server pushes file
+    /// by file: else the archive would weave the WAL of two servers.
+    pub(super) fn conflict(&self) -> Option<String> {
+        let conflicts = self.failed.iter().filter(|(_, failed)| failed.conflict.is_some()).map(|(name, _)| name);
+        conflicts.min_by(|a, b| turn(a).cmp(&turn(b))).cloned()
+    }
+
+    /// Tells files that wait for a conflict, the first of them, that they do.
+    fn hold(&mut self, conflict: Option<&str>, blocked: &[String], answered: &HashSet<&str>) -> Result<()> {
+        let Some(at) = conflict else { return Ok(()) };
+        let Some((error, hint)) = self.failed.get(at).and_then(|failed| failed.conflict.clone()) else { return Ok(()) };
+        for name in blocked.iter().take(FAIL_MAX).filter(|name| !answered.contains(name.as_str())) {
+            let error = format!("{name} waits for {at}: {error}");
+            let outcome = Outcome::Failed { error, hint: hint.clone(), conflict: false };
+            Answer { run: self.run.id.clone(), outcome }.write(self.spool, name)?;
+            self.held.insert(name.clone());
+        }
+        Ok(())
     }
 
     fn ready(&self) -> Result<HashSet<String>> {
@@ -119,14 +171,19 @@ impl<'a> Desk<'a> {
         Ok(ready)
     }
 
-    pub(super) fn begin(&mut self, name: &str) {
+    /// `judged`: the archive may hold it with other content.
+    pub(super) fn begin(&mut self, name: &str, judged: bool) {
         self.busy.insert(name.to_owned());
+        if judged {
+            self.judged.insert(name.to_owned());
+        }
         self.active = Instant::now();
     }
 
     /// After all threads have ended.
     pub(super) fn forget_busy(&mut self) {
         self.busy.clear();
+        self.judged.clear();
     }
 
     /// Writes an answer.
@@ -140,13 +197,17 @@ impl<'a> Desk<'a> {
                     tracing::warn!("archiving works again after {} s", trouble.since.elapsed().as_secs());
                 }
             }
-            Some(Outcome::Failed { error, .. }) => self.note_failure(&told.name, error),
+            Some(Outcome::Failed { error, hint, conflict }) => {
+                let conflict = conflict.then(|| (error.clone(), hint.clone()));
+                self.note_failure(&told.name, error, conflict);
+            }
             None => {}
         }
         if let Some(outcome) = told.outcome {
             Answer { run: self.run.id.clone(), outcome }.write(self.spool, &told.name)?;
         }
         self.busy.remove(&told.name);
+        self.judged.remove(&told.name);
         Ok(())
     }
 
@@ -159,9 +220,12 @@ impl<'a> Desk<'a> {
             .try_for_each(|name| self.hear(Told { name: name.clone(), outcome: Some(outcome.clone()) }))
     }
 
-    fn note_failure(&mut self, name: &str, error: &str) {
+    fn note_failure(&mut self, name: &str, error: &str, conflict: Option<(String, Option<String>)>) {
         let now = Instant::now();
-        let failed = self.failed.entry(name.to_owned()).or_insert(Failed { again: now, pause: AGAIN_AFTER.0 / 2 });
+        let first = Failed { again: now, pause: AGAIN_AFTER.0 / 2, conflict: None };
+        let failed = self.failed.entry(name.to_owned()).or_insert(first);
+        // a store that fails settles no conflict
+        failed.conflict = conflict.or(failed.conflict.take());
         failed.pause = (failed.pause * 2).min(AGAIN_AFTER.1);
         failed.again = now + failed.pause;
         let trouble = self.trouble.get_or_insert_with(|| Trouble { since: now, logged: now, error: String::new() });
