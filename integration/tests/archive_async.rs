@@ -335,21 +335,38 @@ fn nothing_is_pushed_behind_a_file_that_the_archive_holds_with_other_content() {
     assert!(left.segments.iter().all(|segment| left.has(&store, segment)));
 }
 
+/// A server that lives, for all that a worker sees, until this is dropped.
+struct Postmaster(PathBuf);
+
+impl Postmaster {
+    fn of(left: &Left) -> Self {
+        let path = left.place.join("data/postmaster.pid");
+        fs::write(&path, b"a server lives").unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Postmaster {
+    fn drop(&mut self) {
+        _ = fs::remove_file(&self.0);
+    }
+}
+
 /// The worker lives on while a conflict is settled, and tells what waited for it then.
 #[test]
 fn what_waited_for_a_conflict_is_pushed_when_it_is_settled() {
     let left = Left::new();
     let first = &left.segments[1];
     let (store, wrong) = left.conflict(first);
-    fs::write(left.place.join("data/postmaster.pid"), b"a server lives").unwrap();
     let last = &left.segments[left.segments.len() - 1].0;
     std::thread::scope(|scope| {
+        let server = Postmaster::of(&left);
         let worker = scope.spawn(|| left.push_ahead(Arc::clone(&store)).unwrap());
         let says = |name: &str, what: &str| left.answer(name).is_some_and(|answer| answer.contains(what));
         wait_until(LONG, "the conflict", || says(last, "waits for"));
-        store.delete(&[wrong.clone()]).unwrap();
+        store.delete(std::slice::from_ref(&wrong)).unwrap();
         wait_until(LONG, "the last one", || says(last, "archived"));
-        fs::remove_file(left.place.join("data/postmaster.pid")).unwrap();
+        drop(server);
         worker.join().unwrap();
     });
     assert!(left.segments.iter().all(|segment| left.has(&store, segment)));
