@@ -157,6 +157,8 @@ fn the_example_of_the_document_holds() {
     Encoder::new(3).unwrap().encode(&keys, &digest.id, b"pgcairn", &mut stored).unwrap();
     assert_eq!(stored[..8], *b"\0pgcairn");
     assert_eq!(stored[8..], 0x2c93_3c91_e073_79e5_757c_4f1c_8abf_8aa4_u128.to_be_bytes());
+    let text = keys.digest(b"1\t0/3000000\tx\n").id;
+    assert_eq!(keys.history(7, "00000002.history", [text]).to_string(), "aba87c6f46ea84a7f1f93cff4b18f59e");
 }
 
 #[test]
