@@ -245,3 +245,38 @@ fn verify_names_what_is_harmed_and_by_what() {
     assert_eq!(labels(&stanza).len(), 4);
     stanza.run(["check", "--pg", cluster.conninfo()]).ok();
 }
+
+/// Retention removes a backup for newer ones. One whose WAL is gone is none.
+#[test]
+fn a_backup_whose_wal_is_gone_stands_for_no_other() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
+    stanza.create(&cluster);
+    let (first, second) = (stanza.backup(&cluster), stanza.backup(&cluster));
+    let info = json(&stanza.run(["info", "--output", "json"]).ok());
+    let segment = info[0]["backup"][1]["archive"]["start"].as_str().unwrap().to_owned();
+    let object = objects(&stanza).into_iter().find(|path| path.to_str().unwrap().contains(&format!("/{segment}-")));
+    let object = std::path::Path::new(stanza.repo()).join(object.unwrap());
+    let aside = stanza.place().join("aside");
+    fs::rename(&object, &aside).unwrap();
+
+    let expire = ["expire", "--repo-retention-full=1"];
+    let told = stanza.run(expire).fails(1, &format!("backups that their WAL does not prove: {second}"));
+    assert!(
+        told.stdout.contains(&format!("backup {second} does not count: WAL segment {segment} is missing")),
+        "{told:?}"
+    );
+    assert!(told.stdout.contains("pgcairn verify") && told.stderr.contains("hint:"), "{told:?}");
+    assert_eq!(labels(&stanza), [first.clone(), second.clone()]);
+    stanza.run(["expire", &format!("--set={first}")]).fails(1, "no other full backup is proved by its WAL");
+    // a backup that ends well warns
+    let third = stanza.run(["backup", "--type=full", "--repo-retention-full=2", "--pg", cluster.conninfo()]);
+    assert!(third.stderr.contains(&format!("backup {second} does not count")), "{third:?}");
+    third.ok();
+    assert_eq!(labels(&stanza)[..2], [first.clone(), second.clone()]);
+
+    fs::rename(&aside, &object).unwrap();
+    stanza.run(["expire", "--repo-retention-full=2"]).ok();
+    let left = labels(&stanza);
+    assert!(left.len() == 2 && left[0] == second, "{left:?}");
+}
