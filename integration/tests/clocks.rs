@@ -164,6 +164,86 @@ fn a_commit_across_two_segments() {
     clocks.is_at(&before, "1,2", false);
 }
 
+/// A moment after the last transaction in the archive, of which nothing there says that it was
+/// reached: who looks at a clone gets the end of the archive and is told; what is taken for the
+/// moment is refused.
+#[test]
+fn a_moment_that_nothing_in_the_archive_proves() {
+    let stanza = Stanza::in_directory();
+    let builder = Cluster::builder().wal_segsize_mb(1).conf("autovacuum", "off");
+    let cluster = stanza.archiving(builder).start();
+    stanza.create(&cluster);
+    cluster.psql("CREATE TABLE t (i int);");
+    stanza.backup(&cluster);
+    add(&cluster, 1);
+    archive_all(&cluster);
+    // this one is in a segment that is not archived
+    let time = add(&cluster, 2);
+
+    let started = stanza.run(["start", "--name=near", &time, "--output=json"]);
+    let said = "nothing in the archive says that ";
+    assert!(started.stderr.contains(said) && started.stderr.contains("pgcairn check"), "{}", started.stderr);
+    assert!(started.stderr.contains("the newest transaction in it ended 20"), "{}", started.stderr);
+    let json: serde_json::Value = serde_json::from_str(&started.ok()).unwrap();
+    assert!(json["reached"]["wanted"].as_str().unwrap().starts_with("20"), "{json}");
+    assert!(json["reached"]["lsn"].is_string() && json["reached"]["time"].is_string(), "{json}");
+    assert_eq!(rows(&Client::new(json["conninfo"].as_str().unwrap().to_owned())), "1");
+    stanza.run(["stop", "near", "--keep"]).ok();
+    let clone = stanza.start("near", &[]);
+    assert!(clone.told().contains("it is the end of the archive, and nothing there says that "), "{}", clone.told());
+    assert_eq!(rows(&clone), "1");
+    clone.stop(&[]);
+
+    let refused = |arguments: &[&str]| {
+        let refused = stanza.run(arguments).fails(1, "is not in the archive, which ends at ");
+        assert!(refused.stderr.contains("pgcairn check"), "{}", refused.stderr);
+    };
+    refused(&["start", &time, "--read-only"]);
+    refused(&["extract", &time, "--table=postgres.public.t"]);
+    let (target, at) = (format!("--target={time}"), stanza.place().directory("recovered").display().to_string());
+    refused(&["mount", "--recovered", "--type=time", &target, &at]);
+    let copy = stanza.place().join("copy").display().to_string();
+    refused(&["restore", "--type=time", &target, &copy]);
+
+    stanza.run(["check", "--pg", cluster.conninfo()]).ok();
+    let started = stanza.run(["start", "--name=at", &time]);
+    assert!(!started.stderr.contains(said), "{}", started.stderr);
+    let conninfo = started.ok().split('"').nth(1).unwrap().to_owned();
+    assert_eq!(rows(&Client::new(conninfo)), "1,2");
+    stanza.run(["stop", "at"]).ok();
+    stanza.assert_nothing_left();
+}
+
+/// What proves a moment is no transaction: the last one before it counts, however far back it is,
+/// and one that was prepared after it does not.
+#[test]
+fn a_moment_that_a_checkpoint_proves() {
+    let stanza = Stanza::in_directory();
+    let builder = Cluster::builder().wal_segsize_mb(1).conf("autovacuum", "off");
+    let cluster = stanza.archiving(builder.conf("max_prepared_transactions", "5")).start();
+    stanza.create(&cluster);
+    cluster.psql("CREATE TABLE t (i int);");
+    stanza.backup(&cluster);
+    let time = add(&cluster, 1);
+    cluster.psql(
+        "DO $$ BEGIN FOR i IN 1..66 LOOP
+             PERFORM pg_logical_emit_message(false, 'x', 'y'); PERFORM pg_switch_wal();
+         END LOOP; END $$; SELECT pg_sleep(1.1); CHECKPOINT;",
+    );
+    archive_all(&cluster);
+    let clone = stanza.start("at", &[&time]);
+    assert_eq!(rows(&clone), "1", "{}", clone.told());
+    clone.stop(&[]);
+    cluster.psql("BEGIN; INSERT INTO t VALUES (2); PREPARE TRANSACTION 'later';");
+    archive_all(&cluster);
+    let clone = stanza.start("at", &[&time]);
+    assert_eq!(rows(&clone), "1", "{}", clone.told());
+    assert_eq!(clone.psql("SELECT count(*) FROM pg_prepared_xacts;"), "0");
+    clone.stop(&[]);
+    cluster.psql("ROLLBACK PREPARED 'later';");
+    stanza.assert_nothing_left();
+}
+
 /// Plain `restore` goes to the end of the archive, whatever targets lie about; a gap before that is said.
 #[test]
 fn restore_goes_to_the_end_and_says_where_that_is() {

@@ -1,9 +1,12 @@
 //! The way to a point: which backup, along which timeline, what PostgreSQL is told, which WAL it needs for that.
 
+mod instead;
+mod refused;
+
 use serde::{Deserialize, Serialize};
 
 use super::crossing::{self, StopPoint};
-use super::horizon::{Horizon, Range, Stone};
+use super::horizon::{Horizon, Stone};
 use super::point::{Point, Target, TargetTimeline};
 pub use super::settings::{Reached, Recovery};
 use crate::error::{Error, Result};
@@ -54,6 +57,9 @@ type Found<T> = std::result::Result<T, NoCourse>;
 pub enum Bound {
     /// to exactly that: the end of the archive is a position, and nothing later is waited for
     Archive,
+    /// the same; the end of the archive will do for a time of which nothing there says that it was
+    /// reached
+    ArchiveEnd,
     /// PostgreSQL asks the archive itself: its end is where that says so
     Open,
 }
@@ -95,6 +101,8 @@ struct Way<'a> {
     road: Road,
     target: Option<(&'static str, String)>,
     reaches: Option<StopPoint>,
+    /// the moment that was asked for, where nothing says that this is it
+    wanted: Option<TimestampTz>,
     notes: Vec<String>,
 }
 
@@ -102,19 +110,22 @@ impl Search<'_> {
     fn course(&self) -> Found<Course> {
         let histories = self.histories()?;
         let mut refused = None;
-        for history in histories {
+        for history in &histories {
             let way = match &self.point.target {
-                Target::Time(moment) => self.to_time(&history, moment.at),
-                Target::Lsn(lsn) => self.to_lsn(&history, *lsn),
-                Target::Xid(xid) => self.to_xid(&history, *xid),
-                Target::Name(name) => self.to_name(&history, name),
-                _ => self.without_target(&history),
+                Target::Time(moment) => self.to_time(history, moment.at),
+                Target::Lsn(lsn) => self.to_lsn(history, *lsn),
+                Target::Xid(xid) => self.to_xid(history, *xid),
+                Target::Name(name) => self.to_name(history, name),
+                _ => self.without_target(history),
             };
             match way {
                 Ok(way) => return Ok(self.settle(way)),
                 Err(NoCourse::Unreachable(error)) => _ = refused.get_or_insert(error),
                 Err(failed) => return Err(failed),
             }
+        }
+        if let Some(way) = self.end_instead(&histories)? {
+            return Ok(self.settle(way));
         }
         let none = || self.no_backup();
         Err(NoCourse::Unreachable(refused.unwrap_or_else(none)))
@@ -156,16 +167,6 @@ impl Search<'_> {
         })
     }
 
-    fn no_backup(&self) -> Error {
-        let stanza = self.horizon.times().database();
-        match &self.point.label {
-            Some(label) => Error::new(format!("backup {label} is not on the timeline that is asked for"))
-                .hint("give another --target-timeline, or none"),
-            None => Error::new(format!("there is no backup of PostgreSQL {} on that timeline", stanza.version))
-                .hint("\"pgcairn info\" shows what there is"),
-        }
-    }
-
     fn without_target(&self, history: &TimelineHistory) -> Found<Way<'_>> {
         let stone = self.horizon.stones().iter().rev();
         let named = |stone: &&Stone| self.point.label.as_ref().is_none_or(|label| stone.label == *label);
@@ -188,18 +189,26 @@ impl Search<'_> {
             ));
         }
         let way = match self.bound {
-            Bound::Archive if last.is_some() || end.last_record.is_none_or(|(_, lsn)| lsn < stone.stop) => {
+            Bound::Archive | Bound::ArchiveEnd
+                if last.is_some() || end.last_record.is_none_or(|(_, lsn)| lsn < stone.stop) =>
+            {
                 let way = self.up_to_stop(stone, history, &road, last);
                 Way { road, ..way }
             }
             // a long transaction that has not ended
-            Bound::Archive => {
+            Bound::Archive | Bound::ArchiveEnd => {
                 let target = end.last_record.map(|(_, lsn)| ("recovery_target_lsn", lsn.to_string()));
-                Way { stone, history: history.clone(), road, target, reaches: None, notes: Vec::new() }
+                Way { stone, history: history.clone(), road, target, reaches: None, wanted: None, notes: Vec::new() }
             }
-            Bound::Open => {
-                Way { stone, history: history.clone(), road, target: None, reaches: last, notes: Vec::new() }
-            }
+            Bound::Open => Way {
+                stone,
+                history: history.clone(),
+                road,
+                target: None,
+                reaches: last,
+                wanted: None,
+                notes: Vec::new(),
+            },
         };
         Ok(Way { notes, ..way })
     }
@@ -244,10 +253,7 @@ impl Search<'_> {
         // nothing ended after it, but something else proves that the archive goes on beyond it
         let end = self.horizon.end_of(&road)?;
         match end.latest.filter(|latest| *latest > at && road.end == RoadEnd::Open).and(end.last_record) {
-            Some((_, lsn)) if lsn >= stone.stop => {
-                let last = end.last_stop.filter(|last| last.lsn >= stone.stop);
-                Ok(self.up_to_stop(stone, history, &road, last))
-            }
+            Some((_, lsn)) if lsn >= stone.stop => Ok(self.up_to_stop(stone, history, &road, search.last_of_road()?)),
             _ => Err(NoCourse::Unreachable(self.behind(history, &road, Some(at))?)),
         }
     }
@@ -298,7 +304,8 @@ impl Search<'_> {
             }
         };
         let road = road.up_to(index.unwrap_or(u64::MAX - 1));
-        Way { stone, history: history.clone(), road, target: Some(target), reaches: last, notes: Vec::new() }
+        let target = Some(target);
+        Way { stone, history: history.clone(), road, target, reaches: last, wanted: None, notes: Vec::new() }
     }
 
     fn to_lsn(&self, history: &TimelineHistory, lsn: Lsn) -> Found<Way<'_>> {
@@ -312,7 +319,15 @@ impl Search<'_> {
                 let target = Some(("recovery_target_lsn", lsn.to_string()));
                 // the record there may begin, or go on, in the next segment
                 let road = road.up_to(index + 1);
-                Ok(Way { stone, history: history.clone(), road, target, reaches: None, notes: Vec::new() })
+                Ok(Way {
+                    stone,
+                    history: history.clone(),
+                    road,
+                    target,
+                    reaches: None,
+                    wanted: None,
+                    notes: Vec::new(),
+                })
             }
             _ => Err(NoCourse::Unreachable(self.behind(history, &road, None)?)),
         }
@@ -391,53 +406,8 @@ impl Search<'_> {
         stones.into_iter().filter(|stone| stone.is_on(&history)).filter(named).collect::<Vec<_>>().into_iter()
     }
 
-    /// The point lies before what the oldest backup, or the one named, can reach.
-    fn before(&self, history: &TimelineHistory, at: Option<TimestampTz>) -> Result<Error> {
-        let what = match &self.point.label {
-            Some(label) => format!("{} is before backup {label} is consistent", self.point.target),
-            None => format!("{} is before the first backup of timeline {}", self.point.target, history.timeline),
-        };
-        self.hinted(Error::new(what), history, at)
-    }
-
-    /// The point lies behind the end of a road.
-    fn behind(&self, history: &TimelineHistory, road: &Road, at: Option<TimestampTz>) -> Result<Error> {
-        let target = &self.point.target;
-        let error = match road.end {
-            RoadEnd::Gap { missing, then } => Error::new(format!(
-                "{target} cannot be reached: WAL segment {missing} is missing, the next there is {then}"
-            )),
-            RoadEnd::Open => Error::new(format!("{target} is not in the archive, which ends at {}", road.end_lsn())),
-        };
-        self.hinted(error, history, at)
-    }
-
-    /// The moments nearest to what was asked for.
-    fn hinted(&self, error: Error, history: &TimelineHistory, at: Option<TimestampTz>) -> Result<Error> {
-        let ranges = self.horizon.ranges(history)?;
-        let near = nearest(&ranges, at);
-        let listed: Vec<String> = near.iter().map(|range| range.to_string()).collect();
-        let mut hint = match listed.is_empty() {
-            true => format!("timeline {} has no backup; see \"pgcairn info\"", history.timeline),
-            false => format!("timeline {} can be reached {}", history.timeline, listed.join(", and ")),
-        };
-        if let Some(at) = at {
-            let others = self.horizon.timelines().into_iter().filter(|timeline| *timeline != history.timeline);
-            for timeline in others {
-                let ranges = self.horizon.ranges(&self.horizon.coverage().history(timeline))?;
-                if ranges.iter().any(|range| range.contains(at)) {
-                    hint.push_str(&format!("; --target-timeline {timeline} reaches it"));
-                }
-            }
-            if ranges.last().is_some_and(|last| last.to.is_some_and(|to| to < at) && last.end == RoadEnd::Open) {
-                hint.push_str("; what was written since is archived when its segment is full, or after \"SELECT pg_switch_wal()\"");
-            }
-        }
-        Ok(error.hint(hint))
-    }
-
     fn settle(&self, way: Way<'_>) -> Course {
-        let Way { stone, history, road, target, reaches, notes } = way;
+        let Way { stone, history, road, target, reaches, wanted, notes } = way;
         let mut settings = Vec::new();
         let has_target = target.is_some();
         if let Some((name, value)) = target {
@@ -473,17 +443,9 @@ impl Search<'_> {
             histories: histories.map(|timeline| timeline.0).collect(),
             to: self.point.target.to_string(),
             reaches: reaches.map(Reached::from),
+            wanted: wanted.map(|wanted| wanted.to_string()),
             notes,
         };
         Course { label: stone.label.clone(), recovery: Some(recovery) }
     }
-}
-
-/// The ranges on both sides of a moment; without one, the last two.
-fn nearest(ranges: &[Range], at: Option<TimestampTz>) -> &[Range] {
-    let next = match at {
-        Some(at) => ranges.partition_point(|range| range.from.stop_s <= at.unix_s()),
-        None => ranges.len(),
-    };
-    &ranges[next.saturating_sub(1).min(ranges.len().saturating_sub(2))..ranges.len().min(next + 1)]
 }

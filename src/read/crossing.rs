@@ -225,6 +225,21 @@ impl Search<'_> {
         Ok(None)
     }
 
+    /// The last such place of the whole road, where no transaction ended after the moment.
+    pub fn last_of_road(&self) -> Result<Option<StopPoint>> {
+        for index in (self.from()..self.road.len()).rev() {
+            let last = match self.horizon.segment(self.road, index)?.last_stop() {
+                // prepared after the moment
+                Some(last) if self.passes(last.time) => self.last_in(index, Lsn(u64::MAX))?,
+                last => last,
+            };
+            if last.is_some() {
+                return Ok(last.filter(|last| last.lsn >= self.start));
+            }
+        }
+        Ok(None)
+    }
+
     fn last_in(&self, index: u64, lsn: Lsn) -> Result<Option<StopPoint>> {
         let mut last = None;
         self.horizon.events(self.road, index, &mut |at, event| match event {

@@ -33,6 +33,9 @@ pub struct Recovery {
     /// the last transaction that it brings back, as far as that was looked for
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reaches: Option<Reached>,
+    /// the moment that was asked for, where nothing in the archive says that it was reached
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wanted: Option<String>,
     /// what the user must know: a clock that was set, a gap
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,

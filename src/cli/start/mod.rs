@@ -86,6 +86,9 @@ pub(super) struct Start {
     /// Whether somebody is to log in before it counts as started
     #[arg(skip = true)]
     needs_login: bool,
+    /// Whether somebody looks at it, who is told where the end of the archive stands for a moment
+    #[arg(skip = true)]
+    for_people: bool,
 }
 
 /// A clone that answers.
@@ -148,6 +151,7 @@ impl Start {
             clone_path: clone_path.map(Path::to_owned),
             start_timeout,
             needs_login: login.is_some(),
+            for_people: false,
             login: login.cloned().unwrap_or_default(),
             output: Output::Text,
             cache: cache.clone(),
@@ -259,7 +263,9 @@ impl Start {
             (Target::None, _) if self.waits() => point.target = Target::Immediate,
             _ => {}
         }
-        let course = point::find(repository, &point, Bound::Archive, &self.cache)?;
+        // one that waits at its target is at it
+        let bound = if self.for_people && !self.waits() { Bound::ArchiveEnd } else { Bound::Archive };
+        let course = point::find(repository, &point, bound, &self.cache)?;
         let action = if self.waits() { Action::Pause } else { Action::Promote };
         // all the WAL it needs is in its mount: nothing else is asked, so that it ends there or says why not
         let prepared = point::presented(&course, action, NOTHING_TO_RESTORE);
@@ -419,11 +425,12 @@ fn leave_backup_segment(conninfo: &str) {
 fn report(start: &Start, running: &Running, conninfo: &str, took: Duration) {
     let Running { clone, place, reached, .. } = running;
     let (lsn, time) = (reached.lsn.map(|lsn| lsn.to_string()), reached.time.map(|time| time.to_string()));
+    let wanted = clone.recovery.as_ref().and_then(|prepared| prepared.recovery.wanted.as_deref());
     if start.output == Output::Json {
         let json = serde_json::json!({
             "name": clone.name, "backup": clone.label, "conninfo": conninfo, "port": clone.port,
             "data-directory": place.mount(), "first-answer-ms": took.as_millis() as u64,
-            "reached": { "lsn": lsn, "time": time },
+            "reached": { "lsn": lsn, "time": time, "wanted": wanted },
         });
         return output::line(&format!("{json:#}"));
     }
@@ -435,6 +442,9 @@ fn report(start: &Start, running: &Running, conninfo: &str, took: Duration) {
     ));
     if let Some(moment) = reached.moment() {
         output::line(&format!("  {moment}"));
+    }
+    if let Some(wanted) = wanted {
+        output::line(&format!("  it is the end of the archive, and nothing there says that {wanted} was reached"));
     }
     output::line(&format!("  psql {}", shell_word(conninfo)));
     output::line(&format!("  pgcairn stop {}", clone.name));

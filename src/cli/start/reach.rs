@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use jiff::Zoned;
 use postgres::Client;
 
 use super::super::clones::{Clone, Login, Place};
@@ -16,6 +17,7 @@ use super::replay::Replay;
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::postgres::{Lsn, SegmentName, TimestampTz};
+use crate::read::moment;
 
 /// A server's lock file in its data directory, and which of its lines says how far the server is.
 pub(super) const LOCK_FILE: &str = "postmaster.pid";
@@ -158,7 +160,8 @@ impl<'a> Attempt<'a> {
                 return Ok(Look::NotYet(Some(said(&error))));
             }
         };
-        let reached = Reached { login: Some(login.clone()), lsn: state.lsn, time: state.time };
+        let time = state.time.max(self.time_of_target(state.lsn));
+        let reached = Reached { login: Some(login.clone()), lsn: state.lsn, time };
         match (state.in_recovery, self.clone.read_only) {
             (false, false) => Ok(Look::Reached(reached)),
             (false, true) => Err(promoted(&reached)),
@@ -180,6 +183,14 @@ impl<'a> Attempt<'a> {
         let at = reached.lsn.map_or_else(String::new, |lsn| format!(" at {lsn}"));
         Err(Error::new(format!("recovery paused{at}, and nothing proves that this is the target:\n  {}", tail(&log)))
             .hint("the lines above are the end of the server's log; an --option that lowers a limit or silences the log must go"))
+    }
+
+    /// When the transaction ended at whose record recovery stops: the server does not count it
+    /// among those that it replayed.
+    fn time_of_target(&self, lsn: Option<Lsn>) -> Option<TimestampTz> {
+        let reaches = self.clone.recovery.as_ref()?.recovery.reaches.as_ref()?;
+        let is_there = lsn? > reaches.lsn.parse::<Lsn>().ok()?;
+        is_there.then(|| moment::parse(&reaches.time, &Zoned::now()).ok()).flatten().map(|moment| moment.at)
     }
 
     /// Whether replay has passed the position that was asked for.
