@@ -181,6 +181,9 @@ fn what_is_missing_is_named_and_nothing_begins_again_over_it() {
     let target = stanza.place().join("copy");
     let preserve = ["restore", "--archive-mode=preserve", "--type=none", target.to_str().unwrap()];
     stanza.run(preserve).fails(1, "--archive-mode=preserve without a recovery target").fails(1, "--type=immediate");
+    let shutdown = ["restore", "--archive-mode=preserve", "--type=immediate", "--target-action=shutdown"];
+    let refused = stanza.run(shutdown.into_iter().chain([target.to_str().unwrap()]));
+    refused.fails(1, "archives on its source's timeline").fails(1, "--target-action=promote");
     assert!(!target.exists());
 
     write(&cluster, 0..4);
@@ -209,6 +212,48 @@ fn what_is_missing_is_named_and_nothing_begins_again_over_it() {
     stanza.run(create).ok();
     stanza.run(["verify"]).ok();
     stanza.run(["check", "--strict", "--pg", cluster.conninfo()]).ok();
+}
+
+/// Whatever a replacement recovers to, it archives nothing on the timeline of its source, which
+/// goes on.
+#[test]
+fn a_replacement_archives_on_a_timeline_of_its_own() {
+    let (stanza, cluster) = archiving();
+    stanza.backup(&cluster);
+    write(&cluster, 0..2);
+    let (time, lsn) = (cluster.psql("SELECT clock_timestamp();"), cluster.psql("SELECT pg_current_wal_insert_lsn();"));
+    write(&cluster, 2..4);
+    settle(&cluster);
+    let segments = || {
+        let mut found = pgcairn_integration::files::files(Path::new(stanza.repo()));
+        found.retain(|path| path.components().any(|part| part.as_os_str() == "0000000100000000"));
+        found.len()
+    };
+    let (time, lsn) = (format!("--target={time}"), format!("--target={lsn}"));
+    let targets: [&[&str]; 5] = [
+        &["--type=immediate"],
+        &["--type=default", "--target-timeline=1"],
+        &["--type=time", &time, "--target-timeline=1"],
+        &["--type=lsn", &lsn, "--target-timeline=1"],
+        &["--type=standby", "--target-timeline=1"],
+    ];
+    for (number, target) in targets.into_iter().enumerate() {
+        let before = segments();
+        let copy = stanza.place().join(&format!("copy{number}"));
+        let restore = ["restore", "--archive-mode=preserve", copy.to_str().unwrap()];
+        stanza.run([&restore[..], target].concat()).ok();
+        let replacement = Cluster::open(15, &copy, &[]);
+        wait_until(LONG, "the replacement to be open", || replacement.try_psql("SELECT 1;").is_ok());
+        wait_until(LONG, "the end of recovery", || {
+            replacement.psql("SELECT pg_is_in_recovery();") == "f"
+                || replacement.try_psql("SELECT pg_promote();").is_err()
+        });
+        let segment = replacement.psql("CREATE TABLE own (); SELECT pg_walfile_name(pg_current_wal_lsn());");
+        settle(&replacement);
+        assert!(!segment.starts_with("00000001"), "{target:?}: {segment}");
+        assert_eq!(segments(), before, "{target:?}");
+    }
+    stanza.run(["verify"]).ok();
 }
 
 /// The stanza goes on with another cluster; what asks for WAL gets that of its own.

@@ -79,9 +79,8 @@ impl Restore {
         let point = self.point.point_or_end(self.set.as_deref())?;
         let repository = common.repository()?;
         let course = self.course(&repository, &point)?;
-        if self.archive_mode == ArchiveMode::Preserve && course.recovery.is_none() {
-            return Err(Error::new("--archive-mode=preserve without a recovery target makes a copy that archives on its source's timeline")
-                .hint("recover to a timeline of its own: --type=default (the end of the archive), --type=immediate, or a target"));
+        if self.archive_mode == ArchiveMode::Preserve {
+            refuse_same_timeline(&course, &point)?;
         }
         let copy = self.archive_mode == ArchiveMode::Off;
         let wal_for = if copy { WalFor::Copy } else { WalFor::Replacement };
@@ -143,6 +142,28 @@ impl Restore {
             true => Ok(Course { recovery: None, ..course }),
             false => Ok(course),
         }
+    }
+}
+
+/// A server that archives must end its recovery on a timeline of its own. One that shut down at its
+/// target has not ended it: PostgreSQL goes on from there when `recovery.signal` is removed, and
+/// then on its source's timeline.
+fn refuse_same_timeline(course: &Course, point: &Point) -> Result<()> {
+    let Some(recovery) = &course.recovery else {
+        return Err(Error::new(
+            "--archive-mode=preserve without a recovery target makes a copy that archives on its source's timeline",
+        )
+        .hint(
+            "recover to a timeline of its own: --type=default (the end of the archive), --type=immediate, or a target",
+        ));
+    };
+    match recovery.has_target && point.action == Some(Action::Shutdown) {
+        true => Err(Error::new(
+            "--archive-mode=preserve with --target-action=shutdown makes a copy that archives on its source's timeline, should \
+             its recovery.signal be removed to start it",
+        )
+        .hint("--target-action=promote ends recovery on a timeline of its own; pause waits at the target until it is promoted")),
+        false => Ok(()),
     }
 }
 
