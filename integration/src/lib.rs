@@ -13,6 +13,7 @@
 //! | [`files`] | comparing trees of files |
 //! | [`mounts`] | the end of a mount and of its daemon |
 //! | [`clock`] | a clock that can be set for single programs |
+//! | [`walls`] | a machine on which programs get no namespaces |
 //! | [`wait`] | waiting for what happens elsewhere |
 //! | [`install`] | where servers, clients and users are found on this machine |
 //! | [`watchdog`] | cleaning up when the test itself is killed |
@@ -34,6 +35,7 @@ pub mod place;
 pub mod process;
 pub mod stanza;
 pub mod wait;
+pub mod walls;
 pub mod watchdog;
 
 pub use bin::{Output, pgcairn};

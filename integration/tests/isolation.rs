@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pgcairn_integration::cluster::StopMode;
 use pgcairn_integration::install::give_to_server_user;
-use pgcairn_integration::{Client, Cluster, Stanza, wait_until};
+use pgcairn_integration::{Client, Cluster, Stanza, wait_until, walls};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -326,6 +326,62 @@ fn a_clone_reaches_no_server_unless_it_is_told_to() {
     assert!(written.unwrap_err().contains("Read-only file system"));
     clone.stop(&[]);
     stanza.assert_nothing_left();
+}
+
+/// Before 15 statistics are in files, also in a directory of the source's choice.
+#[test]
+fn statistics_and_logs_of_an_old_source_are_left_alone() {
+    for major in [13, 14] {
+        if pgcairn_integration::install::find_server(major).is_none() {
+            // setup.sh brings 13
+            assert_eq!(major, 14, "PostgreSQL 13 is not installed; run \"scripts/setup.sh\"");
+            continue;
+        }
+        let stanza = Stanza::in_directory();
+        let (statistics, logs) = (stanza.place().directory("statistics"), stanza.place().directory("logs"));
+        let builder = Cluster::builder().major(major).conf("log_directory", &logs.display().to_string());
+        let builder = builder.conf("stats_temp_directory", &statistics.display().to_string());
+        let mut cluster = stanza.archiving(builder).start();
+        stanza.create(&cluster);
+        stanza.backup(&cluster);
+        assert!(!contents(&statistics).is_empty(), "the source keeps its statistics elsewhere");
+        cluster.stop(StopMode::Fast);
+        let state = || {
+            let changed = |directory: &Path| fs::metadata(directory).unwrap().modified().unwrap();
+            (contents(&statistics), contents(&logs), changed(&statistics), changed(&logs))
+        };
+        let before = state();
+
+        let programs = format!("--pg-bin={}", pgcairn_integration::install::server(major).display());
+        let at_work = |server: &Client| {
+            server.psql("CREATE TABLE t AS SELECT generate_series(1, 1000) AS i; SELECT pg_sleep(0.6);");
+            assert_ne!(server.psql("SELECT count(*) FROM pg_stat_database WHERE xact_commit > 0;"), "0");
+            server.psql("SELECT pg_rotate_logfile(), pg_sleep(0.2);");
+            assert_eq!(server.psql("SHOW stats_temp_directory; SHOW log_directory;"), "pg_stat_tmp\nlog");
+        };
+        let start = ["start", "--name=old", &programs, "--option=logging_collector=on"];
+        for walled in [true, false] {
+            let command = if walled {
+                pgcairn_integration::bin::command()
+            } else {
+                walls::command(&stanza.place().directory("walls"))
+            };
+            let started = pgcairn_integration::bin::run_command(stanza.prepared(command).args(start));
+            assert_eq!(started.stderr.contains("without namespaces of its own"), !walled, "{}", started.stderr);
+            let clone = Client::new(started.ok().split('"').nth(1).unwrap());
+            at_work(&clone);
+            stanza.run(["stop", "old"]).ok();
+            assert!(state() == before, "a clone of {major} wrote into its source's directories, walled: {walled}");
+        }
+        let copy = stanza.place().join("copy");
+        stanza.run(["restore", &copy.display().to_string()]).ok();
+        let mut restored = Cluster::open(major, &copy, &[("logging_collector", "on")]);
+        wait_until(LONG, "the end of recovery", || restored.psql("SELECT pg_is_in_recovery();") == "f");
+        at_work(&restored);
+        restored.stop(StopMode::Fast);
+        assert!(state() == before, "a restored copy of {major} wrote into its source's directories");
+        stanza.assert_nothing_left();
+    }
 }
 
 /// A job of pg_cron that runs whenever its server starts.
