@@ -3,6 +3,8 @@
 
 mod history;
 
+use std::fs;
+
 use history::archive_all;
 use pgcairn_integration::bin::run_command;
 use pgcairn_integration::{Client, Cluster, Stanza, install};
@@ -156,4 +158,114 @@ fn a_clone_path_may_hold_any_character_or_is_refused() {
     }
     stanza.run(["start", "--name=odd", &odd(&"long".repeat(30))]).fails(1, "socket would be too long");
     stanza.assert_nothing_left();
+}
+
+/// Lines that this machine's server does not take, after which the others count.
+const NOT_HERE: &str = "
+include '/etc/pgcairn-missing.conf'
+include_dir '/etc/pgcairn-missing.d'
+include 'below.conf'
+lc_messages = 'xx_XX.UTF-8'
+timezone = 'Mars/Olympus'
+no_such_parameter = 1
+this is no line
+";
+/// Lines that a clone's server must not follow.
+const ELSEWHERE: &str = "
+no_such.parameter = 2
+ssl = on
+ssl_cert_file = '/nowhere/server.crt'
+shared_buffers = '4000GB'
+huge_pages = on
+wal_buffers = '2000MB'
+data_directory = '/nowhere/data'
+hba_file = '/nowhere/pg_hba.conf'
+ident_file = '/nowhere/pg_ident.conf'
+external_pid_file = '/nowhere/pid'
+log_destination = 'syslog'
+logging_collector = on
+log_directory = '/nowhere/log'
+listen_addresses = '203.0.113.1'
+unix_socket_directories = '/nowhere/socket'
+unix_socket_group = 'no_such_group'
+dynamic_library_path = '/nowhere/lib:$libdir'
+";
+
+/// What this machine does not have of the source's configuration is left out and told; where its
+/// files and addresses are does not matter.
+#[test]
+fn a_configuration_that_this_machine_cannot_follow() {
+    for (major, of_major) in [
+        (15, "archive_library = 'no_such_archiver'\nmin_dynamic_shared_memory = '100TB'\ndb_user_namespace = on\n"),
+        (
+            13,
+            "stats_temp_directory = '/nowhere/stat'\npromote_trigger_file = '/etc/hostname'\ndb_user_namespace = on\n",
+        ),
+        (18, "archive_library = 'no_such_archiver'\nmin_dynamic_shared_memory = '100TB'\n"),
+    ] {
+        let stanza = Stanza::in_directory();
+        let cluster = stanza.archiving(Cluster::builder().major(major)).start();
+        stanza.create(&cluster);
+        cluster.psql("CREATE TABLE t AS SELECT 1 AS i;");
+        let add = |file: &str, lines: &str| {
+            let path = cluster.data_directory().join(file);
+            let text = fs::read_to_string(&path).unwrap_or_default();
+            fs::write(&path, text + lines).unwrap();
+            install::give_to_server_user(&path);
+        };
+        let libraries = "shared_preload_libraries = 'no_such_library, \"$libdir/neither\"'\n";
+        add("postgresql.conf", &format!("{NOT_HERE}{ELSEWHERE}{of_major}{libraries}"));
+        add("below.conf", "lc_time = 'yy_YY.UTF-8'\nwork_mem = '7MB'\n");
+        add("postgresql.auto.conf", "lc_monetary = 'zz_ZZ.UTF-8'\n");
+        stanza.backup(&cluster);
+        let time = moment(&cluster);
+
+        let programs = format!("--pg-bin={}", install::server(major).display());
+        let start = |arguments: &[&str]| {
+            let output = stanza.run([&["start", "--name=clone", "--output=json", &programs], arguments].concat());
+            let told = output.stderr.clone();
+            let json: serde_json::Value = serde_json::from_str(&output.ok()).unwrap();
+            (Client::new(json["conninfo"].as_str().unwrap()), json, told)
+        };
+        let (clone, json, told) = start(&["latest"]);
+        for left in [
+            "include '/etc/pgcairn-missing.conf' (could not open configuration file \"/etc/pgcairn-missing.conf\"",
+            "include_dir '/etc/pgcairn-missing.d' (could not open configuration directory",
+            "lc_messages = 'xx_XX.UTF-8' (invalid value for parameter \"lc_messages\"",
+            "timezone = 'Mars/Olympus' (invalid value",
+            "no_such_parameter = 1 (unrecognized configuration parameter",
+            "this is no line (syntax error in file",
+            "below.conf line 1: lc_time = 'yy_YY.UTF-8' (invalid value",
+            "postgresql.auto.conf line 3: lc_monetary = 'zz_ZZ.UTF-8' (invalid value",
+            "library no_such_library (could not access file \"no_such_library\"",
+            "library neither (could not access file \"$libdir/neither\"",
+        ] {
+            assert!(told.contains(left), "{major}: {left}: {told}");
+        }
+        // and ssl, of a build without it
+        let left_out = json["left-out"].as_array().unwrap().len();
+        assert!((10..=11).contains(&left_out), "{major}: {json}");
+        assert_eq!(told.matches("does without").count(), left_out, "{major}: {told}");
+        let shown = "SELECT i FROM t; SHOW work_mem; SHOW shared_preload_libraries; SHOW no_such.parameter;";
+        assert_eq!(clone.psql(shown), "1\n7MB\n\n2", "{major}");
+        // the generated file is read again
+        assert_eq!(clone.psql("SELECT pg_reload_conf(); SELECT pg_sleep(0.2); SHOW work_mem;"), "t\n\n7MB", "{major}");
+        stanza.run(["stop", "clone", "--keep"]).ok();
+        assert_eq!(start(&[]).0.psql(shown), "1\n7MB\n\n2", "{major}");
+        stanza.run(["stop", "clone"]).ok();
+        let (reader, ..) = start(&[&time, "--read-only"]);
+        assert_eq!(reader.psql("SELECT i, pg_is_in_recovery() FROM t;"), "1|t", "{major}");
+        stanza.run(["stop", "clone"]).ok();
+
+        // what the user says is not left out
+        for (option, says) in [
+            ("shared_preload_libraries=no_such_library", "could not access file \"no_such_library\""),
+            ("no_such_parameter=1", "unrecognized configuration parameter \"no_such_parameter\""),
+            ("timezone=Mars/Olympus", "invalid value for parameter \"TimeZone\""),
+        ] {
+            let refused = stanza.run(["start", &programs, "--option", option]).fails(1, says);
+            assert!(refused.stderr.contains("--option NAME=VALUE changes a setting"), "{}", refused.stderr);
+        }
+        stanza.assert_nothing_left();
+    }
 }

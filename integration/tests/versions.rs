@@ -1,8 +1,10 @@
 //! The whole way on the oldest and the newest PostgreSQL.
 #![allow(clippy::unwrap_used)]
 
+use std::path::Path;
 use std::time::Duration;
 
+use pgcairn::clone::settings::{ServerOf, Settings};
 use pgcairn_integration::process::run_ok;
 use pgcairn_integration::{Cluster, Data, Stanza, StopMode, install};
 
@@ -65,4 +67,102 @@ fn postgresql_13() {
 #[test]
 fn postgresql_18() {
     the_whole_way(18, 64);
+}
+
+/// What names of settings hold that can lead outside of the data directory, or load code.
+const OUTSIDE: [&str; 18] = [
+    "file",
+    "director",
+    "command",
+    "librar",
+    "_path",
+    "conninfo",
+    "address",
+    "socket",
+    "provider",
+    "slot_name",
+    "names",
+    "bonjour",
+    "krb",
+    "syslog",
+    "archive",
+    "destination",
+    "tablespace",
+    "host",
+];
+
+/// Settings of the kind that are not on a clone's command line, and why.
+const NO_WAY_OUT: &[(&str, &str)] = &[
+    ("archive_timeout", "of archiving, which is off"),
+    ("bonjour_name", "of bonjour, which is off"),
+    ("dynamic_library_path", "libraries of this machine"),
+    ("extension_control_path", "libraries of this machine"),
+    ("jit_provider", "a library of this machine"),
+    ("local_preload_libraries", "libraries of this machine"),
+    ("session_preload_libraries", "libraries of this machine"),
+    ("output_plugin_libraries", "libraries of this machine"),
+    ("shared_preload_libraries", "libraries of this machine, without workers"),
+    ("krb_caseins_users", "of a login that the access rules do not have"),
+    ("krb_server_keyfile", "of a login that the access rules do not have"),
+    ("oauth_validator_libraries", "of a login that the access rules do not have"),
+    ("log_file_mode", "of the logging collector, which is off"),
+    ("log_filename", "of the logging collector, which is off"),
+    ("syslog_facility", "of syslog, which is off"),
+    ("syslog_ident", "of syslog, which is off"),
+    ("syslog_sequence_numbers", "of syslog, which is off"),
+    ("syslog_split_messages", "of syslog, which is off"),
+    ("log_hostname", "of TCP, which is off"),
+    ("log_replication_commands", "a switch"),
+    ("ssl_ca_file", "of ssl, which is off"),
+    ("ssl_cert_file", "of ssl, which is off"),
+    ("ssl_crl_file", "of ssl, which is off"),
+    ("ssl_crl_dir", "of ssl, which is off"),
+    ("ssl_dh_params_file", "of ssl, which is off"),
+    ("ssl_key_file", "of ssl, which is off"),
+    ("ssl_passphrase_command_supports_reload", "a switch"),
+    ("hot_standby_feedback", "of a connection that it does not make"),
+    ("restore_command", "the clone's own, in postgresql.auto.conf"),
+    ("default_tablespace", "tablespaces are the clone's own"),
+    ("temp_tablespaces", "tablespaces are the clone's own"),
+    ("max_files_per_process", "a number"),
+    ("max_standby_archive_delay", "a number"),
+    ("temp_file_limit", "a number"),
+    ("log_temp_files", "a number"),
+    ("search_path", "schemas"),
+    ("file_copy_method", "a way to work"),
+    ("file_extend_method", "a way to work"),
+];
+
+/// No version has a setting that leads outside, or loads code, of which nobody has thought
+/// (docs/isolation.md).
+#[test]
+fn every_setting_that_leads_outside_is_known() {
+    for major in (13..=18).filter(|major| install::find_server(*major).is_some()) {
+        let clone = ServerOf {
+            name: "c",
+            data: Path::new("/c/data"),
+            config_file: Path::new("/c/data/postgresql.conf"),
+            libraries: None,
+            run: Path::new("/c/run"),
+            pid_file: Path::new("/c/run/pid"),
+            port: 1,
+            version: major,
+            recovers: true,
+            read_only: false,
+            limits: &[("max_worker_processes", 8)],
+            memory_available: 0,
+        };
+        let line = Settings::of(&clone).shell_words();
+        let mut postgres = install::as_server_user(install::server(major).join("postgres"));
+        let described = run_ok(postgres.arg("--describe-config"), &[], Duration::from_secs(60));
+        let mut unseen = Vec::new();
+        for setting in described.lines().map(|line| line.split('\t').collect::<Vec<_>>()) {
+            let name = setting[0];
+            let known = line.contains(&format!("-c {name}=")) || NO_WAY_OUT.iter().any(|(known, _)| *known == name);
+            if !known && OUTSIDE.iter().any(|word| name.contains(word)) {
+                unseen.push(format!("{name}: {}", setting[7..].join(" ")));
+            }
+        }
+        assert!(unseen.is_empty(), "{major}: {unseen:#?}");
+    }
 }

@@ -2,7 +2,9 @@
 //!
 //! Two walls, since each alone misses something: [`settings`] on the server's command line for everything in PostgreSQL that
 //! reaches outside, with a cleaned [`environment`]; and a [`sandbox`] of namespaces, in which the source is not to be found.
+//! What this machine does not have of the source's [`configuration`] is left out.
 
+pub mod configuration;
 pub mod environment;
 pub mod sandbox;
 pub mod settings;

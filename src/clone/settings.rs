@@ -20,6 +20,10 @@ pub struct ServerOf<'a> {
     pub name: &'a str,
     /// the data directory
     pub data: &'a Path,
+    /// its main configuration file
+    pub config_file: &'a Path,
+    /// the libraries to load, if not all that the configuration names
+    pub libraries: Option<&'a str>,
     /// directory of the socket and of the access rules
     pub run: &'a Path,
     /// where the server notes its process id
@@ -71,13 +75,17 @@ impl Settings {
     fn places(&mut self, clone: &ServerOf<'_>) {
         let path = |path: &Path| path.display().to_string();
         self.add(Fixed, "data_directory", path(clone.data));
-        self.add(Fixed, "config_file", path(&clone.data.join("postgresql.conf")));
+        self.add(Fixed, "config_file", path(clone.config_file));
         self.add(Fixed, "hba_file", path(&clone.run.join("pg_hba.conf")));
         self.add(Fixed, "ident_file", path(&clone.run.join("pg_ident.conf")));
         self.add(Fixed, "external_pid_file", path(clone.pid_file));
         let run = clone.run.display().to_string();
         self.add(Fixed, "unix_socket_directories", conninfo::list_element(&run));
         self.add(Fixed, "port", clone.port.to_string());
+        // the source's group may not be known here; the socket's directory lets in its user and
+        // root alone
+        self.add(Preference, "unix_socket_group", "");
+        self.add(Preference, "unix_socket_permissions", "0700");
         self.add(Wall, "log_directory", "log");
         if clone.version < 15 {
             self.add(Wall, "stats_temp_directory", "pg_stat_tmp");
@@ -93,6 +101,10 @@ impl Settings {
         }
         for name in ["primary_conninfo", "primary_slot_name", "archive_cleanup_command", "recovery_end_command"] {
             self.add(Fixed, name, "");
+        }
+        if clone.version < 16 {
+            // a file of the source's would end recovery
+            self.add(Fixed, "promote_trigger_file", "");
         }
         // its subscriptions are its source's: their workers would take over the slots at the publisher
         self.add(Wall, "max_logical_replication_workers", "0");
@@ -117,6 +129,9 @@ impl Settings {
         self.add(Wall, "synchronous_standby_names", "");
         self.add(Wall, "listen_addresses", "");
         self.add(Wall, "ssl", "off");
+        // a command of the source's, should ssl be on after all
+        self.add(Wall, "ssl_passphrase_command", "");
+        self.add(Wall, "bonjour", "off");
         self.add(Wall, "logging_collector", "off");
         self.add(Wall, "log_destination", "stderr");
     }
@@ -137,6 +152,18 @@ impl Settings {
         self.add(Preference, "autovacuum", "off");
         self.add(Preference, "shared_buffers", format!("{}MB", shared_buffers_mb(clone)));
         self.add(Preference, "huge_pages", "off");
+        self.add(Preference, "wal_buffers", "-1");
+        self.add(Preference, "dynamic_shared_memory_type", "posix");
+        if clone.version >= 14 {
+            self.add(Preference, "min_dynamic_shared_memory", "0");
+        }
+        if clone.version < 17 {
+            // logins are without the database's name
+            self.add(Preference, "db_user_namespace", "off");
+        }
+        if let Some(libraries) = clone.libraries {
+            self.add(Preference, "shared_preload_libraries", libraries);
+        }
         if clone.version >= 14 {
             self.add(Preference, "recovery_init_sync_method", "syncfs");
         }
@@ -219,6 +246,8 @@ mod tests {
         Settings::of(&ServerOf {
             name: "c",
             data: Path::new("/clones/c/data"),
+            config_file: Path::new("/clones/c/data/postgresql.conf"),
+            libraries: None,
             run: Path::new("/clones/c/run"),
             pid_file: Path::new("/clones/c/run/postmaster.pid"),
             port: 5433,
@@ -234,6 +263,9 @@ mod tests {
     fn each_version_gets_the_settings_it_knows() {
         for (name, first, last) in [
             ("stats_temp_directory", 13, 14),
+            ("promote_trigger_file", 13, 15),
+            ("db_user_namespace", 13, 16),
+            ("min_dynamic_shared_memory", 14, 18),
             ("archive_library", 15, 18),
             ("sync_replication_slots", 17, 18),
             ("max_logical_replication_workers", 13, 18),

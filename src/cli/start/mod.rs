@@ -1,3 +1,4 @@
+mod amend;
 mod limits;
 mod login;
 mod reach;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use self::amend::Amended;
 use self::limits::Limits;
 use self::login::check_path;
 pub(super) use self::login::{LoginOptions, said};
@@ -318,20 +320,23 @@ impl Start {
         let logins = self.needs_login.then(|| self.login.candidates(of));
         let limit = (Instant::now(), Duration::from_secs(self.start_timeout));
         let (mut limits, mut replay) = (Limits::of(place)?, Replay::new(clone, of));
+        let mut amended = Amended::default();
         loop {
             forget_old_server(place, owner)?;
             settle_links(place, clone, of)?;
             let attempt = Attempt::new((place, clone), logins.as_ref(), limits, limit);
-            let arrived = self.start_server(&attempt, of, &mut replay);
+            let arrived = self.start_server(&attempt, of, &amended, &mut replay);
             if let Ok(Arrival::Reached(reached)) = arrived {
                 settle_links(place, clone, of)?;
-                return Ok(reached);
+                return Ok(Reached { left_out: amended.into_words(), ..reached });
             }
+            let log = attempt.log();
             // what was replayed is in the scratch, and replay goes on from there
             super::stop::end_server(place)?;
             interrupt::check()?;
             match arrived {
                 Ok(Arrival::Raised(raised)) => limits = raised,
+                Err(_) if amended.by_log((place, &*clone, of), &log, &self.options)? => {}
                 // replay asks for directories that only the WAL names: it goes on when they are there
                 Err(error) if !self.cover_new_tablespaces(place, clone, of)? => return Err(error),
                 _ => {}
@@ -340,7 +345,13 @@ impl Start {
     }
 
     /// Starts the server and waits until it is at its target.
-    fn start_server(&self, attempt: &Attempt<'_>, of: &Description, replay: &mut Option<Replay>) -> Result<Arrival> {
+    fn start_server(
+        &self,
+        attempt: &Attempt<'_>,
+        of: &Description,
+        amended: &Amended,
+        replay: &mut Option<Replay>,
+    ) -> Result<Arrival> {
         let (place, clone) = (attempt.place, attempt.clone);
         let recovers = of.database.version >= 14 && place.mount().join(RECOVERY_SIGNAL).exists();
         if recovers {
@@ -348,7 +359,7 @@ impl Start {
         }
         let mut command = clone.pg_ctl(place);
         command.arg("start").arg("-s").arg("-w").arg("-t").arg(self.start_timeout.to_string());
-        let options = self.server_options(place, clone, of, &attempt.limits)?;
+        let options = self.server_options((place, clone, of), &attempt.limits, amended)?;
         command.arg("-l").arg(place.log()).arg("-o").arg(options);
         if !self.run_server(attempt, of, &mut command, replay)?.status.success() {
             return attempt.ended("did not start");
@@ -430,7 +441,7 @@ fn report(start: &Start, running: &Running, conninfo: &str, took: Duration) {
         let json = serde_json::json!({
             "name": clone.name, "backup": clone.label, "conninfo": conninfo, "port": clone.port,
             "data-directory": place.mount(), "first-answer-ms": took.as_millis() as u64,
-            "reached": { "lsn": lsn, "time": time, "wanted": wanted },
+            "reached": { "lsn": lsn, "time": time, "wanted": wanted }, "left-out": reached.left_out,
         });
         return output::line(&format!("{json:#}"));
     }

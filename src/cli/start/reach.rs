@@ -60,6 +60,8 @@ pub(super) struct Reached {
     pub(super) lsn: Option<Lsn>,
     /// when the last transaction ended that was replayed
     pub(super) time: Option<TimestampTz>,
+    /// what of the backup's configuration the server does without
+    pub(super) left_out: Vec<String>,
 }
 
 impl Reached {
@@ -161,7 +163,7 @@ impl<'a> Attempt<'a> {
             }
         };
         let time = state.time.max(self.time_of_target(state.lsn));
-        let reached = Reached { login: Some(login.clone()), lsn: state.lsn, time };
+        let reached = Reached { login: Some(login.clone()), lsn: state.lsn, time, left_out: Vec::new() };
         match (state.in_recovery, self.clone.read_only) {
             (false, false) => Ok(Look::Reached(reached)),
             (false, true) => Err(promoted(&reached)),
@@ -207,7 +209,7 @@ impl<'a> Attempt<'a> {
     }
 
     /// What the server logged since this attempt began.
-    fn log(&self) -> String {
+    pub(super) fn log(&self) -> String {
         let log = fs::read(self.place.log()).unwrap_or_default();
         let from = usize::try_from(self.log_bytes).unwrap_or(0).min(log.len());
         String::from_utf8_lossy(&log[from..]).into_owned()

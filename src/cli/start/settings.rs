@@ -5,6 +5,7 @@ use std::fs;
 use super::super::clones::{Clone, Place};
 use super::super::output;
 use super::Start;
+use super::amend::Amended;
 use super::limits::Limits;
 use crate::clone::settings::{ServerOf, Settings};
 use crate::error::Result;
@@ -14,14 +15,15 @@ impl Start {
     /// The server's options for pg_ctl. Says which of the user's give up something that keeps the clone to itself.
     pub(super) fn server_options(
         &self,
-        place: &Place,
-        clone: &Clone,
-        of: &Description,
+        (place, clone, of): (&Place, &Clone, &Description),
         limits: &Limits,
+        amended: &Amended,
     ) -> Result<String> {
         let mut settings = Settings::of(&ServerOf {
             name: &clone.name,
             data: &place.mount(),
+            config_file: &amended.config_file(place),
+            libraries: amended.libraries(),
             run: &place.run(),
             pid_file: &place.pid_file(),
             port: clone.port,
