@@ -45,6 +45,15 @@ impl User {
         Ok(Self::other(found.uid(), found.gid()))
     }
 
+    /// The owner of the directory that a file is in: whoever that is can put a link in its place.
+    ///
+    /// # Errors
+    /// The directory cannot be looked at.
+    pub fn owner_of_place(file: &Path) -> Result<Option<Self>> {
+        let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty());
+        Self::owner_of(directory.unwrap_or(Path::new(".")))
+    }
+
     /// The user of a server whose data directory this is.
     ///
     /// # Errors

@@ -319,3 +319,39 @@ fn an_incremental_reads_what_was_exchanged_with_the_same_size_and_time() {
     assert_eq!(fs::read_to_string(copy.join("one.conf")).unwrap(), "other content");
     assert!(!copy.join("two.conf").exists());
 }
+
+/// `archive-push` and `archive-get` by root, in a directory of the server's user.
+#[test]
+fn what_root_archives_is_read_as_the_user_and_what_it_delivers_is_the_users() {
+    let stanza = Stanza::in_directory().asynchronous();
+    let cluster = Cluster::builder().wal_segsize_mb(1).start();
+    stanza.create(&cluster);
+    let wal = cluster.data_directory().join("pg_wal");
+    // what only root may read, under a name whose content nothing checks
+    let secret = stanza.place().join("secret");
+    fs::write(&secret, "1\t0/1000000\tonly for root\n").unwrap();
+    fs::set_permissions(&secret, Permissions::from_mode(0o600)).unwrap();
+    let link = wal.join("00000009.history");
+    link_as_server_user(&secret, &link);
+    stanza.run(["archive-push", text(&link)]).fails(1, "ermission denied");
+    fs::remove_file(&link).unwrap();
+
+    let mut names = Vec::new();
+    for _ in 0..4 {
+        names.push(cluster.psql("SELECT pg_walfile_name(pg_create_restore_point('here'));"));
+        cluster.psql("SELECT pg_switch_wal();");
+        stanza.run(["archive-push", text(&wal.join(names.last().unwrap()))]).ok();
+    }
+    let target = wal.join("RECOVERYXLOG");
+    let owner = fs::metadata(&wal).unwrap().uid();
+    let mut from_spool = 0;
+    for name in &names {
+        let got = stanza.run(["--log-level=info", "archive-get", name, text(&target)]);
+        from_spool += usize::from(got.stderr.contains("taken from the spool"));
+        got.ok();
+        assert_eq!(fs::metadata(&target).unwrap().uid(), owner, "{name}");
+        fs::remove_file(&target).unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    assert!(from_spool > 0, "nothing was fetched ahead");
+}

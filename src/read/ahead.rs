@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
-use super::wal::{TEMPORARY, deliver, owner_of_place};
+use super::wal::{TEMPORARY, deliver};
 use crate::error::{Error, Result};
 use crate::files::{self, Outlives};
 use crate::format::manifest::Database;
@@ -21,7 +21,7 @@ use crate::repo::Repository;
 use crate::repo::asking::Asking;
 use crate::spool::{Run, Spool};
 use crate::store::Listed;
-use crate::user::as_user;
+use crate::user::{User, as_user};
 
 /// Holds the name of the segment that was last asked for.
 const AT: &str = "at";
@@ -105,15 +105,22 @@ pub fn take(spool: &Spool, name: SegmentName, target: &Path, timeout: Duration) 
 
 /// False when there is no such file.
 fn move_to(from: &Path, target: &Path) -> Result<bool> {
-    match fs::rename(from, target) {
+    let user = User::owner_of_place(target)?;
+    // what is another user's is written as that user, and is that user's
+    let renamed = if user.is_none() { fs::rename(from, target) } else { Err(io::ErrorKind::CrossesDevices.into()) };
+    match renamed {
         Ok(()) => return Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {}
         Err(error) => return Err(Error::io("rename to", target, error)),
     }
     let temporary = target.with_extension(TEMPORARY);
-    let mut source = fs::File::open(from).map_err(|error| Error::io("open", from, error))?;
-    as_user(owner_of_place(target)?.as_ref(), || {
+    let mut source = match fs::File::open(from) {
+        Ok(source) => source,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(Error::io("open", from, error)),
+    };
+    as_user(user.as_ref(), || {
         files::place(&temporary, target, Outlives::Process, |to| {
             let copied = fs::File::create(to).and_then(|mut file| io::copy(&mut source, &mut file));
             copied.map(drop).map_err(|error| Error::io("copy to", to, error))

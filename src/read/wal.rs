@@ -115,7 +115,7 @@ pub(super) fn deliver(
     threads: usize,
 ) -> Result<()> {
     let temporary = target.with_extension(TEMPORARY);
-    let user = owner_of_place(target)?;
+    let user = User::owner_of_place(target)?;
     reread::checked(&*repository.store, |reads| {
         // the store is read as ourselves
         let bytes = reads.get(key)?;
@@ -126,12 +126,6 @@ pub(super) fn deliver(
             })
         })
     })
-}
-
-/// As whom root writes a file there: whoever owns the directory may have put links into it.
-pub(super) fn owner_of_place(target: &Path) -> Result<Option<User>> {
-    let directory = target.parent().filter(|parent| !parent.as_os_str().is_empty());
-    User::owner_of(directory.unwrap_or(Path::new(".")))
 }
 
 /// What a file is called while it is written.

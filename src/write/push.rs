@@ -25,6 +25,7 @@ use crate::repo::Repository;
 use crate::repo::asking::Asking;
 use crate::repo::wal::wal_identity;
 use crate::store::Body;
+use crate::user::{User, as_user};
 
 /// The largest WAL segment there can be.
 const SEGMENT_BYTES_MAX: u64 = 1 << 30;
@@ -139,6 +140,8 @@ pub(super) struct WalFile {
     pub(super) name: String,
     kind: WalName,
     path: PathBuf,
+    /// whose it is, if root reads it
+    user: Option<User>,
     len: u64,
     /// what tells whose it is
     header: Vec<u8>,
@@ -200,7 +203,10 @@ impl WalFile {
         read: impl FnOnce(&Source<'_>) -> Result<Vec<Chunk>>,
     ) -> Result<Self> {
         let (name, kind) = wal_name(path)?;
-        let file = File::open(path).map_err(|error| Error::io("open", path, error))?;
+        // what is a link there may lead to what only root may read
+        let user = User::owner_of_place(path)?;
+        let open = || File::open(path).map_err(|error| Error::io("open", path, error));
+        let file = as_user(user.as_ref(), open)?;
         let len = file.metadata().map_err(|error| Error::io("look at", path, error))?.len();
         if len > SEGMENT_BYTES_MAX {
             return Err(Error::new(format!("{} has {len} bytes, more than any WAL segment", path.display())));
@@ -214,18 +220,18 @@ impl WalFile {
         let chunks = read(&source)?;
         let content = repository.keys.file(chunks.iter().map(|chunk| chunk.id));
         let seal = repository.keys.seal_kind();
-        Ok(Self { name: name.to_owned(), kind, path: path.to_owned(), len, header, chunks, content, seal })
+        Ok(Self { name: name.to_owned(), kind, path: path.to_owned(), user, len, header, chunks, content, seal })
     }
 
     /// Refuses what is not WAL of this cluster.
     pub(super) fn check(&self, database: &Database) -> Result<()> {
         let (name, len, expected) = (&self.name, self.len, database.wal_segment_size);
         if let WalName::History(timeline) = self.kind {
-            let text = std::fs::read(&self.path).map_err(|error| Error::io("read", &self.path, error))?;
-            TimelineHistory::parse(timeline, &text).context(|| format!("{} tells no history", self.path.display()))?;
+            TimelineHistory::parse(timeline, &self.text()?).context(|| format!("{} tells no history", self.path.display()))?;
         }
         // history files say nothing of their cluster
-        if let Some(asking) = Asking::of(&self.path).filter(|asking| asking.system_id != database.system_id) {
+        let asking = as_user(self.user.as_ref(), || Ok(Asking::of(&self.path)))?;
+        if let Some(asking) = asking.filter(|asking| asking.system_id != database.system_id) {
             return Err(Error::new(format!(
                 "{} is of the cluster with system identifier {}, the stanza is of {}",
                 self.path.display(),
@@ -249,11 +255,17 @@ impl WalFile {
         Ok(())
     }
 
+    /// Reads a small file whole, as the user whose it is.
+    fn text(&self) -> Result<Vec<u8>> {
+        as_user(self.user.as_ref(), || {
+            std::fs::read(&self.path).map_err(|error| Error::io("read", &self.path, error))
+        })
+    }
+
     /// Whether what the archive has at `key`, under this file's name, is the same.
     pub(super) fn compare(&self, repository: &Repository, database: &Database, key: &str) -> Result<Pushed> {
         let same = if self.name.ends_with(".history") {
-            let there = repository.wal_file(database, key)?;
-            there == std::fs::read(&self.path).map_err(|error| Error::io("read", &self.path, error))?
+            repository.wal_file(database, key)? == self.text()?
         } else {
             WalKey::parse(key).is_some_and(|there| there.content == self.content.to_string())
         };
