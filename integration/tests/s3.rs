@@ -4,12 +4,14 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use pgcairn_integration::process::run_ok;
 use pgcairn_integration::stanza::{number, status};
-use pgcairn_integration::{Cluster, Data, Place, Stanza, StopMode, install, wait_until};
+use pgcairn_integration::{Client, Cluster, Data, Place, Stanza, StopMode, install, wait_until};
 use pgcairn_s3_server::{ACCESS_KEY, S3Server, SECOND_ACCESS_KEY, SECRET_KEY, Trouble};
 
 const LONG: Duration = Duration::from_secs(120);
@@ -236,6 +238,113 @@ fn a_mount_outlives_its_store() {
     assert_eq!(read(&wal.path()).unwrap().len(), 1 << 20);
 }
 
+/// The store hangs: what waits for it is ended, and nothing that was written is lost.
+#[test]
+fn a_clone_stops_though_its_store_hangs() {
+    const SOON: Duration = Duration::from_secs(15);
+    const TABLES: u32 = 20;
+    let setup = Setup::new();
+    let cluster = Cluster::builder().wal_segsize_mb(1).start();
+    Data::tiny().random_mb(20).load(&cluster);
+    for n in 1..=TABLES {
+        cluster.psql(&format!("CREATE TABLE t{n} AS SELECT * FROM random_bytes WHERE id % {TABLES} = {n} - 1;"));
+    }
+    setup.stanza.create(&cluster);
+    setup.stanza.backup(&cluster);
+    let cold = |name: &str| format!("--cache-path={}", setup.stanza.place().join(name).display());
+    for keep in [true, false] {
+        let clone = setup.stanza.start("clone", &[&cold(if keep { "first" } else { "second" })]);
+        match keep {
+            true => clone.psql("CREATE TABLE written AS SELECT generate_series(1, 1000) AS i;"),
+            false => clone.psql("UPDATE written SET i = i;"),
+        };
+        setup.server().trouble(Trouble::Hang, 100_000);
+        let before = setup.server().requests();
+        std::thread::scope(|scope| {
+            // more of them than the daemon has threads
+            let (client, server): (&Client, _) = (&clone, setup.server());
+            let readers: Vec<_> =
+                (1..=TABLES).map(|n| scope.spawn(move || client.try_psql(&format!("TABLE t{n};")))).collect();
+            wait_until(LONG, "a reader to ask the store", || server.requests() > before);
+            std::thread::sleep(Duration::from_secs(1));
+            let started = Instant::now();
+            let kept = if keep { &["--keep"][..] } else { &[] };
+            let told = setup.stanza.run([&["stop", "clone"][..], kept].concat()).ok();
+            let took = started.elapsed();
+            assert!(took < SOON, "{took:?}: {told}");
+            assert!(readers.into_iter().any(|reader| reader.join().unwrap().is_err()));
+        });
+        setup.server().calm();
+        if keep {
+            let clone = setup.stanza.start("clone", &[]);
+            assert_eq!(clone.psql("SELECT count(*), sum(i) FROM written;"), "1000|500500");
+            clone.stop(&["--keep"]);
+        }
+    }
+    setup.stanza.assert_nothing_left();
+}
+
+#[test]
+fn an_unmount_does_not_wait_for_a_store_that_hangs() {
+    const SOON: Duration = Duration::from_secs(15);
+    const READERS: u32 = 20;
+    let setup = Setup::new();
+    let cluster = Cluster::builder().wal_segsize_mb(1).start();
+    Data::tiny().random_mb(40).load(&cluster);
+    setup.stanza.create(&cluster);
+    let label = setup.stanza.backup(&cluster);
+    let table = cluster.psql("SELECT pg_relation_filepath('random_bytes');");
+    for by_signal in [false, true] {
+        let cold = format!("--cache-path={}", setup.stanza.place().join(&format!("cold-{by_signal}")).display());
+        let mount = setup.stanza.mount(&format!("mount-{by_signal}"), &["--backup", &label, &cold]);
+        let path = mount.path().to_str().unwrap().to_owned();
+        setup.server().trouble(Trouble::Hang, 100_000);
+        let before = setup.server().requests();
+        // more of them than the daemon has threads
+        let file = format!("if={}", mount.path().join(&table).display());
+        let read =
+            |skip: &str| Command::new("dd").args([&file, "of=/dev/null", "bs=2M", "count=1", skip]).spawn().unwrap();
+        let mut readers: Vec<_> = (0..READERS).map(|n| read(&format!("skip={n}"))).collect();
+        wait_until(LONG, "the readers to ask the store", || setup.server().requests() > before);
+        std::thread::sleep(Duration::from_secs(1));
+        let started = Instant::now();
+        readers.iter_mut().for_each(|reader| reader.kill().unwrap());
+        let daemons = mount.serving();
+        match by_signal {
+            false => _ = setup.stanza.run(["umount", &path]).ok(),
+            true => kill(Pid::from_raw(daemons[0]), Signal::SIGTERM).unwrap(),
+        }
+        wait_until(LONG, "the daemon to end", || mount.serving().is_empty());
+        let took = started.elapsed();
+        assert!(took < SOON, "{took:?}");
+        readers.iter_mut().for_each(|reader| _ = reader.wait().unwrap());
+        setup.server().calm();
+    }
+}
+
+/// A file map that comes late, and then nothing: one read, one deadline.
+#[test]
+fn a_read_has_one_deadline() {
+    let setup = Setup::within("6s");
+    let cluster = Cluster::builder().wal_segsize_mb(1).start();
+    Data::tiny().random_mb(8).load(&cluster);
+    setup.stanza.create(&cluster);
+    let label = setup.stanza.backup(&cluster);
+    let table = cluster.psql("SELECT pg_relation_filepath('random_bytes');");
+    let cold = format!("--cache-path={}", setup.stanza.place().join("cold").display());
+    let mount = setup.stanza.mount("mount", &["--backup", &label, &cold]);
+    let of = "GET /backups/some/prefix/chunk";
+    setup.server().trouble_of(of, Trouble::Late(Duration::from_secs(4)), 1);
+    setup.server().trouble_of(of, Trouble::Hang, 100_000);
+    setup.server().take_log();
+    let started = Instant::now();
+    assert_eq!(read(&mount.path().join(&table)), Err(Some(nix::libc::EIO)));
+    let took = started.elapsed();
+    let asked: Vec<String> = setup.server().take_log().into_iter().filter(|line| line.contains(of)).collect();
+    assert!(asked.len() > 1, "{asked:?}");
+    assert!(took < Duration::from_secs(9), "{took:?}: {asked:?}");
+}
+
 /// PostgreSQL takes exit status 1 for the end of WAL, so a store that cannot be asked must say something else.
 #[test]
 fn archive_get_from_a_store_that_is_away() {
@@ -383,4 +492,9 @@ fn proxies_of_the_environment() {
     run(&[("http_proxy", proxy), ("NO_PROXY", "elsewhere.invalid")]).fails(1, "does not exist in");
     run(&[("HTTP_PROXY", proxy), ("NO_PROXY", "store.invalid")]).fails(1, "gave up after");
     run(&[]).fails(1, "gave up after");
+    // none leads to this machine
+    let here = ("PGCAIRN_REPO_S3_ENDPOINT", proxy);
+    let nowhere = "http://127.0.0.1:1";
+    run(&[here, ("HTTP_PROXY", nowhere)]).fails(1, "does not exist in s3://backups/proxied");
+    run(&[here, ("ALL_PROXY", nowhere)]).fails(1, "does not exist in s3://backups/proxied");
 }

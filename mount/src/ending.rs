@@ -43,7 +43,7 @@ pub(crate) fn watch(entry: MountEntry, ended: Sender<Ended>) -> Result<()> {
         }
         let mut told = false;
         loop {
-            let users = users(&entry.device);
+            let users = users(&entry.device).living;
             if users.is_empty() {
                 break;
             }

@@ -38,4 +38,4 @@ pub use error::{Error, Result};
 pub use mount::{Mount, Options, Unmounter, Writes};
 pub use mountpoint::unmount;
 pub use scratch::{Scratch, boot_id};
-pub use tree::{Attributes, Entry, Kind, NodeId, ROOT, Tree};
+pub use tree::{Attributes, Entry, Kind, NodeId, ROOT, Tree, asked_at};

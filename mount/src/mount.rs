@@ -121,15 +121,22 @@ impl Mount {
 
     /// Blocks until the mount is unmounted, by [`Unmounter`] or from outside, and makes the scratch durable. Where a
     /// copy of the mount is left in another mount namespace, its end is the end of this process.
-    pub fn wait(mut self) -> Result<()> {
-        self.join()
+    pub fn wait(self) -> Result<()> {
+        self.wait_then(|| ())
     }
 
-    fn join(&mut self) -> Result<()> {
+    /// The same. `ended` is called as soon as nobody uses the mount any more: what its tree still waits for then, nobody
+    /// wants, and the scratch should not wait for it.
+    pub fn wait_then(mut self, ended: impl FnOnce()) -> Result<()> {
+        self.join(ended)
+    }
+
+    fn join(&mut self, tell: impl FnOnce()) -> Result<()> {
         let failed = |source| Error::Session { path: self.unmounter.mountpoint.clone(), source };
         let Some(session) = self.session.take() else { return Ok(()) };
         // closed without a word: its thread panicked
         let ended = self.ended.recv().unwrap_or_else(|_| Ended::Session(Err(io::Error::other("its thread panicked"))));
+        tell();
         let closed = self.fs.close().map_err(failed);
         match ended {
             Ended::Session(result) => {
@@ -156,7 +163,7 @@ impl Drop for Mount {
         let ended = match self.unmounter.unmount() {
             Err(Error::Busy { .. }) => return drop(self.unmounter.detach()),
             Err(error) => Err(error),
-            Ok(()) => self.join(),
+            Ok(()) => self.join(|| ()),
         };
         if let Err(error) = ended {
             tracing::warn!(%error, "unmount failed");
@@ -168,6 +175,11 @@ impl Unmounter {
     /// The mountpoint, absolute.
     pub fn mountpoint(&self) -> &Path {
         &self.mountpoint
+    }
+
+    /// Whether no process uses the mount, nor a copy of it in another mount namespace.
+    pub fn is_idle(&self) -> bool {
+        mountpoint::refuse_users(&self.entry).is_ok()
     }
 
     /// Unmounts; [`Error::Busy`] while files are open. Done already is no error.

@@ -6,12 +6,14 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 
 use crate::error::{Error, Result};
-use crate::users::users;
+use crate::users::{Users, users};
 
 /// The type under which our mounts appear in /proc/self/mountinfo.
 pub const FS_TYPE: &str = "fuse.pgcairn";
@@ -64,28 +66,46 @@ pub fn check(path: &Path) -> Result<()> {
     if names.next().is_some() { Err(Error::MountpointNotEmpty { path: path.to_owned() }) } else { Ok(()) }
 }
 
+/// How long killed processes are waited for that still use a mount.
+const KILLED_MAX: Duration = Duration::from_secs(20);
+
 /// Unmounts a pgcairn mount, whether its daemon lives or died. A mount in use is [`Error::Busy`] while its daemon lives,
 /// also where its users see a copy of it in another mount namespace.
 pub fn unmount(path: &Path) -> Result<()> {
+    unmount_hurried(path, |_| ())
+}
+
+/// The same. Where nobody uses the mount but who was killed, `hurry` is called with its path first: it may have the daemon give
+/// up what it waits for, which the kernel waits for too.
+pub fn unmount_hurried(path: &Path, hurry: impl Fn(&Path)) -> Result<()> {
     let Some(entry) = mounted_on(path)? else {
         return Err(Error::NotMounted { path: path.to_owned() });
     };
     if entry.fs_type != FS_TYPE {
         return Err(Error::ForeignMount { path: path.to_owned(), fs_type: entry.fs_type });
     }
-    if !is_dead(&entry.path) {
-        refuse_users(&entry)?;
+    let Users { living, killed } = users(&entry.device);
+    if living.is_empty() {
+        hurry(&entry.path);
+    } else if !is_dead(&entry.path) {
+        return Err(Error::Busy { path: entry.path, users: living });
     }
-    match unmount_once(&entry.path, Patience::WhenIdle) {
-        // files of a dead mount stay open for as long as their processes like: nothing to wait for
-        Err(Error::Busy { .. }) if is_dead(&entry.path) => unmount_once(&entry.path, Patience::Detach),
-        result => result,
+    let started = Instant::now();
+    loop {
+        match unmount_once(&entry.path, Patience::WhenIdle) {
+            // files of a dead mount stay open for as long as their processes like: nothing to wait for
+            Err(Error::Busy { .. }) if is_dead(&entry.path) => return unmount_once(&entry.path, Patience::Detach),
+            Err(Error::Busy { .. }) if !killed.is_empty() && started.elapsed() < KILLED_MAX => {
+                thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
     }
 }
 
 /// [`Error::Busy`] where a process uses the mount, or a copy of it in another mount namespace.
 pub(crate) fn refuse_users(entry: &MountEntry) -> Result<()> {
-    match users(&entry.device) {
+    match users(&entry.device).living {
         users if users.is_empty() => Ok(()),
         users => Err(Error::Busy { path: entry.path.clone(), users }),
     }

@@ -1,8 +1,9 @@
 //! The port: what a mount asks of the tree of files it serves.
 
+use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 /// One file, directory or link of a [`Tree`]. Never reused for another one while the tree lives,
 /// and the same again when the same content is mounted again: it becomes the inode number.
@@ -73,4 +74,22 @@ pub trait Tree: Send + Sync + 'static {
     fn read_at(&self, node: NodeId, offset: u64, buf: &mut [u8]) -> io::Result<usize>;
     /// A hint that this range will be read soon; must return at once.
     fn prefetch(&self, _node: NodeId, _offset: u64, _len: u64) {}
+}
+
+thread_local! {
+    static ASKED: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+/// When the request of the kernel came that this thread serves; none on other threads. One request may make several calls of a
+/// tree, whose deadline is the request's.
+pub fn asked_at() -> Option<Instant> {
+    ASKED.get()
+}
+
+/// Serves one request of the kernel, which came now.
+pub(crate) fn serving<T>(work: impl FnOnce() -> T) -> T {
+    ASKED.set(Some(Instant::now()));
+    let served = work();
+    ASKED.set(None);
+    served
 }

@@ -8,13 +8,32 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+/// The processes that use a file system.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Users {
+    /// those that may go on using it
+    pub(crate) living: Vec<u32>,
+    /// those that were killed, and are gone as soon as what they wait for is answered
+    pub(crate) killed: Vec<u32>,
+}
+
 /// Processes that have a file or directory of this device (`major:minor`) open, work in it, or have it as their root.
 /// Those of other users are seen by root only.
-pub(crate) fn users(device: &str) -> Vec<u32> {
-    let Some(device) = parse(device) else { return Vec::new() };
+pub(crate) fn users(device: &str) -> Users {
+    let Some(device) = parse(device) else { return Users::default() };
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    numbers.filter(|&process| uses(process, device)).collect()
+    let (killed, living) = numbers.filter(|&process| uses(process, device)).partition(|process| is_killed(*process));
+    Users { living, killed }
+}
+
+/// Whether SIGKILL waits for a process: sent as such, or what the kernel makes of any signal that ends it. A process that waits
+/// for our answer meets it only then.
+fn is_killed(process: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let pending = status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
+    let mut masks = pending.filter_map(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    masks.any(|mask| mask & (1 << (libc::SIGKILL - 1)) != 0)
 }
 
 fn uses(process: u32, device: (u32, u32)) -> bool {
@@ -59,6 +78,6 @@ mod tests {
         let found = users(&device);
         child.kill().unwrap();
         child.wait().unwrap();
-        assert!(found.contains(&child.id()), "{found:?}");
+        assert!(found.living.contains(&child.id()), "{found:?}");
     }
 }

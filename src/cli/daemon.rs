@@ -1,16 +1,24 @@
 //! A daemon that is ready when the command returns: the program starts itself again in the background, and waits for one
 //! line on the child's standard output.
 
+use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::error::{Error, Result};
 use crate::interrupt;
 
 /// What the child writes when it is ready.
 const READY: &str = "ready";
+/// Tells a mount's daemon that the mount is about to end: what hangs need not be waited for. A program that does not know it
+/// ignores it.
+pub(super) const HURRY: Signal = Signal::SIGURG;
 /// Set in the child's environment.
 const VARIABLE: &str = "PGCAIRN_DAEMON";
 
@@ -65,6 +73,41 @@ pub(super) fn launch(arguments: &[String], secrets: &[(&str, &str)], log: &Path)
     command.args(arguments).envs(secrets.iter().copied()).current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file);
     command.spawn().map_err(|error| Error::io("start", &program, error))
+}
+
+/// Has the daemons that serve this mountpoint give up what a store that hangs keeps them waiting for.
+pub(super) fn hurry(mountpoint: &Path) {
+    for pid in serving(mountpoint) {
+        // one that is not ours to signal takes the time that it takes
+        _ = kill(pid, HURRY);
+    }
+}
+
+/// The processes that mount there, by their arguments: also one whose mount is out of sight.
+fn serving(mountpoint: &Path) -> Vec<Pid> {
+    let mountpoint = mountpoint.canonicalize().unwrap_or_else(|_| mountpoint.to_owned());
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let name = |program: &OsStr| Path::new(program).file_name().map(OsStr::to_owned);
+    let our_name = std::env::args_os().next().and_then(|program| name(&program));
+    let serves = |pid: &i32| {
+        let directory = PathBuf::from(format!("/proc/{pid}"));
+        let line = fs::read(directory.join("cmdline")).unwrap_or_default();
+        let mut words = line.split(|byte| *byte == 0).map(OsStr::from_bytes);
+        if words.next().and_then(name) != our_name {
+            return false;
+        }
+        let words: Vec<&OsStr> = words.collect();
+        let is_there = |word: &&OsStr| {
+            let named = Path::new(word);
+            // of one in the foreground it may be relative
+            let path = || fs::read_link(directory.join("cwd")).ok()?.join(named).canonicalize().ok();
+            named == mountpoint || (!named.as_os_str().is_empty() && path().is_some_and(|path| path == mountpoint))
+        };
+        words.contains(&OsStr::new("mount")) && words.iter().any(is_there)
+    };
+    let own = std::process::id().cast_signed();
+    numbers.filter(|pid| *pid != own && serves(pid)).map(Pid::from_raw).collect()
 }
 
 /// In the child: closes what was inherited beside the standard streams, such as a server's sockets.

@@ -13,6 +13,7 @@ use super::start::{Running, Start};
 use super::{daemon, output, signals};
 use crate::error::{Error, Result};
 use crate::interrupt;
+use crate::read::bounded::Bounded;
 use crate::read::course::Bound;
 use crate::read::point::Action;
 use crate::read::prefetch::Prefetcher;
@@ -191,7 +192,7 @@ impl Mount {
         pgcairn_mount::mountpoint::check(&self.mountpoint).map_err(mount_error)?;
         let repository = common.repository()?;
         let (tree, scratch) = match &self.backup {
-            Some(backup) => self.one(repository, backup)?,
+            Some(backup) => self.one(common, repository, backup)?,
             None => (self.all(common, repository)?, None),
         };
         let mut options = Options::new(&self.mountpoint);
@@ -205,7 +206,7 @@ impl Mount {
         pgcairn_mount::Mount::new(tree, scratch, &options).map_err(mount_error)
     }
 
-    fn one(&self, repository: Repository, backup: &str) -> Result<(Arc<dyn Tree>, Option<Scratch>)> {
+    fn one(&self, common: &Common, repository: Repository, backup: &str) -> Result<(Arc<dyn Tree>, Option<Scratch>)> {
         let label = repository.resolve(backup)?;
         let stanza = repository.stanza.clone();
         let fetcher = self.cache.fetcher(repository)?;
@@ -229,8 +230,9 @@ impl Mount {
             }
             None => None,
         };
-        let prefetcher = Arc::new(Prefetcher::start(PREFETCH_THREADS));
-        Ok((Arc::new(ViewTree::new(view, owner, prefetcher)), scratch))
+        let prefetcher = Arc::new(Prefetcher::start(PREFETCH_THREADS, common.io_timeout));
+        let tree = ViewTree::new(view, owner, prefetcher);
+        Ok((Arc::new(Bounded::new(tree, common.io_timeout)), scratch))
     }
 
     fn all(&self, common: &Common, repository: Repository) -> Result<Arc<dyn Tree>> {
@@ -241,8 +243,9 @@ impl Mount {
             found: parking_lot::Mutex::default(),
         };
         let fetcher = self.cache.fetcher(repository)?;
-        let prefetcher = Arc::new(Prefetcher::start(PREFETCH_THREADS));
-        Ok(Arc::new(StanzaTree::new(fetcher, self.owner.clone(), owner, prefetcher, moments)?))
+        let prefetcher = Arc::new(Prefetcher::start(PREFETCH_THREADS, common.io_timeout));
+        let tree = StanzaTree::new(fetcher, self.owner.clone(), owner, prefetcher, moments)?;
+        Ok(Arc::new(Bounded::new(tree, common.io_timeout)))
     }
 
     fn arguments(&self, common: &Common) -> Result<Vec<String>> {
@@ -295,22 +298,32 @@ pub(super) fn spawn(mount: &Mount, common: &Common, log: &Path) -> Result<u32> {
 fn serve(mount: pgcairn_mount::Mount, stop: Stop) -> Result<()> {
     let unmounter = mount.unmounter();
     signals::let_go();
-    let mut signals =
-        Signals::new(signals::asking_to_end()).map_err(|error| Error::new("cannot wait for signals").source(error))?;
+    let heard = signals::asking_to_end().chain([daemon::HURRY as i32]);
+    let mut signals = Signals::new(heard).map_err(|error| Error::new("cannot wait for signals").source(error))?;
+    let ended = stop.clone();
     std::thread::spawn(move || {
         // the first signal unmounts if nobody uses the mount; the second takes it away from whoever does
-        for asked_before in signals.forever().enumerate().map(|(number, _)| number > 0) {
-            if asked_before {
+        let mut asked_before = false;
+        for signal in signals.forever() {
+            if signal == daemon::HURRY as i32 {
+                stop.hurry();
+                continue;
+            }
+            match asked_before {
                 // readers that wait for a store that hangs keep their processes from ending
-                stop.set();
+                true => stop.set(),
+                // what is read ahead for nobody keeps the kernel from unmounting
+                false if unmounter.is_idle() => stop.hurry(),
+                false => {}
             }
             let ended = if asked_before { unmounter.detach() } else { unmounter.unmount() };
             if let Err(error) = ended {
                 tracing::error!(%error, "cannot unmount; a second signal detaches the mount from its users");
             }
+            asked_before = true;
         }
     });
-    mount.wait().map_err(mount_error)
+    mount.wait_then(move || ended.set()).map_err(mount_error)
 }
 
 /// An error of the mount crate with its hint.

@@ -9,8 +9,9 @@ use nix::unistd::Pid;
 
 use super::clones::{Clone, Place, default_base};
 use super::mount::mount_error;
-use super::output;
+use super::{daemon, output};
 use crate::error::{Error, Result};
+use crate::postgres::{CONTROL_FILE, ClusterState, ControlFile};
 
 /// Stop a clone and remove all of it, or keep what was written
 #[derive(Debug, Args)]
@@ -30,10 +31,17 @@ impl Stop {
         let place = Place::new(self.clone_path.as_deref(), &self.name)?;
         let clone = self.known(&place)?;
         let _turn = place.take()?;
-        take_down(&place, clone.as_ref())?;
+        let ended = take_down(&place, clone.as_ref())?;
         place.remove(self.keep)?;
-        let kept = if self.keep { "kept" } else { "removed" };
-        output::line(&format!("clone {} stopped, what was written is {kept}", self.name));
+        output::line(&match (self.keep, ended) {
+            (false, _) => format!("clone {} stopped, what was written is removed", self.name),
+            (true, Ended::Cleanly) => format!("clone {} stopped, what was written is kept", self.name),
+            (true, Ended::AsByCrash) => format!(
+                "clone {} stopped, but its server could not shut down: what was written is kept as after a crash, and \
+                 recovered at its next start",
+                self.name
+            ),
+        });
         Ok(())
     }
 
@@ -71,13 +79,24 @@ impl Stop {
 
 /// Stops server and mount, then removes the clone's files.
 pub(super) fn bring_down(place: &Place, clone: &Clone, keep: bool) -> Result<()> {
-    take_down(place, Some(clone))?;
+    _ = take_down(place, Some(clone))?;
     place.remove(keep)
+}
+
+/// How a clone's server ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// after a checkpoint, or it did not run
+    Cleanly,
+    /// all that it had committed is in its WAL
+    AsByCrash,
 }
 
 /// Stops server and mount, also where one of them died, or where it is not known how the server was started. Returns once
 /// the scratch is free.
-pub(super) fn take_down(place: &Place, clone: Option<&Clone>) -> Result<()> {
+pub(super) fn take_down(place: &Place, clone: Option<&Clone>) -> Result<Ended> {
+    // processes that wait for a store that hangs meet no signal before they have an answer, nor does anybody who looks
+    daemon::hurry(&place.mount());
     // a lock file that a dead server left may name a process of somebody else by now
     let is_ours = running_server(place).is_some() && place.mount().join("postmaster.pid").exists();
     if let Some(clone) = clone.filter(|_| is_ours) {
@@ -86,6 +105,9 @@ pub(super) fn take_down(place: &Place, clone: Option<&Clone>) -> Result<()> {
         _ = command.output();
     }
     end_server(place)?;
+    let ended = if is_ours && !is_shut_down(place) { Ended::AsByCrash } else { Ended::Cleanly };
+    // that may have taken long
+    daemon::hurry(&place.mount());
     let mounted = || pgcairn_mount::mountpoint::mounted_on(&place.mount()).map_err(mount_error);
     let started = Instant::now();
     while mounted()?.is_some() {
@@ -107,7 +129,14 @@ pub(super) fn take_down(place: &Place, clone: Option<&Clone>) -> Result<()> {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    Ok(())
+    Ok(ended)
+}
+
+/// Whether the server ended with a checkpoint, by its pg_control.
+fn is_shut_down(place: &Place) -> bool {
+    let control = std::fs::read(place.mount().join(CONTROL_FILE)).ok();
+    let control = control.and_then(|bytes| ControlFile::parse(&bytes).ok());
+    control.is_some_and(|of| matches!(of.state, ClusterState::ShutDown | ClusterState::ShutDownInRecovery))
 }
 
 /// True while a server runs on a mount that works.

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::mount::mount_error;
-use super::output;
+use super::{daemon, output};
 use crate::error::Result;
 
 /// Unmount what "pgcairn mount" mounted, also when its daemon died
@@ -15,7 +15,7 @@ pub(super) struct Umount {
 
 impl Umount {
     pub(super) fn run(self) -> Result<()> {
-        pgcairn_mount::unmount(&self.mountpoint).map_err(mount_error)?;
+        pgcairn_mount::mountpoint::unmount_hurried(&self.mountpoint, daemon::hurry).map_err(mount_error)?;
         output::line(&format!("unmounted {}", self.mountpoint.display()));
         Ok(())
     }

@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use lru::LruCache;
@@ -20,7 +20,7 @@ use crate::format::FormatError;
 use crate::format::chunk::{ChunkId, ChunkRef, Decoded, Decoder, PackId};
 use crate::repo::reread::{self, Reads};
 use crate::repo::{Repository, keys};
-use crate::store::{ErrorKind, StoreError};
+use crate::store::{ErrorKind, StoreError, deadline};
 
 /// Neighbouring chunks are fetched together when at most this many bytes lie between them: what a request costs more
 /// than the bytes do.
@@ -193,7 +193,8 @@ impl Fetcher {
             if error.is_unreachable() {
                 let error = Arc::new(error);
                 let chunks = run.iter().chain(&missing).map(|number| wanted[*number].id);
-                self.stalled.add(chunks, begun.elapsed(), &error);
+                // the file map may have taken most of the time
+                self.stalled.add(chunks, deadline::elapsed().unwrap_or_else(|| begun.elapsed()), &error);
                 return Err(Error::new(error.to_string()).source(error));
             }
             failure.get_or_insert(error);
@@ -316,11 +317,18 @@ impl Fetcher {
         }
         for (number, flight) in others {
             match flight.wait() {
-                Ok(plain) => each(number, plain),
-                Err(error) => failure = failure.or(Some(Error::new(error.to_string()).source(error))),
+                Some(Ok(plain)) => each(number, plain),
+                Some(Err(error)) => failure = failure.or(Some(Error::new(error.to_string()).source(error))),
+                None => failure = failure.or_else(|| Some(self.late(&wanted[number]))),
             }
         }
         failure.map_or(Ok(()), Err)
+    }
+
+    /// A chunk that another thread asked for later than this one's deadline allows.
+    fn late(&self, chunk: &ChunkRef) -> Error {
+        let (url, key) = (self.repository.store.url(), self.key(chunk.pack));
+        StoreError::new(ErrorKind::Transient, "read", url, &key, "no answer in time").into()
     }
 
     /// Gets and checks one range that holds `chunks`, which lie in one object in ascending order.
@@ -465,12 +473,15 @@ impl Drop for Landing<'_> {
 }
 
 impl Flight {
-    fn wait(&self) -> std::result::Result<Plain, Arc<Error>> {
+    /// What it brings; none where that would be too late.
+    fn wait(&self) -> Option<std::result::Result<Plain, Arc<Error>>> {
         let mut landed = self.landed.lock();
         loop {
-            match &*landed {
-                Some(result) => return result.clone(),
-                None => self.wake.wait(&mut landed),
+            match (&*landed, deadline::left()) {
+                (Some(result), _) => return Some(result.clone()),
+                (None, Some(Duration::ZERO)) => return None,
+                (None, Some(left)) => _ = self.wake.wait_for(&mut landed, left),
+                (None, None) => self.wake.wait(&mut landed),
             }
         }
     }

@@ -5,6 +5,7 @@
 //! ```
 
 pub mod ahead;
+pub mod bounded;
 pub mod builder;
 pub mod cache;
 pub mod course;

@@ -2,12 +2,14 @@
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::{Sender, bounded};
 use lru::LruCache;
 use parking_lot::Mutex;
 
 use super::view::{NodeIndex, View};
+use crate::store::deadline;
 
 /// First and largest distance that is fetched ahead of a reader, in bytes of file.
 const WINDOW_MIN: u64 = 1024 * 1024;
@@ -40,15 +42,15 @@ struct Reader {
 }
 
 impl Prefetcher {
-    /// Starts `threads` that fetch ahead.
-    pub fn start(threads: usize) -> Self {
+    /// Starts `threads` that fetch ahead; a piece that takes longer than `limit` is given up.
+    pub fn start(threads: usize, limit: Duration) -> Self {
         let (queue, work) = bounded::<(Arc<View>, NodeIndex, u64, u64)>(64);
         for _ in 0..threads {
             let work = work.clone();
             std::thread::spawn(move || {
                 while let Ok((view, node, offset, len)) = work.recv() {
                     // whoever really reads this will meet the error
-                    _ = view.prefetch(node, offset, len);
+                    _ = deadline::within(limit, || view.prefetch(node, offset, len));
                 }
             });
         }

@@ -20,11 +20,11 @@ use super::recovery::Prepared;
 use super::tree::{Owner, ViewTree, eio};
 use super::view::{View, ViewOptions};
 use super::wal;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::CHUNK;
 use crate::format::chunk::ChunkRef;
 use crate::postgres::{BackupKind, Label, WalName};
-use crate::store::Listed;
+use crate::store::{Listed, deadline};
 
 /// How long a listing of backups or WAL is believed.
 const LISTING_AGE: Duration = Duration::from_secs(2);
@@ -59,10 +59,18 @@ pub struct StanzaTree {
     root_owner: Owner,
     find_owner: fn(Option<&str>, &str) -> Result<Owner>,
     labels: Mutex<Labels>,
+    /// held by who lists the backups, or the archive: others wait for that listing
+    listing: Listings,
     /// the most recently used last; each is locked while it is loaded, so that others can be read meanwhile
     views: Mutex<Vec<(u64, Loading)>>,
     moments: Moments,
     archive: Mutex<Archived>,
+}
+
+#[derive(Debug, Default)]
+struct Listings {
+    backups: Mutex<()>,
+    archive: Mutex<()>,
 }
 
 /// The tree of a backup, once it is loaded.
@@ -118,6 +126,7 @@ impl StanzaTree {
             root_owner,
             find_owner,
             labels: Mutex::default(),
+            listing: Listings::default(),
             views: Mutex::default(),
             moments,
             archive: Mutex::default(),
@@ -126,13 +135,15 @@ impl StanzaTree {
 
     /// Labels of the backups there are, oldest first.
     fn labels(&self) -> io::Result<Vec<Label>> {
-        let mut labels = self.labels.lock();
-        if labels.listed.is_none_or(|at| at.elapsed() > LISTING_AGE) {
+        let _turn = deadline::lock(&self.listing.backups).ok_or_else(late)?;
+        let is_fresh = self.labels.lock().listed.is_some_and(|at| at.elapsed() <= LISTING_AGE);
+        if !is_fresh {
             let names = self.fetcher.repository().labels().map_err(|error| eio(&error))?;
+            let mut labels = self.labels.lock();
             labels.present = names.iter().filter_map(|name| name.parse().ok()).collect();
             labels.listed = Some(Instant::now());
         }
-        Ok(labels.present.clone())
+        Ok(self.labels.lock().present.clone())
     }
 
     fn slot(&self, label: &str) -> u64 {
@@ -158,7 +169,7 @@ impl StanzaTree {
             views.push(entry.clone());
             entry.1
         };
-        let mut loaded = loading.lock();
+        let mut loaded = deadline::lock(&loading).ok_or_else(late)?;
         if let Some(view) = &*loaded {
             return Ok(view.clone());
         }
@@ -170,7 +181,8 @@ impl StanzaTree {
             let owner = (self.find_owner)(self.owner.as_deref(), &view.description.owner)?;
             Ok(ViewTree::new(view, owner, self.prefetcher.clone()))
         };
-        let view = load().map_err(|error| eio(&error))?;
+        // a manifest takes as long as it is large
+        let view = deadline::apart(load).map_err(|error| eio(&error))?;
         Ok(loaded.insert(Arc::new(view)).clone())
     }
 
@@ -193,7 +205,8 @@ impl StanzaTree {
         };
         let repository = self.fetcher.repository();
         let horizon = || Horizon::load(repository, None, self.moments.cache.as_deref());
-        match Course::find(repository, &point, Bound::Open, horizon) {
+        // a search takes as long as the WAL is
+        match deadline::apart(|| Course::find(repository, &point, Bound::Open, horizon)) {
             Ok(course) => {
                 self.moments.found.lock().insert(name.to_owned(), course);
                 Ok(Some(slot(name)))
@@ -207,23 +220,25 @@ impl StanzaTree {
     }
 
     fn lists_archive(&self) -> io::Result<()> {
-        let mut archive = self.archive.lock();
-        if archive.listed.is_some_and(|at| at.elapsed() < LISTING_AGE) {
+        let _turn = deadline::lock(&self.listing.archive).ok_or_else(late)?;
+        if self.archive.lock().listed.is_some_and(|at| at.elapsed() < LISTING_AGE) {
             return Ok(());
         }
         let repository = self.fetcher.repository();
-        let mut list = || -> Result<()> {
+        let list = || -> Result<()> {
             let info = repository.archive_info()?;
-            let mut present = Vec::new();
-            repository.archive(info.current()?).files(|name, object| {
+            let mut files = Vec::new();
+            repository.archive(info.current()?).files(|name, object| files.push((name.to_owned(), object.clone())))?;
+            let mut archive = self.archive.lock();
+            archive.present.clear();
+            for file in files {
                 let next = archive.files.len();
-                let number = *archive.numbers.entry(name.to_owned()).or_insert(next);
+                let number = *archive.numbers.entry(file.0.clone()).or_insert(next);
                 if number == next {
-                    archive.files.push((name.to_owned(), object.clone()));
+                    archive.files.push(file);
                 }
-                present.push(number);
-            })?;
-            archive.present = present;
+                archive.present.push(number);
+            }
             (archive.segment_size, archive.system_id) = (info.current()?.wal_segment_size, info.current()?.system_id);
             archive.listed = Some(Instant::now());
             Ok(())
@@ -333,6 +348,11 @@ impl Moments {
         });
         (course.label, ViewOptions::copy().prepared(prepared))
     }
+}
+
+/// What another request reads from the store did not come in time.
+fn late() -> io::Error {
+    eio(&Error::new("the repository did not answer in time"))
 }
 
 fn slot_of(node: NodeId) -> Option<(u64, NodeId)> {

@@ -22,6 +22,7 @@ use crate::format::manifest::{Description, Entry, Node as Stored, Tablespace};
 use crate::format::map::{Extent, INDEX_LEAVES, Leaf, LeafRef, decode_index};
 use crate::format::{CHUNK, INDEX_BYTES, LEAF_BYTES, SLOT};
 use crate::repo::wal::check_first_bytes;
+use crate::store::deadline;
 
 /// Bytes of decoded leaves kept in memory.
 const LEAF_MEMORY: usize = 16 * 1024 * 1024;
@@ -489,7 +490,8 @@ impl View {
     fn archived(&self, node: NodeIndex, key: &str, stored: u64, size: u64) -> Result<Arc<Vec<ChunkRef>>> {
         // one looks, the others wait: to look at a small object is to fetch it
         let of_node = self.archived.lock().entry(node).or_default().clone();
-        let mut known = of_node.lock();
+        let known = deadline::lock(&of_node);
+        let mut known = known.ok_or_else(|| Error::new(format!("{key} did not come in time for another reader")))?;
         if let Some(chunks) = &*known {
             return Ok(chunks.clone());
         }

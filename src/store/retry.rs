@@ -90,7 +90,7 @@ impl<S: Store> Retry<S> {
                 done => return done,
             };
             let left = deadline::left().unwrap_or(self.policy.deadline);
-            let delay = self.policy.next_delay(tries, left).filter(|_| !self.stop.is_set());
+            let delay = self.policy.next_delay(tries, left).filter(|_| !self.stop.ends(start));
             let Some(delay) = delay else { return Err(gave_up(error, tries, start.elapsed())) };
             if start.elapsed() >= SILENCE_MAX && !is_told {
                 is_told = true;
@@ -98,7 +98,7 @@ impl<S: Store> Retry<S> {
                 tracing::warn!(cause = %error.source, "{error}: it is tried again for up to {left} s");
             }
             tracing::debug!(tries, ?delay, error = %error, cause = %error.source, "try again");
-            self.stop.sleep(delay);
+            self.stop.sleep(start, delay);
             tries += 1;
         }
     }

@@ -16,6 +16,7 @@ use super::{Body, ErrorKind, Page, Result, RetryPolicy, Stop, Store, StoreError,
 mod answer;
 mod bridge;
 mod connect;
+mod endpoint;
 mod failure;
 mod listing;
 mod upload;
@@ -196,7 +197,8 @@ impl Store for S3Store {
             let answer = client.get_object().bucket(&self.bucket).key(self.key(key)).send().await?;
             answer::check_origin(answer.e_tag.as_deref())?;
             let len = answer.content_length.and_then(|len| u64::try_from(len).ok());
-            Ok((len.unwrap_or(0), async move { answer::whole(answer.body, len).await }))
+            let limit = self.bridge.limit(0);
+            Ok((len.unwrap_or(0), async move { answer::whole(answer.body, len, limit).await }))
         });
         self.done("read", key, self.found(outcome))
     }
@@ -214,7 +216,8 @@ impl Store for S3Store {
             let answer = client.get_object().bucket(&self.bucket).key(self.key(key)).range(range).send().await?;
             answer::check_origin(answer.e_tag.as_deref())?;
             answer::check_range(&answer, offset, len)?;
-            Ok((len, async move { answer::whole(answer.body, Some(len)).await }))
+            let limit = self.bridge.limit(0);
+            Ok((len, async move { answer::whole(answer.body, Some(len), limit).await }))
         });
         self.done("read", key, self.found(outcome))
     }

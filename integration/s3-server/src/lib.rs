@@ -43,6 +43,8 @@ pub enum Trouble {
     CutAfter,
     /// no answer ever comes
     Hang,
+    /// the request is carried out so much later
+    Late(Duration),
     /// an HTML page with this status, as a proxy sends it
     Page(u16),
     /// the request is carried out, then the answer has no body
@@ -265,6 +267,10 @@ impl hyper::service::Service<http::Request<Incoming>> for Handler {
                     Err(cut())
                 }
                 Trouble::Hang => std::future::pending().await,
+                Trouble::Late(time) => {
+                    tokio::time::sleep(time).await;
+                    carry_out().await
+                }
                 Trouble::Page(status) => answer(status, "text/html", PAGE.into()),
                 Trouble::Empty | Trouble::Short | Trouble::Flip | Trouble::CutListing(_) => {
                     spoil(carry_out().await?, trouble).await

@@ -24,7 +24,7 @@ use parking_lot::{Mutex, RwLock};
 use self::convert::{absent, caller, file_attr, file_type, time, ttl};
 use crate::fs::{Attr, Caching, Change, Fs, Inode, OpenFile, Space};
 use crate::mount::Writes;
-use crate::tree::{Entry, ROOT};
+use crate::tree::{Entry, ROOT, serving};
 
 /// Inodes are never reused, so every one is of the first generation.
 const GENERATION: Generation = Generation(0);
@@ -64,7 +64,7 @@ pub(crate) struct Server {
 
 /// Runs one request: a panic in it must not take the mount down with it.
 fn guarded<T>(request: &'static str, work: impl FnOnce() -> io::Result<T>) -> Result<T, Errno> {
-    match catch_unwind(AssertUnwindSafe(work)) {
+    match serving(|| catch_unwind(AssertUnwindSafe(work))) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => {
             if error.raw_os_error().is_none_or(|code| code == libc::EIO) {

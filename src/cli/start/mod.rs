@@ -294,7 +294,7 @@ impl Start {
                 name = clone.name
             )));
         }
-        super::stop::take_down(&place, Some(clone))?;
+        _ = super::stop::take_down(&place, Some(clone))?;
         Ok(turn)
     }
 

@@ -191,3 +191,20 @@ fn the_disk_cache_serves_a_second_process_without_a_request() {
     assert_eq!(page, second.plain[2][3 * 8192..4 * 8192]);
     assert_eq!(second.recording.total().calls, 0);
 }
+
+/// Whoever waits for another thread's fetch waits no longer than its own deadline.
+#[test]
+fn a_late_fetch_of_another_is_not_waited_for() {
+    let fixture = fixture(1, in_memory(1 << 20));
+    fixture.faults.from_nth(1, Effect::Delay(Duration::from_secs(3)));
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| fixture.fetcher.chunk(&fixture.chunks[0]).map(drop));
+        std::thread::sleep(Duration::from_millis(300));
+        let start = Instant::now();
+        let error =
+            deadline::within(Duration::from_millis(200), || fixture.fetcher.chunk(&fixture.chunks[0]).map(drop));
+        assert!(error.unwrap_err().is_unreachable());
+        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+        other.join().unwrap().unwrap();
+    });
+}

@@ -40,7 +40,8 @@ fn fixture() -> Fixture {
     let fetcher = Arc::new(Fetcher::new(repository, FetchOptions { memory_bytes: 64 << 20, disk: None }));
     let moments = Moments { restore_command: String::new(), cache: None, found: Mutex::default() };
     let owner = |_: Option<&str>, _: &str| Ok(Owner { uid: 0, gid: 0 });
-    let tree = StanzaTree::new(fetcher, None, owner, Arc::new(Prefetcher::start(1)), moments).unwrap();
+    let tree = StanzaTree::new(fetcher, None, owner, Arc::new(Prefetcher::start(1, Duration::from_secs(180))), moments)
+        .unwrap();
     Fixture { tree, recording, faults }
 }
 

@@ -1,9 +1,12 @@
 //! Whether an answer is what was asked for.
 
+use std::time::{Duration, Instant};
+
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
 use aws_sdk_s3::primitives::ByteStream;
 use bytes::{Bytes, BytesMut};
 
+use super::bridge::moving;
 use super::failure::{Failure, chain};
 use crate::store::ErrorKind;
 
@@ -19,10 +22,15 @@ pub(super) fn check_origin(e_tag: Option<&str>) -> Result<(), Failure> {
     }
 }
 
-/// The whole body, which must have `len` bytes if that is known.
-pub(super) async fn whole(mut body: ByteStream, len: Option<u64>) -> Result<Bytes, Failure> {
+/// The whole body, which must have `len` bytes if that is known. It has `limit`, and what moving the bytes that came takes:
+/// a link may be slow, but one that moves nothing gets no longer than the call.
+pub(super) async fn whole(mut body: ByteStream, len: Option<u64>, limit: Duration) -> Result<Bytes, Failure> {
     let mut bytes = BytesMut::with_capacity(len.unwrap_or(0).min(RESERVE_MAX) as usize);
-    while let Some(part) = body.next().await {
+    let begun = Instant::now();
+    loop {
+        let left = (limit + moving(bytes.len() as u64)).saturating_sub(begun.elapsed());
+        let part = tokio::time::timeout(left, body.next()).await;
+        let Some(part) = part.map_err(|_| Failure::cut_off(bytes.len() as u64, len))? else { break };
         let part = part.map_err(|e| Failure::transient(format!("the answer was cut off: {}", chain(&e))))?;
         bytes.extend_from_slice(&part);
         if len.is_some_and(|len| bytes.len() as u64 > len) {

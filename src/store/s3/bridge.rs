@@ -5,6 +5,7 @@ use std::fmt;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Runtime;
 
 use super::S3Options;
-use super::connect::connect;
+use super::connect::{self, connect};
 use super::failure::Failure;
 use crate::store::{ErrorKind, RetryPolicy, deadline};
 
@@ -42,6 +43,8 @@ struct Live {
     /// present until dropped
     runtime: Option<Runtime>,
     connected: RwLock<Connected>,
+    /// there was an answer, or it was looked for why there was none
+    answered: AtomicBool,
 }
 
 #[derive(Clone)]
@@ -92,21 +95,30 @@ impl Bridge {
 
     /// Runs calls that bound themselves with [`Bridge::limit`] and [`bounded`], until the program ends.
     pub(super) fn drive<T>(&self, calls: impl AsyncFnOnce(&Client) -> Outcome<T>) -> Outcome<T> {
-        let stop = &self.options.stop;
-        if stop.is_set() {
-            return Err(Failure::stopped());
-        }
-        let live = self.live()?;
+        let begun = Instant::now();
+        let live = self.live(begun)?;
         let Some(runtime) = &live.runtime else { return Err(Failure::other("the store is closed")) };
         let connected = live.connected.read().clone();
-        let outcome = block_on(runtime, async {
-            let (calls, stopped) = (pin!(calls(&connected.client)), pin!(stop.wait()));
-            first(calls, stopped).await.unwrap_or_else(|| Err(Failure::stopped()))
-        });
+        let outcome = block_on(runtime, self.unless_ended(begun, calls(&connected.client)));
         match outcome {
+            Err(failure) if failure.is_unanswered => {
+                // looked at once, and only a server that has never answered
+                let is_known = live.answered.swap(true, Ordering::Relaxed);
+                let other = || connect::endpoint(&self.options)?.other_protocol();
+                Err(if is_known { failure } else { other().unwrap_or(failure) })
+            }
             Err(failure) if failure.kind == ErrorKind::Denied => Err(self.renewed(&live, &connected, runtime, failure)),
-            outcome => outcome,
+            outcome => {
+                live.answered.store(true, Ordering::Relaxed);
+                outcome
+            }
         }
+    }
+
+    /// What a call that began then comes to, unless the program ends meanwhile.
+    async fn unless_ended<T>(&self, begun: Instant, call: impl Future<Output = Outcome<T>>) -> Outcome<T> {
+        let (ended, call) = (pin!(self.options.stop.wait(begun)), pin!(call));
+        first(call, ended).await.unwrap_or_else(|| Err(Failure::stopped()))
     }
 
     /// What a refusal comes to. If there are other credentials by now than those that were refused, as in a profile that was
@@ -120,7 +132,8 @@ impl Bridge {
         if is_given || used.renewed.is_some_and(|renewed| renewed.elapsed() < RENEWAL_MIN) {
             return failure;
         }
-        match block_on(runtime, bounded(self.limit(0), Connected::new(&self.options))) {
+        let fresh = bounded(self.limit(0), Connected::new(&self.options));
+        match block_on(runtime, self.unless_ended(Instant::now(), fresh)) {
             Ok(fresh) => {
                 let is_new = fresh.credentials != used.credentials;
                 // also if they are the same: the next refusal need not look at once
@@ -145,7 +158,7 @@ impl Bridge {
         self.options.retry
     }
 
-    fn live(&self) -> Outcome<Arc<Live>> {
+    fn live(&self, begun: Instant) -> Outcome<Arc<Live>> {
         let mut live = self.live.lock();
         if let Some(live) = &*live {
             return Ok(Arc::clone(live));
@@ -156,9 +169,11 @@ impl Bridge {
             .enable_all()
             .build()
             .map_err(|e| Failure::other(format!("no runtime: {e}")))?;
-        let connected = block_on(&runtime, bounded(self.limit(0), Connected::new(&self.options)))?;
+        let connected = bounded(self.limit(0), Connected::new(&self.options));
+        let connected = block_on(&runtime, self.unless_ended(begun, connected))?;
         let connected = RwLock::new(connected);
-        Ok(Arc::clone(live.insert(Arc::new(Live { runtime: Some(runtime), connected }))))
+        let made = Live { runtime: Some(runtime), connected, answered: AtomicBool::new(false) };
+        Ok(Arc::clone(live.insert(Arc::new(made))))
     }
 }
 

@@ -23,6 +23,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
 use super::S3Options;
+use super::endpoint::Endpoint;
 use super::failure::{Failure, chain};
 use crate::store::ErrorKind;
 
@@ -73,8 +74,8 @@ fn read_certificates(path: &Path) -> std::result::Result<Vec<u8>, String> {
 ///
 /// The SDK asks again for credentials that expire (web identity, container, instance, process), but reads a profile once.
 pub(super) async fn connect(options: &S3Options) -> std::result::Result<(Client, Credentials), Failure> {
-    let endpoint = options.endpoint.clone().or_else(endpoint_of_environment);
-    let https = https_client(options)?;
+    let endpoint = url(options);
+    let https = https_client(options, ProxyConfig::from_env)?;
     let timeouts = TimeoutConfig::builder().connect_timeout(options.connect_timeout.unwrap_or(CONNECT_TIMEOUT)).build();
     let mut loader = aws_config::defaults(BehaviorVersion::latest())
         .http_client(https.clone())
@@ -104,13 +105,32 @@ pub(super) async fn connect(options: &S3Options) -> std::result::Result<(Client,
     let mut config =
         aws_sdk_s3::config::Builder::from(&shared).force_path_style(options.path_style.unwrap_or(endpoint.is_some()));
     if let Some(endpoint) = endpoint {
-        let plain = endpoint.starts_with("http://");
+        let of = Endpoint::parse(&endpoint);
         config = config.endpoint_url(endpoint);
-        if plain {
-            config = config.http_client(http_client());
+        // no proxy leads to this machine, whatever NO_PROXY says
+        let is_here = of.as_ref().is_some_and(Endpoint::is_loopback);
+        let proxy: Proxies = if is_here { ProxyConfig::disabled } else { ProxyConfig::from_env };
+        match of {
+            Some(of) if !of.is_tls => config = config.http_client(http_client(proxy)),
+            Some(_) if is_here => config = config.http_client(https_client(options, proxy)?),
+            _ => {}
         }
     }
     Ok((Client::from_conf(config.build()), credentials))
+}
+
+/// The endpoint's URL; none where AWS's own is meant.
+fn url(options: &S3Options) -> Option<String> {
+    options.endpoint.clone().or_else(endpoint_of_environment)
+}
+
+/// The server that is asked, where it is known and asked without a proxy.
+pub(super) fn endpoint(options: &S3Options) -> Option<Endpoint> {
+    let endpoint = Endpoint::parse(&url(options)?)?;
+    let is_set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    let is_proxied =
+        ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"].iter().any(is_set);
+    (endpoint.is_loopback() || !is_proxied).then_some(endpoint)
 }
 
 fn endpoint_of_environment() -> Option<String> {
@@ -118,9 +138,11 @@ fn endpoint_of_environment() -> Option<String> {
     set("AWS_ENDPOINT_URL_S3").or_else(|| set("AWS_ENDPOINT_URL"))
 }
 
-/// A client for both http:// and https://, by way of the proxies that the environment names (`HTTP_PROXY`, `HTTPS_PROXY`,
-/// `ALL_PROXY`, `NO_PROXY`).
-fn https_client(options: &S3Options) -> std::result::Result<SharedHttpClient, Failure> {
+/// The proxies to go by: those that the environment names (`HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY`), or none.
+type Proxies = fn() -> ProxyConfig;
+
+/// A client for both http:// and https://.
+fn https_client(options: &S3Options, proxies: Proxies) -> std::result::Result<SharedHttpClient, Failure> {
     let context = match &options.ca_file {
         None => None,
         Some(path) => {
@@ -130,7 +152,7 @@ fn https_client(options: &S3Options) -> std::result::Result<SharedHttpClient, Fa
             Some(context.map_err(|e| Failure::other(e.to_string()))?)
         }
     };
-    Ok(when_used(move |connector| {
+    Ok(when_used(proxies, move |connector| {
         let connector = connector.tls_provider(Provider::Rustls(CryptoMode::Ring));
         match &context {
             Some(context) => connector.tls_context(context.clone()).build(),
@@ -140,8 +162,8 @@ fn https_client(options: &S3Options) -> std::result::Result<SharedHttpClient, Fa
 }
 
 /// A client for http:// alone.
-fn http_client() -> SharedHttpClient {
-    when_used(ConnectorBuilder::build_http)
+fn http_client(proxies: Proxies) -> SharedHttpClient {
+    when_used(proxies, ConnectorBuilder::build_http)
 }
 
 /// What tells one connector from another: how long connecting and reading may take.
@@ -149,7 +171,10 @@ type Timeouts = (Option<Duration>, Option<Duration>);
 
 /// A client whose connectors are made when they are first used. Reading the system's certificates takes longer than
 /// compressing a WAL segment, and a store at http:// with keys in the options or the environment never needs them.
-fn when_used(make: impl Fn(ConnectorBuilder) -> Connector + Send + Sync + 'static) -> SharedHttpClient {
+fn when_used(
+    proxies: Proxies,
+    make: impl Fn(ConnectorBuilder) -> Connector + Send + Sync + 'static,
+) -> SharedHttpClient {
     let made: Mutex<Vec<(Timeouts, SharedHttpConnector)>> = Mutex::default();
     http_client_fn(move |settings, components| {
         let timeouts = (settings.connect_timeout(), settings.read_timeout());
@@ -160,7 +185,7 @@ fn when_used(make: impl Fn(ConnectorBuilder) -> Connector + Send + Sync + 'stati
         let mut builder = Connector::builder()
             .connector_settings(settings.clone())
             .pool_idle_timeout(IDLE_MAX)
-            .proxy_config(ProxyConfig::from_env());
+            .proxy_config(proxies());
         builder.set_sleep_impl(components.sleep_impl());
         let connector = SharedHttpConnector::new(make(builder));
         made.push((timeouts, connector.clone()));

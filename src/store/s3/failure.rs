@@ -17,6 +17,8 @@ pub(super) struct Failure {
     pub(super) code: Option<String>,
     /// the HTTP status, where there was an answer
     pub(super) status: Option<u16>,
+    /// nothing came, or nothing that is an answer of HTTP
+    pub(super) is_unanswered: bool,
     message: String,
     hint: Option<&'static str>,
 }
@@ -31,7 +33,7 @@ impl Error for Failure {}
 
 impl Failure {
     pub(super) fn of(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, code: None, status: None, message: message.into(), hint: None }
+        Self { kind, code: None, status: None, is_unanswered: false, message: message.into(), hint: None }
     }
 
     pub(super) fn other(message: impl Into<String>) -> Self {
@@ -43,7 +45,31 @@ impl Failure {
     }
 
     pub(super) fn timeout(limit: Duration) -> Self {
-        Self::transient(format!("no answer within {} s", limit.as_secs_f64()))
+        Self::unanswered(match limit.as_secs_f64() {
+            seconds if seconds < 0.1 => "no answer in time".to_owned(),
+            seconds if seconds < 10.0 => format!("no answer within {seconds:.1} s"),
+            seconds => format!("no answer within {seconds:.0} s"),
+        })
+    }
+
+    /// Nothing more came of an answer.
+    pub(super) fn cut_off(came: u64, of: Option<u64>) -> Self {
+        let of = of.map_or_else(String::new, |len| format!(" of {len}"));
+        Self::transient(format!("the answer did not come in time: {came}{of} bytes of it did"))
+    }
+
+    /// Worth another try, unless the server is of another kind.
+    fn unanswered(message: impl Into<String>) -> Self {
+        Self { is_unanswered: true, ..Self::transient(message) }
+    }
+
+    pub(super) fn not_tls() -> Self {
+        Self::other("the server does not speak TLS")
+            .hinted("give --repo-s3-endpoint with http:// instead of https://, or another port")
+    }
+
+    pub(super) fn tls() -> Self {
+        Self::other("the server speaks TLS, and was asked without").hinted(TLS)
     }
 
     /// With what helps against it.
@@ -86,7 +112,7 @@ impl Failure {
             Some(message) if !message.is_empty() => format!("{head}: {message}"),
             _ => head,
         };
-        Self { kind, code: code.map(str::to_owned), status, message, hint: code.and_then(hint_of) }
+        Self { status, code: code.map(str::to_owned), hint: code.and_then(hint_of), ..Self::of(kind, message) }
     }
 }
 
@@ -100,13 +126,16 @@ impl Failure {
             _ if status < 300 => ErrorKind::Transient,
             kind => kind,
         };
-        let shown = match raw.body().bytes().map(page_text) {
+        let text = raw.body().bytes().map(page_text);
+        let hint = text.as_deref().filter(|text| status == 400 && names_tls(text)).map(|_| TLS);
+        let shown = match text {
             Some(text) if !text.is_empty() => format!("an answer that is not S3's: {text:?}"),
             // of a HEAD request, or of nobody
             Some(_) if !(200..300).contains(&status) => "no explanation".to_owned(),
             _ => format!("an answer that is not understood: {error}"),
         };
-        Self { status: Some(status), ..Self::of(kind, format!("{status} and {shown}")).region(raw) }
+        let failure = Self::of(kind, format!("{status} and {shown}"));
+        Self { status: Some(status), hint, ..failure }.region(raw)
     }
 
     /// Names the region in which the bucket is, where the server does.
@@ -134,6 +163,7 @@ impl Failure {
     }
 }
 
+const TLS: &str = "give --repo-s3-endpoint with https:// instead of http://, or another port";
 const REGION: &str = "give the bucket's region with --repo-s3-region";
 
 /// What helps against an answer with this code.
@@ -151,6 +181,12 @@ fn hint_of(code: &str) -> Option<&'static str> {
         "NoSuchBucket" => "create the bucket, or check --repo and --repo-s3-endpoint",
         _ => return None,
     })
+}
+
+/// Whether a page complains of plain HTTP on a port for TLS, as nginx, Apache and Go's servers do.
+fn names_tls(text: &str) -> bool {
+    let text = text.to_ascii_lowercase();
+    text.contains("http ") && ["to https port", "to an https server", "ssl-enabled"].iter().any(|of| text.contains(of))
 }
 
 /// The beginning of what a person would read of a page.
@@ -224,11 +260,11 @@ impl<E: ProvideErrorMetadata + Error + 'static> From<SdkError<E, HttpResponse>> 
             }
             // an answer cut off, or not of S3: a proxy's page perhaps
             SdkError::ResponseError(answer) => Self::of_page(answer.raw(), &chain(&error)),
-            SdkError::TimeoutError(_) => Self::transient(chain(&error)),
+            SdkError::TimeoutError(_) => Self::unanswered(chain(&error)),
             SdkError::DispatchFailure(failure) => match tls_error(&error) {
                 Some(tls) => Self::of_tls(tls, chain(&error)),
                 None if failure.is_user() => Self::other(chain(&error)),
-                None => Self::transient(chain(&error)),
+                None => Self::unanswered(chain(&error)),
             },
             _ => Self::other(chain(&error)),
         }
@@ -240,10 +276,7 @@ impl Failure {
     fn of_tls(error: &rustls::Error, chain: String) -> Self {
         use rustls::{CertificateError, Error};
         let hint = match error {
-            Error::InvalidMessage(_) => {
-                return Self::other("the server does not speak TLS")
-                    .hinted("give --repo-s3-endpoint with http:// instead of https://, or another port");
-            }
+            Error::InvalidMessage(_) => return Self::not_tls(),
             Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
                 "give the certificate of the authority that signed the server's with --repo-storage-ca-file"
             }

@@ -12,6 +12,7 @@ use super::*;
 mod conformance;
 mod directory;
 mod faults;
+mod protocol;
 mod s3;
 
 /// A bucket of its own in an S3 server of its own.

@@ -8,7 +8,7 @@ use pgcairn_s3_server::Trouble;
 
 use super::*;
 
-fn options(endpoint: String) -> S3Options {
+pub(super) fn options(endpoint: String) -> S3Options {
     S3Options {
         bucket: "bucket".into(),
         endpoint: Some(endpoint),
@@ -21,7 +21,7 @@ fn options(endpoint: String) -> S3Options {
 }
 
 /// Answers every request with the same bytes, then closes the connection.
-fn liar(answer: &'static str) -> S3Store {
+pub(super) fn liar(answer: &'static str) -> S3Store {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
     std::thread::spawn(move || {
@@ -244,6 +244,60 @@ fn a_call_under_way_ends_when_the_program_does() {
     });
     assert!(shown(&store.get("a").unwrap_err()).contains("the program is ending"));
     assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
+}
+
+/// Whoever is in a hurry waits some seconds for a store that hangs, once, and does not harm what answers.
+#[test]
+fn a_hurry_ends_calls_that_hang() {
+    let s3 = TestS3::start();
+    let stop = Stop::default();
+    let retry = RetryPolicy::default();
+    let store = S3Store::open(S3Options { stop: stop.clone(), retry, ..s3.options("") }).unwrap();
+    let store = Retry::new(store, retry).until(stop.clone());
+    put(&store, "a", "x");
+    stop.hurry();
+    assert_eq!(store.get("a").unwrap(), "x");
+    s3.server.trouble(Trouble::Hang, 1000);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        let reads = [(); 3].map(|()| scope.spawn(|| store.get("a").unwrap_err()));
+        for read in reads {
+            assert!(shown(&read.join().unwrap()).contains("the program is ending"));
+        }
+    });
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    // the others need not find out again
+    let start = Instant::now();
+    for _ in 0..5 {
+        store.get("a").unwrap_err();
+    }
+    assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_hurry_ends_tries_that_fail() {
+    let stop = Stop::default();
+    // nobody listens there
+    let store = S3Store::open(S3Options { stop: stop.clone(), ..options("http://127.0.0.1:1".into()) }).unwrap();
+    let store = Retry::new(store, RetryPolicy::default()).until(stop.clone());
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        let read = scope.spawn(|| kind(store.get("a")));
+        std::thread::sleep(Duration::from_millis(100));
+        stop.hurry();
+        assert_eq!(read.join().unwrap(), ErrorKind::Transient);
+    });
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+#[test]
+fn times_are_told_as_people_tell_them() {
+    let s3 = TestS3::start();
+    s3.server.trouble(Trouble::Hang, 100);
+    let retry = RetryPolicy { deadline: Duration::from_millis(1500), ..RetryPolicy::default() };
+    let store = Retry::new(S3Store::open(S3Options { retry, ..s3.options("") }).unwrap(), retry);
+    let error = shown(&store.get("a").unwrap_err());
+    assert!(error.contains("no answer within 1.5 s"), "{error}");
 }
 
 /// One deadline for all that is tried in a call, also where each answer hangs.
