@@ -21,7 +21,7 @@
 //! - [`spool`]: the local directory in which the archive's background workers leave answers for the calls that come later.
 //! - [`store`]: where objects live: a directory, S3, memory; decorated by retry, recording and faults.
 //! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore. A point in time
-//!   becomes a backup and a recovery: [`read::point`] is the grammar, [`read::horizon`] what can be reached, [`read::crossing`] where
+//!   becomes a backup and a recovery: [`read::point`] is the grammar, [`read::horizon`] what can be reached, [`read::outline`] how little of the archive must be listed for it, [`read::crossing`] where
 //!   in WAL a time is passed, whatever clocks showed, [`read::course`] the way.
 //! - [`clone`](mod@clone): the server of a clone: its settings, its environment, the namespaces in which it sees nothing of its source.
 //! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep, verify, repair, another passphrase.

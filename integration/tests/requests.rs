@@ -4,8 +4,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pgcairn_integration::{Cluster, Data, Place, Stanza};
+use pgcairn_integration::process::run_ok;
+use pgcairn_integration::{Cluster, Data, Place, Stanza, StopMode, install};
 use pgcairn_s3_server::{ACCESS_KEY, S3Server, SECRET_KEY};
+
+const LONG: Duration = Duration::from_secs(120);
 
 /// The limits of the table, by what its first column says.
 fn documented() -> Vec<(String, u64)> {
@@ -23,7 +26,7 @@ struct Counted {
     server: S3Server,
     stanza: Stanza,
     measured: Vec<(&'static str, u64)>,
-    _objects: Place,
+    objects: Place,
 }
 
 impl Counted {
@@ -38,7 +41,7 @@ impl Counted {
             ("PGCAIRN_REPO_S3_KEY_SECRET", SECRET_KEY),
         ];
         let stanza = Stanza::at("s3://backups/prefix", &environment);
-        Self { server, stanza, measured: Vec::new(), _objects: objects }
+        Self { server, stanza, measured: Vec::new(), objects }
     }
 
     fn run(&mut self, name: &'static str, arguments: &[&str]) {
@@ -91,4 +94,64 @@ fn no_command_asks_more_often_than_documented() {
     let is_measured = |(name, _): &(String, u64)| counted.measured.iter().any(|(measured, _)| measured == name);
     let unmeasured: Vec<_> = limits.iter().filter(|of| !is_measured(of)).collect();
     assert!(unmeasured.is_empty(), "not measured: {unmeasured:?}");
+}
+
+/// Of a large archive as much is listed as lies behind the backup that a command begins with. What names everything
+/// that is missing lists all.
+#[test]
+fn a_moment_costs_no_listing_of_what_lies_before_its_backup() {
+    const OLD: [&str; 3] = ["0000000100000001", "0000000100000002", "0000000100000003"];
+    let Counted { server, stanza, objects, .. } = Counted::new();
+    let mut cluster = stanza.archiving(Cluster::builder().wal_segsize_mb(1)).start();
+    cluster.stop(StopMode::Fast);
+    let resetwal = cluster.bin_directory().join("pg_resetwal");
+    let mut command = install::as_server_user(resetwal);
+    run_ok(command.args(["-l", "000000010000000500000000", "-D"]).arg(cluster.data_directory()), &[], LONG);
+    cluster.start();
+    Data::tiny().load(&cluster);
+    stanza.create(&cluster);
+    for directory in OLD {
+        let path = objects.join("backups/prefix/archive/main/15-1").join(directory);
+        std::fs::create_dir_all(&path).unwrap();
+        for number in 0..1000 {
+            let name = format!("{directory}{number:08X}-{}", "0123456789abcdef".repeat(2));
+            std::fs::write(path.join(name), "not looked at").unwrap();
+        }
+    }
+    stanza.backup(&cluster);
+    let moment = cluster.psql("CREATE TABLE before (); SELECT now();");
+    cluster.psql("SELECT pg_sleep(0.1); CREATE TABLE after (); SELECT pg_switch_wal();");
+    let lsn = cluster.psql("SELECT pg_current_wal_lsn() - 100000::numeric;");
+    stanza.run(["check", "--pg", cluster.conninfo()]).ok();
+
+    let old_pages = |arguments: &[&str]| {
+        server.take_log();
+        let output = stanza.run(arguments);
+        output.ok();
+        let log = server.take_log();
+        let is_old = |line: &&String| line.contains("start-after") && OLD[1..].iter().any(|old| line.contains(old));
+        log.iter().filter(|line| line.contains("list-type=2")).filter(is_old).count()
+    };
+    let copy = stanza.place().join("copy");
+    let restore = |kind: &str, target: Option<&str>| {
+        let target = target.map(|target| format!("--target={target}"));
+        let kind = format!("--type={kind}");
+        let words = ["restore", &kind].into_iter().chain(target.as_deref()).chain(copy.to_str());
+        let pages = old_pages(&words.collect::<Vec<_>>());
+        std::fs::remove_dir_all(&copy).unwrap();
+        pages
+    };
+    assert_eq!(restore("time", Some(&moment)), 0);
+    assert_eq!(restore("lsn", Some(&lsn)), 0);
+    assert_eq!(restore("immediate", None), 0);
+    assert_eq!(restore("default", None), 0);
+    assert_eq!(old_pages(&["check", "--pg", cluster.conninfo()]), 0);
+    let clone = stanza.start("clone", &["--type=time", &format!("--target={moment}")]);
+    assert_eq!(clone.psql("SELECT count(*) FROM pg_class WHERE relname IN ('before', 'after');"), "1");
+    clone.stop(&[]);
+
+    assert!(old_pages(&["info"]) > 0, "what is missing between old segments is not told");
+    // what cannot be reached is told with all that can
+    let early = stanza.run(["start", "--type=time", "--target=2001-02-03 04:05:06+00"]);
+    early.fails(1, "before the first backup").fails(1, "can be reached from");
 }

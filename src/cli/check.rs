@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::format::manifest::Database;
 use crate::postgres::SegmentName;
 use crate::postgres::wal::coverage::RoadEnd;
-use crate::read::horizon::Horizon;
+use crate::read::outline::Outline;
 use crate::repo::Repository;
 use crate::write::check::{await_told, identify, prove_archiving, prove_local, prove_stream};
 use crate::write::rival::{refuse_rival, segment_size};
@@ -109,9 +109,12 @@ impl Check {
 
 /// What is missing between the newest backup and a segment that was just archived.
 fn gap(repository: &Repository, segment: SegmentName) -> Result<Option<Error>> {
-    let horizon = Horizon::load(repository, None, None)?;
-    let history = horizon.coverage().history(segment.timeline());
-    let Some(backup) = horizon.on(&history).next() else { return Ok(None) };
+    let outline = Outline::load(repository, None, None)?;
+    let known = outline.bare()?;
+    let history = known.coverage().history(segment.timeline());
+    let Some(backup) = known.on(&history).next() else { return Ok(None) };
+    // what lies before it matters to older backups alone
+    let horizon = outline.from(known.coverage().size().segment_of(backup.start))?;
     let RoadEnd::Gap { missing, then } = horizon.road(backup, &history)?.end else { return Ok(None) };
     let error = Error::new(format!(
         "WAL segment {missing} is missing in the archive, the next there is {then}: no point behind it can be reached from backup {}",

@@ -8,7 +8,7 @@ use super::output;
 use crate::error::{Error, Result};
 use crate::postgres::Label;
 use crate::read::course::{Bound, Course};
-use crate::read::horizon::Horizon;
+use crate::read::outline::Outline;
 use crate::read::point::{Action, Point, PointParts, Target, TargetType};
 use crate::read::recovery::Prepared;
 use crate::repo::Repository;
@@ -117,8 +117,8 @@ impl PointOptions {
 /// Finds the way to a point.
 pub(super) fn find(repository: &Repository, point: &Point, bound: Bound, cache: &Cache) -> Result<Course> {
     let directory = cache.directory()?;
-    let horizon = || Horizon::load(repository, point.label.as_deref(), directory.as_deref());
-    let course = Course::find(repository, point, bound, horizon)?;
+    let outline = || Outline::load(repository, point.label.as_deref(), directory.as_deref());
+    let course = Course::find(repository, point, bound, outline)?;
     course.recovery.iter().flat_map(|recovery| &recovery.notes).for_each(|text| output::note(&format!("note: {text}")));
     Ok(course)
 }

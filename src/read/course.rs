@@ -1,12 +1,14 @@
 //! The way to a point: which backup, along which timeline, what PostgreSQL is told, which WAL it needs for that.
 
 mod instead;
+mod near;
 mod refused;
 
 use serde::{Deserialize, Serialize};
 
 use super::crossing::{self, StopPoint};
 use super::horizon::{Horizon, Stone};
+use super::outline::Outline;
 use super::point::{Point, Target, TargetTimeline};
 pub use super::settings::{Reached, Recovery};
 use crate::error::{Error, Result};
@@ -73,7 +75,7 @@ impl Course {
         repository: &Repository,
         point: &Point,
         bound: Bound,
-        horizon: impl FnOnce() -> Result<Horizon>,
+        outline: impl FnOnce() -> Result<Outline>,
     ) -> Found<Self> {
         if matches!(point.target, Target::None | Target::Preserve) {
             let label = repository.resolve(point.label.as_deref().unwrap_or("latest"))?;
@@ -82,7 +84,11 @@ impl Course {
         if let Some(label) = &point.label {
             repository.resolve(label)?;
         }
-        let horizon = horizon()?;
+        let outline = outline()?;
+        if let Some(course) = near::find(&outline, point, bound)? {
+            return Ok(course);
+        }
+        let horizon = outline.whole()?;
         Search { horizon: &horizon, point, bound }.course()
     }
 }
@@ -111,14 +117,7 @@ impl Search<'_> {
         let histories = self.histories()?;
         let mut refused = None;
         for history in &histories {
-            let way = match &self.point.target {
-                Target::Time(moment) => self.to_time(history, moment.at),
-                Target::Lsn(lsn) => self.to_lsn(history, *lsn),
-                Target::Xid(xid) => self.to_xid(history, *xid),
-                Target::Name(name) => self.to_name(history, name),
-                _ => self.without_target(history),
-            };
-            match way {
+            match self.way(history) {
                 Ok(way) => return Ok(self.settle(way)),
                 Err(NoCourse::Unreachable(error)) => _ = refused.get_or_insert(error),
                 Err(failed) => return Err(failed),
@@ -129,6 +128,16 @@ impl Search<'_> {
         }
         let none = || self.no_backup();
         Err(NoCourse::Unreachable(refused.unwrap_or_else(none)))
+    }
+
+    fn way(&self, history: &TimelineHistory) -> Found<Way<'_>> {
+        match &self.point.target {
+            Target::Time(moment) => self.to_time(history, moment.at),
+            Target::Lsn(lsn) => self.to_lsn(history, *lsn),
+            Target::Xid(xid) => self.to_xid(history, *xid),
+            Target::Name(name) => self.to_name(history, name),
+            _ => self.without_target(history),
+        }
     }
 
     /// The histories along which to search, the preferred one first. Only `current` leaves a choice: each backup has its own.

@@ -5,19 +5,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::crossing::{OUT_OF_ORDER_US, StopPoint};
+use super::outline::{Known, Outline};
 use super::times::{RestorePoint, SegmentTimes, Times};
 use crate::error::{Context, Error, Result};
 use crate::format::info::BackupSummary;
-use crate::format::manifest::Database;
-use crate::format::pack::WalKey;
 use crate::postgres::wal::coverage::{Coverage, Road, RoadEnd};
 use crate::postgres::wal::landmarks::is_own_restore_point;
 use crate::postgres::wal::records::Event;
-use crate::postgres::{Lsn, SegmentName, SegmentSize, Timeline, TimelineHistory, TimestampTz, WalName};
+use crate::postgres::{Lsn, SegmentName, Timeline, TimelineHistory, TimestampTz};
 use crate::repo::Repository;
 
 /// Segments at a road's end that are searched for the last time before the answer is "unknown".
-const LOOK_BACK: u64 = 64;
+pub(super) const LOOK_BACK: u64 = 64;
 
 /// A backup, as far as points are concerned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,24 +61,12 @@ impl Horizon {
     /// Looks at the catalog and lists the archive of the cluster that backup `label` is of; without a label, the current one's.
     /// Times found in the WAL are kept below `cache`.
     pub fn load(repository: &Repository, label: Option<&str>, cache: Option<&Path>) -> Result<Self> {
-        let info = repository.archive_info()?;
-        let backups = repository.backup_info()?.backups;
-        let id = label.and_then(|label| backups.get(label)).map(|of| of.database_id);
-        let database = match id {
-            Some(id) => info.history.iter().find(|database| database.id == id),
-            None => info.history.last(),
-        };
-        let database = database.ok_or_else(|| Error::new("archive.info names no cluster"))?;
-        let of_database = backups.iter().filter(|(_, of)| of.database_id == database.id);
-        let stones = of_database.map(|(label, of)| Stone::new(label, of)).collect::<Result<Vec<_>>>()?;
-        let (coverage, points) = coverage(repository, database)?;
-        Ok(Self {
-            coverage,
-            points,
-            times: Times::new(repository, database, cache),
-            repository: repository.clone(),
-            stones,
-        })
+        Outline::load(repository, label, cache)?.whole()
+    }
+
+    pub(super) fn new(repository: Repository, stones: Vec<Stone>, known: Known, times: Times) -> Self {
+        let Known { coverage, points } = known;
+        Self { repository, stones, coverage, points, times }
     }
 
     /// The repository.
@@ -357,7 +344,7 @@ pub struct RoadsEnd {
 }
 
 impl Stone {
-    fn new(label: &str, of: &BackupSummary) -> Result<Self> {
+    pub(super) fn new(label: &str, of: &BackupSummary) -> Result<Self> {
         let lsn = |text: &str| text.parse::<Lsn>().context(|| format!("WAL position {text} of backup {label}"));
         let start: SegmentName = of.wal_start.parse().context(|| format!("first WAL segment of backup {label}"))?;
         Ok(Self {
@@ -393,28 +380,4 @@ impl std::fmt::Display for Range {
             None => write!(f, " to LSN {}", self.to_lsn),
         }
     }
-}
-
-/// Lists an archive and reads its history files; and the segments in which a restore point may begin.
-pub(super) fn coverage(repository: &Repository, database: &Database) -> Result<(Coverage, HashSet<SegmentName>)> {
-    let size = SegmentSize::new(database.wal_segment_size).context(|| "archive.info".into())?;
-    let mut coverage = Coverage::new(size);
-    let archive = repository.archive(database);
-    let (mut histories, mut points) = (Vec::new(), HashSet::new());
-    archive.files(|name, object| match WalName::parse(name) {
-        Ok(WalName::Segment(segment)) => {
-            coverage.add(segment);
-            points.extend(WalKey::parse(&object.key).filter(|key| key.point).map(|_| segment));
-        }
-        Ok(WalName::History(timeline)) => histories.push((timeline, object.key.clone())),
-        _ => {}
-    })?;
-    for (timeline, key) in histories {
-        let text = repository.wal_file(database, &key)?;
-        match TimelineHistory::parse(timeline, &text) {
-            Ok(history) => coverage.add_history(history),
-            Err(error) => tracing::warn!(%error, "a history file cannot be read; its timeline is left out"),
-        }
-    }
-    Ok((coverage, points))
 }

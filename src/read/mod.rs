@@ -13,6 +13,7 @@ pub mod crossing;
 pub mod fetch;
 pub mod horizon;
 pub mod moment;
+pub mod outline;
 pub mod pgmanifest;
 pub mod point;
 pub mod prefetch;

@@ -13,7 +13,7 @@ use pgcairn_mount::{Attributes, Entry, Kind, NodeId, ROOT, Tree};
 
 use super::course::{Bound, Course, NoCourse};
 use super::fetch::Fetcher;
-use super::horizon::Horizon;
+use super::outline::Outline;
 use super::point::{Action, Point};
 use super::prefetch::Prefetcher;
 use super::recovery::Prepared;
@@ -204,9 +204,9 @@ impl StanzaTree {
             }
         };
         let repository = self.fetcher.repository();
-        let horizon = || Horizon::load(repository, None, self.moments.cache.as_deref());
+        let outline = || Outline::load(repository, None, self.moments.cache.as_deref());
         // a search takes as long as the WAL is
-        match deadline::apart(|| Course::find(repository, &point, Bound::Open, horizon)) {
+        match deadline::apart(|| Course::find(repository, &point, Bound::Open, outline)) {
             Ok(course) => {
                 self.moments.found.lock().insert(name.to_owned(), course);
                 Ok(Some(slot(name)))

@@ -9,8 +9,8 @@ use crate::format::FormatError;
 use crate::format::chunk::PackId;
 use crate::format::manifest::Database;
 use crate::format::pack::{POINT, PackKind, WalKey};
-use crate::postgres::{Major, SegmentName, SegmentSize, TimelineHistory, WalIdentity, WalName};
-use crate::store::{Listed, PAGE_OBJECTS_MAX};
+use crate::postgres::{Major, SegmentName, SegmentSize, Timeline, TimelineHistory, WalIdentity, WalName};
+use crate::store::{Listed, PAGE_OBJECTS_MAX, Page};
 
 /// Parts of a whole archive that are listed at the same time.
 const LISTINGS: usize = 16;
@@ -24,6 +24,36 @@ pub struct Archive<'a> {
     prefix: String,
     /// segments that a directory of the archive holds when none is missing
     per_directory: u64,
+}
+
+/// What is known of an archive before all of it is listed.
+#[derive(Debug)]
+pub struct Listing {
+    /// the first page
+    objects: Vec<Listed>,
+    /// the key after which there is more
+    next: Option<String>,
+    /// if there is more: all directories and history files
+    names: Vec<String>,
+}
+
+impl Listing {
+    /// True when nothing is left to be listed.
+    pub fn is_whole(&self) -> bool {
+        self.next.is_none()
+    }
+
+    /// Timelines that have a directory, ascending; none where nothing is left to be listed.
+    pub fn timelines(&self) -> Vec<Timeline> {
+        let numbers = self.directories().filter_map(|name| u32::from_str_radix(&name[..8], 16).ok());
+        let mut all: Vec<Timeline> = numbers.map(Timeline).collect();
+        all.dedup();
+        all
+    }
+
+    fn directories(&self) -> impl Iterator<Item = &str> {
+        self.names.iter().map(String::as_str).filter(|name| is_directory(name))
+    }
 }
 
 impl Repository {
@@ -133,26 +163,33 @@ impl Archive<'_> {
         if name.ends_with(".history") { prefix } else { format!("{prefix}{content}{point}") }
     }
 
-    /// Every archived file, in the order of their keys; calls `each` with name and object. A large archive is listed in parts,
-    /// several at the same time: the pages of one listing come one after the other.
-    pub fn files(&self, mut each: impl FnMut(&str, &Listed)) -> Result<()> {
+    /// Every archived file, in the order of their keys; calls `each` with name and object.
+    pub fn files(&self, each: impl FnMut(&str, &Listed)) -> Result<()> {
+        self.files_from(&self.begin()?, None, each)
+    }
+
+    /// Begins to list the archive: its first objects, and what there is beside them.
+    pub fn begin(&self) -> Result<Listing> {
+        let Page { objects, next } = self.repository.store.list(&self.prefix, None)?;
+        let names = if next.is_some() { self.repository.store.names(&self.prefix)? } else { Vec::new() };
+        Ok(Listing { objects, next, names })
+    }
+
+    /// Goes on with a listing: every file in the order of the keys; with `from`, those of the directories
+    /// that hold segments from that number on, of whatever timeline, and maybe others. Calls `each` with
+    /// name and object. A large archive is listed in parts, several at the same time: the pages of one
+    /// listing come one after the other.
+    pub fn files_from(&self, listing: &Listing, from: Option<u64>, mut each: impl FnMut(&str, &Listed)) -> Result<()> {
         let mut tell = |objects: &[Listed]| {
             let named = objects.iter().filter_map(|object| Some((self.name_of(&object.key)?, object)));
             named.for_each(|(name, object)| each(name, object));
         };
-        let page = self.repository.store.list(&self.prefix, None)?;
-        tell(&page.objects);
-        let Some(after) = page.next else { return Ok(()) };
-        let bounds = self.bounds(after)?;
-        let parts: Vec<(&str, Option<&str>)> = bounds
-            .iter()
-            .enumerate()
-            .map(|(number, after)| (after.as_str(), bounds.get(number + 1).map(String::as_str)))
-            .collect();
-        for some in parts.chunks(LISTINGS) {
+        tell(&listing.objects);
+        let Some(after) = &listing.next else { return Ok(()) };
+        for some in self.parts(listing, after, from).chunks(LISTINGS) {
             let listed: Vec<Result<Vec<Listed>>> = thread::scope(|scope| {
-                let listing = |(after, to): &(&str, Option<&str>)| {
-                    let (after, to) = ((*after).to_owned(), to.map(str::to_owned));
+                let listing = |(after, to): &(String, Option<String>)| {
+                    let (after, to) = (after.clone(), to.clone());
                     scope.spawn(move || self.part(after, to.as_deref()))
                 };
                 let threads: Vec<_> = some.iter().map(listing).collect();
@@ -165,14 +202,47 @@ impl Archive<'_> {
         Ok(())
     }
 
-    /// Where the parts of a listing begin that goes on after the key `after`. No object has one of these as its key.
-    fn bounds(&self, after: String) -> Result<Vec<String>> {
-        let directories = self.repository.store.names(&self.prefix)?;
-        let beyond = directories.iter().filter(|name| is_directory(name)).map(|name| format!("{}{name}", self.prefix));
-        let beyond: Vec<String> = beyond.filter(|bound| *bound > after).collect();
-        let directories = (LISTING_OBJECTS / self.per_directory.max(1)).max(1) as usize;
-        let bounds = beyond.into_iter().skip(directories - 1).step_by(directories);
-        Ok(std::iter::once(after).chain(bounds).collect())
+    /// The parts of a listing that goes on after the key `after`: behind which key each begins, and before
+    /// which it ends. No object has the name of a directory as its key, so a part may begin behind it.
+    fn parts(&self, listing: &Listing, after: &str, from: Option<u64>) -> Vec<(String, Option<String>)> {
+        let high = from.map_or(0, |from| from / self.per_directory.max(1));
+        let is_wanted = |name: &str| u64::from_str_radix(&name[8..], 16).is_ok_and(|of| of >= high);
+        let key = |name: &str| format!("{}{name}", self.prefix);
+        let most = (LISTING_OBJECTS / self.per_directory.max(1)).max(1);
+        let mut parts: Vec<(String, Option<String>)> = Vec::new();
+        // the directory that the first page ends in is gone on with, if it is wanted at all
+        let begun = listing.directories().take_while(|name| key(name).as_str() <= after).last();
+        let (mut goes_on, mut directories) = (begun.is_none_or(is_wanted), u64::from(begun.is_some()));
+        if goes_on {
+            parts.push((after.to_owned(), None));
+        }
+        for name in listing.directories().filter(|name| key(name).as_str() > after) {
+            let wanted = is_wanted(name);
+            let begins = wanted && (!goes_on || directories == most);
+            if goes_on && (begins || !wanted) {
+                parts.last_mut().into_iter().for_each(|(_, to)| *to = Some(key(name)));
+            }
+            if begins {
+                parts.push((key(name), None));
+                directories = 0;
+            }
+            directories += u64::from(wanted);
+            goes_on = wanted;
+        }
+        parts
+    }
+
+    /// The timeline history files of a listing, by timeline and key.
+    pub fn histories(&self, listing: &Listing) -> Vec<(Timeline, String)> {
+        let first = listing.objects.iter().filter_map(|object| self.name_of(&object.key));
+        let history = |name: &str| match WalName::parse(name) {
+            Ok(WalName::History(timeline)) => Some((timeline, keys::wal_prefix(&self.prefix, name))),
+            _ => None,
+        };
+        let mut all: Vec<_> = first.chain(listing.names.iter().map(String::as_str)).filter_map(history).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
     }
 
     /// The objects whose keys come after `after`, up to `to`.

@@ -1,7 +1,7 @@
 //! Which WAL there is, and how far recovery gets with it: from a position along a timeline's history, over the forks, up to the
 //! first segment that is missing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
 use super::history::TimelineHistory;
@@ -15,6 +15,8 @@ pub struct Coverage {
     /// numbers of segments, as ascending runs that do not touch
     runs: BTreeMap<Timeline, Vec<RangeInclusive<u64>>>,
     histories: BTreeMap<Timeline, TimelineHistory>,
+    /// timelines of which there are segments, though not known which
+    others: BTreeSet<Timeline>,
 }
 
 /// Consecutive segments of one timeline.
@@ -57,7 +59,7 @@ pub enum RoadEnd {
 impl Coverage {
     /// Nothing yet.
     pub fn new(size: SegmentSize) -> Self {
-        Self { size, runs: BTreeMap::new(), histories: BTreeMap::new() }
+        Self { size, runs: BTreeMap::new(), histories: BTreeMap::new(), others: BTreeSet::new() }
     }
 
     /// Adds a segment; a name that none of this size has is left out.
@@ -86,6 +88,11 @@ impl Coverage {
         self.histories.insert(history.timeline, history);
     }
 
+    /// Adds a timeline of which there are segments, though not known which.
+    pub fn add_timeline(&mut self, timeline: Timeline) {
+        self.others.insert(timeline);
+    }
+
     /// The segments' size.
     pub fn size(&self) -> SegmentSize {
         self.size
@@ -93,7 +100,8 @@ impl Coverage {
 
     /// Timelines of which there are segments or a history, ascending.
     pub fn timelines(&self) -> Vec<Timeline> {
-        let mut all: Vec<Timeline> = self.runs.keys().chain(self.histories.keys()).copied().collect();
+        let mut all: Vec<Timeline> =
+            self.runs.keys().chain(self.histories.keys()).chain(&self.others).copied().collect();
         all.sort_unstable();
         all.dedup();
         all

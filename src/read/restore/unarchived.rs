@@ -19,7 +19,7 @@ use crate::postgres::wal::records::{Event, walk};
 use crate::postgres::{
     AUTO_CONF, CONTROL_FILE, ClusterState, ControlFile, Lsn, SegmentName, TimestampTz, WalName, conf,
 };
-use crate::read::horizon;
+use crate::read::outline::Survey;
 use crate::read::view::View;
 use crate::repo::Repository;
 use crate::repo::wal::wal_identity;
@@ -151,7 +151,7 @@ fn is_covered(
 ) -> Result<bool> {
     let coverage = match coverage {
         Some(coverage) => coverage,
-        None => coverage.insert(horizon::coverage(repository, database)?.0),
+        None => coverage.insert(Survey::new(repository, database)?.all(repository, database, None)?.coverage),
     };
     let took_over = |later: &crate::postgres::Timeline| {
         let history = coverage.history(*later);

@@ -94,3 +94,50 @@ fn the_pages_of_a_large_archive_come_at_the_same_time() {
     let begun = begun.lock();
     assert!(begun.windows(2).any(|pair| pair[1] - pair[0] < DELAY), "{begun:?}");
 }
+
+/// What lies behind a segment is listed in as many pages as it has, however much lies before it.
+#[test]
+fn a_part_of_an_archive_is_listed_alone() {
+    for (bytes, count) in [(16 << 20, 600), (16 << 20, 9000), (1 << 20, 5500), (1 << 30, 1700)] {
+        let size = SegmentSize::new(bytes).unwrap();
+        let store = Record::new(MemoryStore::new());
+        let recording = store.recording();
+        let repository = Repository::new(Arc::new(store), "main").unwrap();
+        let archive_of = database(bytes);
+        let archive = repository.archive(&archive_of);
+        for name in names(count, size) {
+            let key = archive.key(&name, PackId([7; 16]), false);
+            repository.store.put(&key, Body::Bytes(Vec::new().into())).unwrap();
+        }
+        recording.reset();
+        let listing = archive.begin().unwrap();
+        assert!(!listing.is_whole());
+        assert_eq!(listing.timelines(), [crate::postgres::Timeline(1), crate::postgres::Timeline(2)]);
+        assert_eq!(archive.histories(&listing).len(), 1);
+        let begun = recording.total().calls;
+        for from in [0, 40, 41, 300, count / 2, count + 39, count + 40, 1 << 40] {
+            recording.reset();
+            let mut found = Vec::new();
+            archive
+                .files_from(&listing, Some(from), |name, _| {
+                    let segment = name.parse::<SegmentName>().ok();
+                    found.extend(segment.filter(|of| of.number(size).is_some_and(|number| number >= from)));
+                })
+                .unwrap();
+            let expected = (40..40 + count).filter(|number| *number >= from);
+            let expected: Vec<SegmentName> = [1, 2]
+                .into_iter()
+                .flat_map(|timeline| {
+                    let segment =
+                        move |number| SegmentName::of_number(crate::postgres::Timeline(timeline), number, size);
+                    expected.clone().map(segment)
+                })
+                .collect();
+            assert!(found == expected, "{} of {} from {from}", found.len(), expected.len());
+            // of each timeline a page more than needed, and what is left of a directory
+            let least = (expected.len() + 2 * 4096).div_ceil(PAGE_OBJECTS_MAX) as u64;
+            let pages = recording.total().calls;
+            assert!(pages <= least + least / 4 + 4, "{pages} requests from {from} of {bytes} bytes, {begun} before");
+        }
+    }
+}
