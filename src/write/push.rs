@@ -227,7 +227,8 @@ impl WalFile {
     pub(super) fn check(&self, database: &Database) -> Result<()> {
         let (name, len, expected) = (&self.name, self.len, database.wal_segment_size);
         if let WalName::History(timeline) = self.kind {
-            TimelineHistory::parse(timeline, &self.text()?).context(|| format!("{} tells no history", self.path.display()))?;
+            TimelineHistory::parse(timeline, &self.text()?)
+                .context(|| format!("{} tells no history", self.path.display()))?;
         }
         // history files say nothing of their cluster
         let asking = as_user(self.user.as_ref(), || Ok(Asking::of(&self.path)))?;
@@ -257,9 +258,7 @@ impl WalFile {
 
     /// Reads a small file whole, as the user whose it is.
     fn text(&self) -> Result<Vec<u8>> {
-        as_user(self.user.as_ref(), || {
-            std::fs::read(&self.path).map_err(|error| Error::io("read", &self.path, error))
-        })
+        as_user(self.user.as_ref(), || std::fs::read(&self.path).map_err(|error| Error::io("read", &self.path, error)))
     }
 
     /// Whether what the archive has at `key`, under this file's name, is the same.
