@@ -8,8 +8,10 @@ use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
+use pgcairn::archive::push::push;
+use pgcairn::backup::pack_usage::Weights;
 use pgcairn::format::chunk::{ChunkRef, Encoder, Keys, PackId};
-use pgcairn::format::key::Passphrase;
+use pgcairn::format::cipher_key::Passphrase;
 use pgcairn::format::manifest::{
     BlockWriter, Database, Description, Entry, File, Node, PackUse, Place, Sizes, Tablespace, encode_description,
     encode_own, encode_packs, encode_proof, path_cmp,
@@ -18,10 +20,8 @@ use pgcairn::format::map::{Extent, Leaf, LeafRef, SlotChange, encode_changes, en
 use pgcairn::format::pack::{PackKind, PackWriter};
 use pgcairn::format::{CHUNK, GRAIN, LEAF_BYTES, SLOT};
 use pgcairn::postgres::BackupKind;
-use pgcairn::repo::{Repository, keys};
+use pgcairn::repo::{Repository, layout};
 use pgcairn::store::{Body, DirectoryStore, Store};
-use pgcairn::write::push::push;
-use pgcairn::write::weights::Weights;
 
 #[path = "../tests/golden/files.rs"]
 mod files;
@@ -245,7 +245,7 @@ impl Backup {
             let (id, bytes) = (packer.pack.id(), packer.pack.finish());
             sizes.insert(id, bytes.len() as u64);
             description.sizes.stored_new += bytes.len() as u64;
-            repository.store.put(&keys::pack(&repository.stanza, id), Body::Bytes(bytes.into()))?;
+            repository.store.put(&layout::pack(&repository.stanza, id), Body::Bytes(bytes.into()))?;
         }
         self.entries.sort_by(|a, b| path_cmp(&a.path, &b.path));
         for entry in &self.entries {
@@ -271,7 +271,7 @@ impl Backup {
         if let Some(proof) = self.keys.manifest_proof(&description.label, id, chunks) {
             self.manifest.add(&encode_proof(&proof))?;
         }
-        let key = keys::manifest(&repository.stanza, &description.label);
+        let key = layout::manifest(&repository.stanza, &description.label);
         repository.store.put(&key, Body::Bytes(self.manifest.pack.finish().into()))?;
         Ok(description)
     }

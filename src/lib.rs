@@ -82,19 +82,21 @@
 //!
 //! Further: there is one place where sync code waits for async code (`store::s3::bridge`), and the library prints nowhere. Both
 //! are lints, and `tests/architecture.rs` holds them too.
-
+pub mod archive;
+pub mod backup;
 pub mod cli;
 pub mod clone;
 pub mod error;
 pub mod files;
 pub mod format;
 pub mod interrupt;
-pub mod keep;
 pub mod postgres;
 pub mod progress;
 pub mod read;
+pub mod recovery;
 pub mod repo;
-pub mod spool;
+pub mod restore;
+pub mod retention;
 pub mod store;
 pub mod user;
-pub mod write;
+pub mod verify;

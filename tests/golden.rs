@@ -6,8 +6,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use pgcairn::backup::pack_usage::Weights;
 use pgcairn::format::chunk::{ChunkRef, Encoder, Keys, PackId};
-use pgcairn::format::key::Passphrase;
+use pgcairn::format::cipher_key::Passphrase;
 use pgcairn::format::manifest::{File, Node, PackUse, Place};
 use pgcairn::format::map::{Leaf, LeafRef, SlotChange, apply_changes, changes_base, decode_changes, decode_index};
 use pgcairn::format::pack::{Pack, PackKind, PackWriter};
@@ -21,7 +22,6 @@ use pgcairn::repo::Repository;
 use pgcairn::repo::catalog::stanzas;
 use pgcairn::repo::chunks::ChunkReader;
 use pgcairn::store::{DirectoryStore, Store};
-use pgcairn::write::weights::Weights;
 
 #[path = "golden/files.rs"]
 mod files;

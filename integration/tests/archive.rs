@@ -9,10 +9,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use library::{memory, objects, repository};
+use pgcairn::archive::push::{Pushed, push};
 use pgcairn::read::wal::{GetError, get};
 use pgcairn::repo::Repository;
 use pgcairn::store::{Effect, ErrorKind, Fault, Operation};
-use pgcairn::write::push::{Pushed, push};
 use pgcairn_integration::files::contents;
 use pgcairn_integration::{Cluster, Output, Place, Stanza, install};
 

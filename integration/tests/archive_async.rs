@@ -12,12 +12,12 @@ use std::time::Duration;
 use library::{memory, objects};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pgcairn::archive::push::push;
+use pgcairn::archive::spool::Spool;
+use pgcairn::archive::worker::{AheadOptions, push_ahead};
 use pgcairn::read::wal::{GetError, get};
 use pgcairn::repo::Repository;
-use pgcairn::spool::Spool;
 use pgcairn::store::{Body, Effect, ErrorKind, Fault, MemoryStore, Store};
-use pgcairn::write::ahead::{AheadOptions, push_ahead};
-use pgcairn::write::push::push;
 use pgcairn_integration::stanza::NAME;
 use pgcairn_integration::{Cluster, Place, Stanza, StopMode, install, wait_until};
 

@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 use library::{assert_whole, memory, objects, repository, view};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pgcairn::backup::run::{BackupOptions, WalChoice, Wanted, Way, backup};
 use pgcairn::postgres::BackupKind;
 use pgcairn::progress::Silent;
 use pgcairn::repo::Repository;
 use pgcairn::store::{Effect, ErrorKind, Fault, MemoryStore};
-use pgcairn::write::backup::{BackupOptions, WalChoice, Wanted, Way, backup};
 use pgcairn_integration::process::{is_running, run_ok};
 use pgcairn_integration::{Cluster, Data, Stanza, install, wait_until};
 

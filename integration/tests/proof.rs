@@ -4,11 +4,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use pgcairn::backup::preflight::{await_told, identify, prove_archiving};
+use pgcairn::backup::server::Server;
 use pgcairn::format::manifest::Database;
 use pgcairn::repo::Repository;
 use pgcairn::store::{self, StoreOptions};
-use pgcairn::write::check::{await_told, identify, prove_archiving};
-use pgcairn::write::server::Server;
 use pgcairn_integration::process::run_ok;
 use pgcairn_integration::{Cluster, Output, Stanza, StopMode, install, stanza, wait_until};
 

@@ -6,11 +6,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
+use pgcairn::backup::run::{BackupOptions, WalChoice, Wanted, Way, backup};
 use pgcairn::postgres::BackupKind;
 use pgcairn::progress::{Monitor, Silent};
 use pgcairn::repo::Repository;
 use pgcairn::store::{self, StoreOptions};
-use pgcairn::write::backup::{BackupOptions, WalChoice, Wanted, Way, backup};
 use pgcairn_integration::client::Client;
 use pgcairn_integration::process::run_ok;
 use pgcairn_integration::{Cluster, Data, Stanza, StopMode, install, stanza, wait_until};

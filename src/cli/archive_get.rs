@@ -7,13 +7,13 @@ use clap::Args;
 use super::archive_worker::{self, Staging};
 use super::options::{Common, YesNo, size};
 use super::output;
+use crate::archive::prefetch::{Taken, follow, take};
+use crate::archive::spool::Spool;
 use crate::error::{Error, Result};
 use crate::postgres::SegmentName;
-use crate::read::ahead::{Taken, follow, take};
-use crate::read::tablespaces::created_by_delivered;
 use crate::read::wal::{GetError, get_for};
+use crate::recovery::tablespaces::created_by_delivered;
 use crate::repo::asking::Asking;
-use crate::spool::Spool;
 
 /// PostgreSQL takes any status up to 125 for "there is no such file" and ends recovery; beyond that it stops instead.
 pub(super) const FAILED: u8 = 250;

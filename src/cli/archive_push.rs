@@ -5,11 +5,11 @@ use clap::Args;
 
 use super::archive_worker::{self, Staging};
 use super::options::{Common, YesNo};
+use crate::archive::client::{Asked, Place, ask};
+use crate::archive::push::{Pushed, push};
+use crate::archive::spool::Spool;
 use crate::error::{Error, Result};
 use crate::format::chunk::WAL_LEVEL;
-use crate::spool::Spool;
-use crate::write::ask::{Asked, Place, ask};
-use crate::write::push::{Pushed, push};
 
 /// Archive a WAL file; for archive_command = 'pgcairn archive-push %p'
 ///

@@ -7,12 +7,12 @@ use clap::{Args, Subcommand};
 
 use super::options::{Common, refuse_in_data_directory, state_directory};
 use super::{backup, daemon};
+use crate::archive::client::{Fate, Place, Watch};
+use crate::archive::prefetch;
+use crate::archive::spool::Spool;
+use crate::archive::worker::{AheadOptions, push_ahead};
 use crate::error::Result;
-use crate::read;
 use crate::repo::asking::Asking;
-use crate::spool::Spool;
-use crate::write::ahead::{AheadOptions, push_ahead};
-use crate::write::ask::{Fate, Place, Watch};
 
 /// Seconds without work after which a worker ends.
 const IDLE_S: u64 = 30;
@@ -164,14 +164,14 @@ impl Get {
 
     fn run(self, common: &Common) -> Result<()> {
         let spool = Spool::at(&self.spool)?;
-        let options = read::ahead::AheadOptions {
+        let options = prefetch::AheadOptions {
             queue_bytes: self.queue,
             process_max: self.threads.max(1),
             idle: Duration::from_secs(self.idle),
             wal: self.wal,
             asking: Asking { system_id: self.system_id, version: self.major },
         };
-        read::ahead::fetch_ahead(&spool, &options, &|| common.repository())
+        prefetch::fetch_ahead(&spool, &options, &|| common.repository())
     }
 }
 

@@ -6,13 +6,13 @@ use super::options::{Common, Output, YesNo, size};
 use super::output::{self, Progress, bytes};
 use super::pg::SourceKind;
 use super::retention::{RetentionOptions, tell, time};
+use crate::backup::run::{BackupOptions, WalChoice, Wanted, Way, backup};
+use crate::backup::schedule::Schedule;
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::DEFAULT_LEVEL;
 use crate::format::manifest::Description;
-use crate::keep::expire::expire;
 use crate::postgres::BackupKind;
-use crate::write::backup::{BackupOptions, WalChoice, Wanted, Way, backup};
-use crate::write::schedule::Schedule;
+use crate::retention::expire::expire;
 
 /// Back up the running cluster
 ///

@@ -5,16 +5,16 @@ use clap::Args;
 use super::options::{Common, YesNo};
 use super::output;
 use super::pg::SourceKind;
+use crate::backup::preflight::{await_told, identify, prove_archiving, prove_local, prove_stream};
+use crate::backup::rival::{refuse_rival, segment_size};
+use crate::backup::server::{Archiving, Server};
+use crate::backup::standby;
 use crate::error::{Error, Result};
 use crate::format::manifest::Database;
 use crate::postgres::SegmentName;
 use crate::postgres::wal::coverage::RoadEnd;
-use crate::read::outline::Outline;
+use crate::recovery::outline::Outline;
 use crate::repo::Repository;
-use crate::write::check::{await_told, identify, prove_archiving, prove_local, prove_stream};
-use crate::write::rival::{refuse_rival, segment_size};
-use crate::write::server::{Archiving, Server};
-use crate::write::standby;
 
 /// Check that backups can work: the server, the stanza, and that WAL arrives in the archive
 #[derive(Debug, Args)]

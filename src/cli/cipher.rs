@@ -11,7 +11,7 @@ use zeroize::Zeroize;
 
 use super::options::absolute_path;
 use crate::error::{Context, Error, Result};
-use crate::format::key::Passphrase;
+use crate::format::cipher_key::Passphrase;
 
 /// The environment variable of the passphrase itself.
 const VARIABLE: &str = "PGCAIRN_REPO_CIPHER_PASS";

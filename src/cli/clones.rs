@@ -13,9 +13,9 @@ use crate::clone::environment;
 use crate::error::{Error, Result};
 use crate::files::{self, Outlives};
 use crate::postgres::conninfo;
-use crate::read::recovery::Prepared;
-use crate::read::tablespaces::Created;
+use crate::read::completion::Prepared;
 use crate::read::tree::Owner;
+use crate::recovery::tablespaces::Created;
 use crate::user::require_own;
 
 const HINT: &str = "choose another directory for clones: --clone-path";

@@ -4,7 +4,7 @@ use super::options::{Common, Output};
 use super::output::{self, Progress};
 use super::retention::{RetentionOptions, tell};
 use crate::error::{Error, Result};
-use crate::keep::expire::{ExpireOptions, expire};
+use crate::retention::expire::{ExpireOptions, expire};
 
 /// Remove backups and WAL that the retention no longer keeps, and packs that no backup needs
 ///

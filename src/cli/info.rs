@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, LockKind};
 use crate::format::manifest::Database;
 use crate::postgres::{Lsn, SegmentName, Timeline, TimelineHistory};
-use crate::read::horizon::{Horizon, Range};
+use crate::recovery::window::{Horizon, Range};
 use crate::repo::Repository;
 use crate::repo::catalog::stanzas;
 use crate::repo::lock::Other;

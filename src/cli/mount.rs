@@ -14,13 +14,13 @@ use super::{daemon, output, signals};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::read::bounded::Bounded;
-use crate::read::course::Bound;
-use crate::read::point::Action;
+use crate::read::completion::Prepared;
 use crate::read::prefetch::Prefetcher;
-use crate::read::recovery::Prepared;
 use crate::read::stanza::{Moments, StanzaTree};
 use crate::read::tree::{Owner, ViewTree};
 use crate::read::view::{View, ViewOptions};
+use crate::recovery::plan::Bound;
+use crate::recovery::target::Action;
 use crate::repo::Repository;
 use crate::store::Stop;
 

@@ -7,10 +7,10 @@ use super::options::{Cache, Common};
 use super::output;
 use crate::error::{Error, Result};
 use crate::postgres::Label;
-use crate::read::course::{Bound, Course};
-use crate::read::outline::Outline;
-use crate::read::point::{Action, Point, PointParts, Target, TargetType};
-use crate::read::recovery::Prepared;
+use crate::read::completion::Prepared;
+use crate::recovery::outline::Outline;
+use crate::recovery::plan::{Bound, Course};
+use crate::recovery::target::{Action, Point, PointParts, Target, TargetType};
 use crate::repo::Repository;
 
 /// What recovery is to reach.

@@ -4,9 +4,9 @@ use super::cipher::NewCipher;
 use super::options::Common;
 use super::output;
 use crate::error::{Error, Result};
-use crate::keep::passwd::change_passphrase;
-use crate::keep::repair::repair;
 use crate::repo::Repository;
+use crate::repo::passwd::change_passphrase;
+use crate::verify::repair::repair;
 
 /// Work on the repository itself
 #[derive(Debug, Args)]

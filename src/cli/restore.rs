@@ -13,13 +13,13 @@ use super::point::{self, PointOptions, WalFor};
 use crate::error::{Error, Result};
 use crate::format::manifest::{Description, Tablespace};
 use crate::postgres::{AUTO_CONF, conf};
-use crate::read::course::{Bound, Course, Recovery};
-use crate::read::point::{Action, Point, Target};
-use crate::read::recovery::Prepared;
-use crate::read::restore::{Databases, RestoreOptions, Restored, restore};
+use crate::read::completion::Prepared;
 use crate::read::tree::Owner;
 use crate::read::view::{View, ViewOptions};
+use crate::recovery::plan::{Bound, Course, Recovery};
+use crate::recovery::target::{Action, Point, Target};
 use crate::repo::Repository;
+use crate::restore::{Databases, RestoreOptions, Restored, restore};
 
 /// Copy a backup out into an empty directory, or make a data directory equal to it
 ///

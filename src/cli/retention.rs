@@ -5,9 +5,9 @@ use std::time::Duration;
 use clap::{Args, ValueEnum, value_parser};
 
 use super::output::{self, bytes};
-use crate::keep::expire::{ExpireOptions, Report};
-use crate::keep::policy::{self, Retention};
 use crate::postgres::BackupKind;
+use crate::retention::expire::{ExpireOptions, Report};
+use crate::retention::policy::{self, Retention};
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Retention options (without any, everything is kept)")]

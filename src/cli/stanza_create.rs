@@ -6,12 +6,12 @@ use clap::Args;
 
 use super::options::Common;
 use super::output;
+use crate::backup::preflight::identify;
+use crate::backup::server::Server;
 use crate::error::{Error, Result};
 use crate::format::manifest::Database;
 use crate::repo::Repository;
 use crate::store::Store;
-use crate::write::check::identify;
-use crate::write::server::Server;
 
 /// Create a stanza for a running cluster: enters its system identifier and version into the repository
 #[derive(Debug, Args)]

@@ -2,10 +2,10 @@ use clap::Args;
 
 use super::options::Common;
 use super::output;
+use crate::backup::preflight::identify;
+use crate::backup::server::Server;
 use crate::error::Result;
 use crate::format::info::LockKind;
-use crate::write::check::identify;
-use crate::write::server::Server;
 
 /// Continue a stanza with the cluster that pg_upgrade made of its own
 ///

@@ -3,7 +3,7 @@ use clap::Args;
 use super::options::{Common, Output};
 use super::output::{self, Progress, bytes, time};
 use crate::error::{Error, Result};
-use crate::keep::verify::{Gap, Report, VerifyOptions, verify};
+use crate::verify::{Gap, Report, VerifyOptions, verify};
 
 /// Check that everything backups and points in time need is there and whole
 ///

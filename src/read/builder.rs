@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
-use super::recovery;
 use super::view::{Content, FileStat, NO_CHANGES, Node, NodeIndex, Piece, StoredChanges, Window};
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkRef, PackId};
 use crate::format::manifest::{Entry, Node as Stored, Place, path_cmp};
 use crate::format::map::Extent;
+use crate::read::completion;
 
 /// Chunks of small files are fetched with their neighbours in an aligned window of this many stored bytes: a starting
 /// server reads dozens of them.
@@ -61,7 +61,7 @@ impl Builder {
                 }
             }
         };
-        self.add(&recovery::view_path(&entry.path), entry.mode, entry.mtime, content);
+        self.add(&completion::view_path(&entry.path), entry.mode, entry.mtime, content);
     }
 
     /// Adds a node, or replaces the one at that path.

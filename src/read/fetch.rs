@@ -19,14 +19,14 @@ use crate::error::{Error, Result};
 use crate::format::FormatError;
 use crate::format::chunk::{ChunkId, ChunkRef, Decoded, Decoder, PackId};
 use crate::repo::reread::{self, Reads};
-use crate::repo::{Repository, keys};
+use crate::repo::{Repository, layout};
 use crate::store::{ErrorKind, StoreError, deadline};
 
 /// Neighbouring chunks are fetched together when at most this many bytes lie between them: what a request costs more
 /// than the bytes do.
 const GAP_BYTES: u64 = 64 * 1024;
 /// The most one request asks for.
-pub(super) const REQUEST_BYTES: u64 = 4 * 1024 * 1024;
+pub(crate) const REQUEST_BYTES: u64 = 4 * 1024 * 1024;
 
 /// Plaintext of one chunk, shared by all who read it.
 pub type Plain = Arc<Vec<u8>>;
@@ -374,7 +374,7 @@ impl Fetcher {
     fn key(&self, pack: PackId) -> String {
         match self.elsewhere.lock().get(&pack) {
             Some(key) => key.clone(),
-            None => keys::pack(&self.repository.stanza, pack),
+            None => layout::pack(&self.repository.stanza, pack),
         }
     }
 }

@@ -22,7 +22,7 @@ pub fn write(view: &View, out: &mut impl Write) -> io::Result<()> {
     let mut first = true;
     view.walk(&mut |path, number| -> io::Result<()> {
         let node = view.node(number).map_err(io::Error::other)?;
-        let path = super::recovery::stored_path(path);
+        let path = crate::read::completion::stored_path(path);
         let crc = view.crc(number).map_err(io::Error::other)?;
         let Some(crc32c) = crc.filter(|_| is_listed(&path)) else { return Ok(()) };
         let file = ManifestFile {

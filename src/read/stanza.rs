@@ -11,12 +11,8 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 use pgcairn_mount::{Attributes, Entry, Kind, NodeId, ROOT, Tree};
 
-use super::course::{Bound, Course, NoCourse};
 use super::fetch::Fetcher;
-use super::outline::Outline;
-use super::point::{Action, Point};
 use super::prefetch::Prefetcher;
-use super::recovery::Prepared;
 use super::tree::{Owner, ViewTree, eio};
 use super::view::{View, ViewOptions};
 use super::wal;
@@ -24,6 +20,10 @@ use crate::error::{Error, Result};
 use crate::format::CHUNK;
 use crate::format::chunk::ChunkRef;
 use crate::postgres::{BackupKind, Label, WalName};
+use crate::read::completion::Prepared;
+use crate::recovery::outline::Outline;
+use crate::recovery::plan::{Bound, Course, NoCourse};
+use crate::recovery::target::{Action, Point};
 use crate::store::{Listed, deadline};
 
 /// How long a listing of backups or WAL is believed.

@@ -15,12 +15,13 @@ pub(super) use self::changes::{NO_CHANGES, StoredChanges};
 
 use super::builder::Builder;
 use super::fetch::Fetcher;
-use super::{pgmanifest, recovery, wal};
+use super::{pgmanifest, wal};
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkId, ChunkRef, PackId};
 use crate::format::manifest::{Description, Entry, Node as Stored, Tablespace};
 use crate::format::map::{Extent, INDEX_LEAVES, Leaf, LeafRef, decode_index};
 use crate::format::{CHUNK, INDEX_BYTES, LEAF_BYTES, SLOT};
+use crate::read::completion;
 use crate::repo::wal::check_first_bytes;
 use crate::store::deadline;
 
@@ -38,7 +39,7 @@ pub struct ViewOptions {
     /// its server is told where the data directory is, whatever `postgresql.conf` says
     pub placed: bool,
     /// an archive recovery that the copy is prepared for
-    pub recovery: Option<recovery::Prepared>,
+    pub recovery: Option<completion::Prepared>,
     /// know what the backup noted of the files' content, to compare others with them
     pub changes: bool,
 }
@@ -50,7 +51,7 @@ impl ViewOptions {
     }
 
     /// The same, prepared for a recovery.
-    pub fn prepared(self, recovery: Option<recovery::Prepared>) -> Self {
+    pub fn prepared(self, recovery: Option<completion::Prepared>) -> Self {
         Self { recovery, ..self }
     }
 }
@@ -150,9 +151,9 @@ pub struct FileStat {
 /// An extent in a view's own terms.
 #[derive(Clone, Copy, Debug)]
 pub struct Piece {
-    pub(super) chunk: u32,
-    pub(super) offset: u32,
-    pub(super) len: u32,
+    pub(crate) chunk: u32,
+    pub(crate) offset: u32,
+    pub(crate) len: u32,
 }
 
 /// Chunks of one pack that are fetched together with their neighbours.
@@ -223,7 +224,7 @@ impl View {
         }
         let description = manifest.description;
         fetcher.count(0);
-        recovery::complete(&mut builder, &repository, &description, options)?;
+        completion::complete(&mut builder, &repository, &description, options)?;
         let (nodes, children) = builder.tree()?;
         let leaves = LeafCache { leaves: LruCache::unbounded(), bytes: 0 };
         Ok(Self {
@@ -246,7 +247,7 @@ impl View {
     }
 
     /// The chunk of this number; all numbers come from this view.
-    pub(super) fn chunk(&self, number: u32) -> &ChunkRef {
+    pub(crate) fn chunk(&self, number: u32) -> &ChunkRef {
         &self.chunks[number as usize]
     }
 

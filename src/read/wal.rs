@@ -106,7 +106,7 @@ pub fn get_for(
 const THREADS_MAX: usize = 4;
 
 /// Writes the archived file `name`, whose object is `key`, to `target`, by way of a temporary file beside it.
-pub(super) fn deliver(
+pub(crate) fn deliver(
     repository: &Repository,
     database: &Database,
     name: &str,
@@ -129,7 +129,7 @@ pub(super) fn deliver(
 }
 
 /// What a file is called while it is written.
-pub(super) const TEMPORARY: &str = "pgcairn-tmp";
+pub(crate) const TEMPORARY: &str = "pgcairn-tmp";
 
 fn write(
     repository: &Repository,

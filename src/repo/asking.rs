@@ -85,7 +85,7 @@ mod tests {
         std::fs::write(place.path().join("data").join(CONTROL_FILE), control.concat()).unwrap();
         let asking = Asking::of(&path).unwrap();
         assert_eq!(asking, Asking { system_id: 7, version: Some(15) });
-        let of = |id, version, system_id| Database { id, version, system_id, ..crate::keep::tests::database() };
+        let of = |id, version, system_id| Database { id, version, system_id, ..crate::retention::tests::database() };
         let info = ArchiveInfo { history: vec![of(1, 15, 7), of(2, 16, 8), of(3, 15, 7)] };
         let ids = |asking| info.asked_for("main", asking).map(|found| found.iter().map(|of| of.id).collect::<Vec<_>>());
         assert_eq!(ids(Some(&asking)).unwrap(), [3, 1]);

@@ -4,17 +4,18 @@ use std::collections::BTreeSet;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
-use super::{Repository, keys, reread};
+use super::{Repository, reread};
 use crate::error::{Error, Result};
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, Info, Latest, LockKind, is_sealed};
 use crate::format::manifest::{Database, Description};
 use crate::postgres::{BackupKind, Label};
+use crate::repo::layout;
 use crate::store::{Body, Store};
 
 impl Repository {
     /// `archive.info`; its absence means that the stanza does not exist.
     pub fn archive_info(&self) -> Result<ArchiveInfo> {
-        match self.read_info(&keys::archive_info(&self.stanza))? {
+        match self.read_info(&layout::archive_info(&self.stanza))? {
             Some(info) => Ok(info),
             None => Err(self.unknown_stanza()),
         }
@@ -27,7 +28,7 @@ impl Repository {
 
     /// The same, with a backup that was just committed and need not be read.
     fn backup_info_with(&self, fresh: Option<&Description>) -> Result<BackupInfo> {
-        let mut info: BackupInfo = match self.read_info(&keys::backup_info(&self.stanza)) {
+        let mut info: BackupInfo = match self.read_info(&layout::backup_info(&self.stanza)) {
             Ok(info) => info.unwrap_or_default(),
             Err(error) if error.is_damage() => {
                 tracing::warn!(%error, "backup.info and its copy are damaged; the manifests are read instead");
@@ -57,7 +58,7 @@ impl Repository {
 
     /// Labels of the stanza's backups, oldest first.
     pub fn labels(&self) -> Result<Vec<String>> {
-        let prefix = keys::backups(&self.stanza);
+        let prefix = layout::backups(&self.stanza);
         let (mut labels, mut after) = (Vec::new(), None);
         loop {
             // the manifests themselves: a directory may have outlived its manifest
@@ -99,20 +100,20 @@ impl Repository {
     /// The backups that `backup.info`, its copy and the pointers name; what is damaged names none.
     fn labels_named(&self) -> Result<BTreeSet<String>> {
         let mut named = BTreeSet::new();
-        for key in with_copy(&keys::backup_info(&self.stanza)) {
+        for key in with_copy(&layout::backup_info(&self.stanza)) {
             let info = self.info_state::<BackupInfo>(&key)?;
             named.extend(info.into_iter().flat_map(|info| info.backups.into_keys()));
         }
         let kinds = [BackupKind::Full, BackupKind::Diff, BackupKind::Incr].map(pointer);
         for name in std::iter::once("latest").chain(kinds) {
-            let latest = self.info_state::<Latest>(&keys::latest(&self.stanza, name))?;
+            let latest = self.info_state::<Latest>(&layout::latest(&self.stanza, name))?;
             named.extend(latest.map(|latest| latest.label));
         }
         Ok(named)
     }
 
     fn has_manifest(&self, label: &str) -> Result<bool> {
-        Ok(self.store.size(&keys::manifest(&self.stanza, label))?.is_some())
+        Ok(self.store.size(&layout::manifest(&self.stanza, label))?.is_some())
     }
 
     /// The label that `latest` or a label names, proved to exist.
@@ -121,7 +122,7 @@ impl Repository {
             if backup.parse::<Label>().is_err() {
                 return Err(self.unknown_backup(backup));
             }
-            return match self.store.size(&keys::manifest(&self.stanza, backup)) {
+            return match self.store.size(&layout::manifest(&self.stanza, backup)) {
                 Ok(Some(_)) => Ok(backup.to_owned()),
                 Ok(None) => Err(self.unknown_backup(backup)),
                 Err(error) => Err(error.into()),
@@ -156,7 +157,7 @@ impl Repository {
 
     /// The same by who holds the lock.
     pub(super) fn create_locked_stanza(&self, database: Database) -> Result<bool> {
-        let key = keys::archive_info(&self.stanza);
+        let key = layout::archive_info(&self.stanza);
         if let Some(info) = self.read_info::<ArchiveInfo>(&key)? {
             info.check(&self.stanza, &database)?;
             return Ok(false);
@@ -166,7 +167,7 @@ impl Repository {
                 "\"pgcairn repo repair\" makes it again from backups and WAL; a new cluster needs another stanza",
             ));
         }
-        self.write_info(&keys::backup_info(&self.stanza), &BackupInfo::default())?;
+        self.write_info(&layout::backup_info(&self.stanza), &BackupInfo::default())?;
         self.write_info(&key, &ArchiveInfo { history: vec![database] })?;
         Ok(true)
     }
@@ -174,10 +175,10 @@ impl Repository {
     /// The key of something that is stored for the stanza: a manifest, or a file of the archive.
     fn first_object(&self) -> Result<Option<String>> {
         if let Some(label) = self.labels()?.pop() {
-            return Ok(Some(keys::manifest(&self.stanza, &label)));
+            return Ok(Some(layout::manifest(&self.stanza, &label)));
         }
-        let info = with_copy(&keys::archive_info(&self.stanza));
-        let found = self.store.list(&keys::archives(&self.stanza), None)?.objects;
+        let info = with_copy(&layout::archive_info(&self.stanza));
+        let found = self.store.list(&layout::archives(&self.stanza), None)?.objects;
         Ok(found.into_iter().map(|object| object.key).find(|key| !info.contains(key)))
     }
 
@@ -199,14 +200,14 @@ impl Repository {
         database.id = info.history.iter().map(|known| known.id).max().unwrap_or_default() + 1;
         let id = database.id;
         info.history.push(database);
-        self.write_info(&keys::archive_info(&self.stanza), &info)?;
+        self.write_info(&layout::archive_info(&self.stanza), &info)?;
         Ok(Some(id))
     }
 
     /// Enters a committed backup into the catalog and moves the pointers.
     pub fn enter(&self, description: &Description) -> Result<()> {
         let info = self.backup_info_with(Some(description))?;
-        self.write_info(&keys::backup_info(&self.stanza), &info)?;
+        self.write_info(&layout::backup_info(&self.stanza), &info)?;
         self.point("latest", &description.label)?;
         self.point(pointer(description.kind), &description.label)
     }
@@ -215,7 +216,7 @@ impl Repository {
     /// pointers that name nothing any more.
     pub fn refresh_catalog(&self) -> Result<Vec<String>> {
         let info = self.backup_info()?;
-        self.write_info(&keys::backup_info(&self.stanza), &info)?;
+        self.write_info(&layout::backup_info(&self.stanza), &info)?;
         self.refresh_pointers(&info)
     }
 
@@ -223,7 +224,7 @@ impl Repository {
     /// if it is whole, still says what they are.
     pub fn rebuild_backup_info(&self) -> Result<(usize, Vec<(String, Error)>)> {
         let mut info = BackupInfo::default();
-        let old: Option<BackupInfo> = self.read_info(&keys::backup_info(&self.stanza)).unwrap_or_default();
+        let old: Option<BackupInfo> = self.read_info(&layout::backup_info(&self.stanza)).unwrap_or_default();
         let mut unreadable = Vec::new();
         for label in self.labels()? {
             match self.description(&label) {
@@ -236,13 +237,13 @@ impl Repository {
                 Err(error) => return Err(error),
             }
         }
-        self.write_info(&keys::backup_info(&self.stanza), &info)?;
+        self.write_info(&layout::backup_info(&self.stanza), &info)?;
         Ok((info.backups.len(), unreadable))
     }
 
     /// Writes what clusters the stanza has been.
     pub fn write_archive_info(&self, info: &ArchiveInfo) -> Result<()> {
-        self.write_info(&keys::archive_info(&self.stanza), info)
+        self.write_info(&layout::archive_info(&self.stanza), info)
     }
 
     fn refresh_pointers(&self, info: &BackupInfo) -> Result<Vec<String>> {
@@ -252,7 +253,7 @@ impl Repository {
         let mut empty = Vec::new();
         let kinds = [BackupKind::Full, BackupKind::Diff, BackupKind::Incr].map(|kind| (pointer(kind), Some(kind)));
         for (name, kind) in std::iter::once(("latest", None)).chain(kinds) {
-            let key = keys::latest(&self.stanza, name);
+            let key = layout::latest(&self.stanza, name);
             let named = self.info_state::<Latest>(&key)?.ok().map(|latest| latest.label);
             match newest(kind) {
                 Some(label) if named.as_ref().is_none_or(|named| !info.backups.contains_key(named)) => {
@@ -266,7 +267,7 @@ impl Repository {
     }
 
     fn point(&self, name: &str, label: &str) -> Result<()> {
-        let key = keys::latest(&self.stanza, name);
+        let key = layout::latest(&self.stanza, name);
         let latest = self.encode_info(&key, &Latest { label: label.to_owned() })?;
         Ok(self.store.put(&key, Body::Bytes(latest))?)
     }
@@ -274,10 +275,10 @@ impl Repository {
     /// Every info file, its copy, and every pointer that should be there, each with what is wrong with it.
     pub fn info_states(&self) -> Result<Vec<(String, Option<String>)>> {
         let mut states = Vec::new();
-        for key in with_copy(&keys::archive_info(&self.stanza)) {
+        for key in with_copy(&layout::archive_info(&self.stanza)) {
             states.push((key.clone(), self.info_state::<ArchiveInfo>(&key)?.err()));
         }
-        for key in with_copy(&keys::backup_info(&self.stanza)) {
+        for key in with_copy(&layout::backup_info(&self.stanza)) {
             states.push((key.clone(), self.info_state::<BackupInfo>(&key)?.err()));
         }
         let labels = self.labels()?;
@@ -286,7 +287,7 @@ impl Repository {
             if !parsed.iter().any(|label| label.kind() == kind) {
                 continue;
             }
-            let key = keys::latest(&self.stanza, pointer(kind));
+            let key = layout::latest(&self.stanza, pointer(kind));
             let what = match self.info_state::<Latest>(&key)? {
                 Ok(latest) if labels.contains(&latest.label) => None,
                 Ok(latest) => Some(format!("names {}, which is gone", latest.label)),
@@ -342,7 +343,7 @@ impl Repository {
         match stanzas(&self.store) {
             Ok(names) if names.contains(&self.stanza) => error.hint(format!(
                 "{} and its copy are gone, other objects are there: \"pgcairn repo repair\" makes them again",
-                keys::archive_info(&self.stanza)
+                layout::archive_info(&self.stanza)
             )),
             Ok(names) if !names.is_empty() => error.hint(format!("stanzas there: {}", names.join(", "))),
             Ok(_) => error.hint("create it with \"pgcairn stanza-create\", or check --repo"),

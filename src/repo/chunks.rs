@@ -3,9 +3,10 @@
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::{Repository, keys, reread};
+use super::{Repository, reread};
 use crate::error::{Context, Result};
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
+use crate::repo::layout;
 
 /// What one request asks for at least, where the pack has that much.
 const WINDOW_BYTES: u64 = 1 << 20;
@@ -15,7 +16,7 @@ const WINDOWS: usize = 12;
 impl Repository {
     /// One chunk of a pack below `chunk/`, proved in every way.
     pub fn fetch_chunk(&self, decoder: &mut Decoder, chunk: &ChunkRef) -> Result<Vec<u8>> {
-        let key = keys::pack(&self.stanza, chunk.pack);
+        let key = layout::pack(&self.stanza, chunk.pack);
         reread::checked(&*self.store, |reads| {
             let stored = reads.get_range(&key, u64::from(chunk.offset), u64::from(chunk.stored_len))?;
             Ok(decoder.prove(&self.keys, &key, chunk, &stored)?.plain)
@@ -57,7 +58,7 @@ impl ChunkReader {
 
     /// The plaintext of a chunk, proved. `pack_bytes` is the length of its pack, if it is known.
     pub fn read(&self, chunk: &ChunkRef, pack_bytes: Option<u64>) -> Result<Vec<u8>> {
-        let key = keys::pack(&self.repository.stanza, chunk.pack);
+        let key = layout::pack(&self.repository.stanza, chunk.pack);
         // held while fetching: who waits here wants the same window
         let State { windows, decoder } = &mut *self.state.lock();
         match windows.iter().position(|window| window.has(chunk)) {

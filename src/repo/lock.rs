@@ -11,10 +11,11 @@ use std::time::Duration;
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
-use super::{Repository, keys};
+use super::Repository;
 use crate::error::{Context, Error, Result};
 use crate::format::info::{LockInfo, LockKind};
 use crate::interrupt;
+use crate::repo::layout;
 use crate::store::{Body, Listed};
 
 mod process;
@@ -275,7 +276,7 @@ impl Held {
         };
         Ok(Self {
             repository: repository.clone(),
-            key: format!("{}{id}", keys::locks(&repository.stanza)),
+            key: format!("{}{id}", layout::locks(&repository.stanza)),
             timing,
             state: Mutex::new(State { info, renewed: process::uptime(), lost: false }),
         })
@@ -394,7 +395,7 @@ fn list(repository: &Repository, timing: &Timing, own: Option<&str>) -> Result<(
     let mut objects: Vec<Listed> = Vec::new();
     let mut after = None;
     loop {
-        let page = store.list(&keys::locks(&repository.stanza), after.as_deref())?;
+        let page = store.list(&layout::locks(&repository.stanza), after.as_deref())?;
         objects.extend(page.objects);
         after = page.next;
         if after.is_none() {

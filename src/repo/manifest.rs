@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-use super::{Repository, keys, reread};
+use super::{Repository, reread};
 use crate::error::{Context, Result};
 use crate::format::FormatError;
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
@@ -12,6 +12,7 @@ use crate::format::manifest::{
     BlockWriter, Description, Entry, ManifestReader, PackUse, decode_packs, decode_proof, path_cmp,
 };
 use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer};
+use crate::repo::layout;
 
 /// A manifest that is being read.
 #[derive(Debug)]
@@ -196,7 +197,7 @@ impl ManifestIndex {
 
 impl Object {
     fn get(repository: &Repository, label: &str) -> Result<Self> {
-        let key = keys::manifest(&repository.stanza, label);
+        let key = layout::manifest(&repository.stanza, label);
         reread::checked(&*repository.store, |reads| {
             let (key, repository) = (key.clone(), repository.clone());
             let bytes = reads.get(&key)?;
@@ -226,7 +227,7 @@ impl Object {
 
     /// The end of a large manifest, where the pack table is: who looks at a thousand backups need not read every file's entry.
     fn end(repository: &Repository, label: &str) -> Result<Option<Self>> {
-        let key = keys::manifest(&repository.stanza, label);
+        let key = layout::manifest(&repository.stanza, label);
         let size = repository.store.size(&key)?.unwrap_or_default();
         let Some(from) = size.checked_sub(TAIL_BYTES).filter(|from| *from > 0) else { return Ok(None) };
         reread::checked(&*repository.store, |reads| {
@@ -397,7 +398,7 @@ mod tests {
         let store = Arc::new(MemoryStore::new());
         let repository = Repository { keys: keys.clone(), ..Repository::new(store, "main").unwrap() };
         let read = |bytes: &[u8]| {
-            let key = keys::manifest("main", LABEL);
+            let key = layout::manifest("main", LABEL);
             repository.store.put(&key, Body::Bytes(bytes.to_vec().into())).unwrap();
             repository.manifest_packs(LABEL)
         };
@@ -410,7 +411,7 @@ mod tests {
         // a stanza made before manifests had proofs
         let unproved = Repository { keys: Keys::new(b"a secret"), ..repository.clone() };
         let old = proved_manifest(&unproved.keys, LABEL, 9, [b"description", b"entries"]);
-        repository.store.put(&keys::manifest("main", LABEL), Body::Bytes(old.into())).unwrap();
+        repository.store.put(&layout::manifest("main", LABEL), Body::Bytes(old.into())).unwrap();
         assert_eq!(unproved.manifest_packs(LABEL).unwrap(), []);
         assert!(repository.manifest_packs(LABEL).is_err());
     }
@@ -423,7 +424,7 @@ mod tests {
             let recording = store.recording();
             let repository = Repository::new(Arc::new(store), "main").unwrap();
             let (bytes, table) = manifest(&repository.keys, parts, packs);
-            let key = keys::manifest("main", LABEL);
+            let key = layout::manifest("main", LABEL);
             repository.store.put(&key, Body::Bytes(bytes.clone().into())).unwrap();
             assert_eq!(repository.manifest_packs(LABEL).unwrap(), table);
             assert_eq!(recording.count(Operation::Get).calls, u64::from(whole), "{parts} {packs}");

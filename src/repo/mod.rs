@@ -1,14 +1,14 @@
 //! The repository of one stanza: keys, catalog, and the order in which a backup becomes one.
-
 pub mod asking;
 pub mod catalog;
 pub mod chunks;
 pub mod clock;
-pub mod harm;
-pub mod keys;
+pub mod damage;
+pub mod layout;
 pub mod lock;
 pub mod manifest;
 pub mod packs;
+pub mod passwd;
 pub mod proof;
 pub mod reread;
 pub mod stored;
@@ -40,7 +40,7 @@ pub struct Repository {
 impl Repository {
     /// Names a stanza that is not encrypted, without looking whether it exists; [`Self::open`] looks.
     pub fn new(store: Arc<dyn Store>, stanza: &str) -> Result<Self> {
-        keys::check_stanza(stanza)?;
+        layout::check_stanza(stanza)?;
         Ok(Self { store, stanza: stanza.to_owned(), keys: Keys::new(b"") })
     }
 

@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 
-use super::{Repository, keys};
+use super::Repository;
 use crate::error::Result;
 use crate::format::FormatError;
 use crate::format::chunk::PackId;
 use crate::format::manifest::PackUse;
+use crate::repo::layout;
 
 impl Repository {
     /// Every pack below `chunk/` and its length: a page of a listing for a thousand of them.
@@ -16,7 +17,7 @@ impl Repository {
 
     /// The same, of those written at this second (of the store's clock) or later.
     pub fn packs_since(&self, second: i64) -> Result<HashMap<PackId, u64>> {
-        let prefix = keys::packs(&self.stanza);
+        let prefix = layout::packs(&self.stanza);
         let (mut packs, mut after) = (HashMap::new(), None);
         loop {
             let page = self.store.list(&prefix, after.as_deref())?;
@@ -42,7 +43,7 @@ impl Repository {
                 Some(found) => format!("it has {found} bytes, and had {size} when it was written"),
                 None => "the object is missing".into(),
             };
-            return Err(FormatError::new(&keys::pack(&self.stanza, *pack), 0, what).into());
+            return Err(FormatError::new(&layout::pack(&self.stanza, *pack), 0, what).into());
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::manifest::ManifestCursor;
 use super::proof::{Claims, Contradiction, wal_of};
 use super::wal::wal_identity;
-use super::{Repository, keys, reread};
+use super::{Repository, reread};
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::{ChunkRef, Decoder};
 use crate::format::manifest::{Entry, File, Node, Place};
@@ -13,6 +13,7 @@ use crate::format::map::{Extent, Leaf, decode_index};
 use crate::format::{FormatError, LEAF_BYTES};
 use crate::postgres::SegmentName;
 use crate::postgres::wal::landmarks::Landmarks;
+use crate::repo::layout;
 
 /// Stored bytes that one request asks for.
 const REQUEST_BYTES: u64 = 8 << 20;
@@ -109,7 +110,7 @@ impl Repository {
             Place::Index(index) => {
                 let mut leaves = Vec::new();
                 for chunk in index {
-                    leaves.extend(decode_index(&keys::pack(&self.stanza, chunk.pack), &one(chunk)?)?);
+                    leaves.extend(decode_index(&layout::pack(&self.stanza, chunk.pack), &one(chunk)?)?);
                 }
                 leaves
             }
@@ -117,7 +118,7 @@ impl Repository {
         let mut extents = Vec::new();
         for (number, leaf) in (0..).zip(&leaves) {
             let len = file.size.saturating_sub(number * LEAF_BYTES).min(LEAF_BYTES);
-            let leaf = Leaf::decode(&keys::pack(&self.stanza, leaf.map.pack), &one(&leaf.map)?, len)?;
+            let leaf = Leaf::decode(&layout::pack(&self.stanza, leaf.map.pack), &one(&leaf.map)?, len)?;
             (0..leaf.slots()).for_each(|slot| extents.extend_from_slice(leaf.slot(slot)));
         }
         Ok(extents)
@@ -134,7 +135,7 @@ impl Repository {
             let own = |chunk: &ChunkRef| prove(manifest.key(), chunk, &manifest.stored(chunk).ok_or_else(lost)?);
             return run.iter().map(own).collect();
         }
-        let (key, from) = (keys::pack(&self.stanza, first.pack), u64::from(first.offset));
+        let (key, from) = (layout::pack(&self.stanza, first.pack), u64::from(first.offset));
         reread::checked(&*self.store, |reads| {
             let bytes = reads.get_range(&key, from, last.end() - from)?;
             let stored =

@@ -6,11 +6,12 @@
 
 use std::sync::Arc;
 
-use super::{Repository, keys, reread};
+use super::{Repository, reread};
 use crate::error::{Context, Error, Result};
+use crate::format::cipher_key::{KeyObject, Passphrase, Secret};
 use crate::format::info::{LockKind, decode_open, encode_open, is_sealed};
-use crate::format::key::{KeyObject, Passphrase, Secret};
 use crate::format::manifest::Database;
+use crate::repo::layout;
 use crate::store::{Body, ErrorKind, Store};
 
 /// What a passphrase opened.
@@ -46,7 +47,7 @@ impl Repository {
 
     /// Whether the stanza is encrypted.
     pub fn has_secret(&self) -> Result<bool> {
-        Ok(!self.store.names(&keys::secrets(&self.stanza))?.is_empty())
+        Ok(!self.store.names(&layout::secrets(&self.stanza))?.is_empty())
     }
 
     /// The secret; `None` when the stanza is not encrypted.
@@ -54,7 +55,7 @@ impl Repository {
     /// # Errors
     /// When the passphrase is another one.
     pub fn unlock(&self, passphrase: &Passphrase) -> Result<Option<Unlocked>> {
-        let places = keys::secret_places(&self.stanza);
+        let places = layout::secret_places(&self.stanza);
         // a change of the passphrase may move the object behind our back: not twice while we look
         for _ in 0..2 {
             let (mut found, mut damage) = (false, None);
@@ -139,14 +140,15 @@ impl Repository {
             return Err(self.has_no_secret());
         }
         let secret = Secret::random().context(|| "cannot get random bytes".into())?;
-        let [place, _] = keys::secret_places(&self.stanza);
+        let [place, _] = layout::secret_places(&self.stanza);
         self.write_secret(&place, &secret, passphrase)?;
         Ok(self.with_secret(&secret))
     }
 
     /// Whether anything of the stanza is there already.
     fn has_objects(&self) -> Result<bool> {
-        for prefix in [keys::backups(&self.stanza), format!("archive/{}/", self.stanza), keys::packs(&self.stanza)] {
+        for prefix in [layout::backups(&self.stanza), format!("archive/{}/", self.stanza), layout::packs(&self.stanza)]
+        {
             if !self.store.names(&prefix)?.is_empty() {
                 return Ok(true);
             }
@@ -162,14 +164,14 @@ impl Repository {
 
     /// Why there is no secret that a passphrase could open.
     fn has_no_secret(&self) -> Error {
-        let key = keys::archive_info(&self.stanza);
+        let key = layout::archive_info(&self.stanza);
         let is_sealed = match self.store.get(&key) {
             Ok(bytes) => is_sealed(&bytes),
             Err(error) if error.kind == ErrorKind::NotFound => false,
             Err(error) => return error.into(),
         };
         if is_sealed {
-            let prefix = keys::secrets(&self.stanza);
+            let prefix = layout::secrets(&self.stanza);
             return Error::new(format!(
                 "stanza {} is encrypted, and its key is gone: nothing is below {prefix}",
                 self.stanza

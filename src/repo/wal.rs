@@ -3,13 +3,14 @@
 use std::panic::resume_unwind;
 use std::thread;
 
-use super::{Repository, keys};
+use super::Repository;
 use crate::error::{Context, Error, Result};
 use crate::format::FormatError;
 use crate::format::chunk::PackId;
 use crate::format::manifest::Database;
 use crate::format::pack::{POINT, PackKind, WalKey};
 use crate::postgres::{Major, SegmentName, SegmentSize, Timeline, TimelineHistory, WalIdentity, WalName};
+use crate::repo::layout;
 use crate::store::{Listed, PAGE_OBJECTS_MAX, Page};
 
 /// Parts of a whole archive that are listed at the same time.
@@ -59,7 +60,7 @@ impl Listing {
 impl Repository {
     /// The archive of `database`.
     pub fn archive(&self, database: &Database) -> Archive<'_> {
-        let prefix = keys::archive(&self.stanza, database.version, database.id);
+        let prefix = layout::archive(&self.stanza, database.version, database.id);
         Archive { repository: self, prefix, per_directory: (1 << 32) / database.wal_segment_size.max(1 << 20) }
     }
 
@@ -80,7 +81,7 @@ impl Archive<'_> {
     /// # Errors
     /// When the archive holds two contents under that name: nobody can tell which one is right.
     pub fn find(&self, name: &str) -> Result<Option<Listed>> {
-        let prefix = keys::wal_prefix(&self.prefix, name);
+        let prefix = layout::wal_prefix(&self.prefix, name);
         let mut found = self.repository.store.list(&prefix, None)?.objects;
         found.retain(|object| self.name_of(&object.key) == Some(name));
         match found.len() {
@@ -104,7 +105,7 @@ impl Archive<'_> {
         let mut found = vec![Vec::new(); needed.len()];
         let (Some(first), Some(last)) = (needed.first(), needed.last()) else { return Ok(found) };
         let prefix = format!("{}{:08X}", self.prefix, first.timeline().0);
-        let mut after = keys::wal_prefix(&self.prefix, &first.to_string());
+        let mut after = layout::wal_prefix(&self.prefix, &first.to_string());
         loop {
             let page = self.repository.store.list(&prefix, Some(&after))?;
             for object in page.objects {
@@ -142,7 +143,7 @@ impl Archive<'_> {
     /// The first segment of its timeline from this one on.
     pub fn first_from(&self, segment: SegmentName) -> Result<Option<SegmentName>> {
         let prefix = format!("{}{:08X}", self.prefix, segment.timeline().0);
-        let mut after = keys::wal_prefix(&self.prefix, &segment.to_string());
+        let mut after = layout::wal_prefix(&self.prefix, &segment.to_string());
         loop {
             let page = self.repository.store.list(&prefix, Some(&after))?;
             let mut segments = page.objects.iter().filter_map(|object| self.segment_of(&object.key));
@@ -158,7 +159,7 @@ impl Archive<'_> {
 
     /// Where a file with this content goes; `point`: a restore point may begin in it.
     pub fn key(&self, name: &str, content: PackId, point: bool) -> String {
-        let prefix = keys::wal_prefix(&self.prefix, name);
+        let prefix = layout::wal_prefix(&self.prefix, name);
         let point = if point { POINT } else { "" };
         if name.ends_with(".history") { prefix } else { format!("{prefix}{content}{point}") }
     }
@@ -236,7 +237,7 @@ impl Archive<'_> {
     pub fn histories(&self, listing: &Listing) -> Vec<(Timeline, String)> {
         let first = listing.objects.iter().filter_map(|object| self.name_of(&object.key));
         let history = |name: &str| match WalName::parse(name) {
-            Ok(WalName::History(timeline)) => Some((timeline, keys::wal_prefix(&self.prefix, name))),
+            Ok(WalName::History(timeline)) => Some((timeline, layout::wal_prefix(&self.prefix, name))),
             _ => None,
         };
         let mut all: Vec<_> = first.chain(listing.names.iter().map(String::as_str)).filter_map(history).collect();

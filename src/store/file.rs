@@ -19,7 +19,8 @@ use nix::sys::stat::{Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 use parking_lot::Mutex;
 
-use super::{Body, ErrorKind, Page, Result, Store, StoreError, key};
+use super::{Body, ErrorKind, Page, Result, Store, StoreError};
+use crate::store::object_key;
 
 mod walk;
 
@@ -78,7 +79,7 @@ impl DirectoryStore {
     /// link: whoever may write the repository must not choose what is deleted.
     fn remove_old_temp_files(&self) -> io::Result<()> {
         let root = File::open(&self.root)?;
-        let directory = open_beneath(&root, Path::new(key::RESERVED), OFlag::O_DIRECTORY)?;
+        let directory = open_beneath(&root, Path::new(object_key::RESERVED), OFlag::O_DIRECTORY)?;
         // each file that a writer makes gives the directory this time, by the file system's own clock: this machine's may be
         // ahead, and then the files of writers at work would look old
         let now = directory.metadata()?.mtime();
@@ -110,7 +111,7 @@ impl DirectoryStore {
 
     /// The object's file and length, `None` when there is none.
     fn open_object(&self, key: &str) -> Result<Option<(File, u64)>> {
-        key::require("read", &self.url, key)?;
+        object_key::require("read", &self.url, key)?;
         let root = self.open_root()?;
         // not O_PATH: a file that may not be read must say so here; O_NONBLOCK: never hang on a pipe put there
         let file = match open_beneath(&root, Path::new(key), OFlag::O_RDONLY | OFlag::O_NONBLOCK) {
@@ -144,8 +145,8 @@ impl DirectoryStore {
     }
 
     fn temp_directory(&self, root: &File) -> io::Result<File> {
-        self.make_directories(root, Path::new(key::RESERVED))?;
-        open_beneath(root, Path::new(key::RESERVED), OFlag::O_DIRECTORY)
+        self.make_directories(root, Path::new(object_key::RESERVED))?;
+        open_beneath(root, Path::new(object_key::RESERVED), OFlag::O_DIRECTORY)
     }
 
     /// Renames the temporary file to its key, in a directory that may have to be made.
@@ -235,7 +236,7 @@ impl Store for DirectoryStore {
     }
 
     fn put(&self, key: &str, body: Body) -> Result<()> {
-        key::require("write", &self.url, key)?;
+        object_key::require("write", &self.url, key)?;
         let root = self.open_root()?;
         self.write(&root, Path::new(key), &body).map_err(|e| match e.kind() {
             // what is missing while writing is the directory or the source, not an object
@@ -249,19 +250,19 @@ impl Store for DirectoryStore {
     }
 
     fn list(&self, prefix: &str, after: Option<&str>) -> Result<Page> {
-        key::require_prefix(&self.url, prefix)?;
+        object_key::require_prefix(&self.url, prefix)?;
         let root = self.open_root()?;
         walk::list(&root, prefix, after).map_err(|e| self.error("list", prefix, e))
     }
 
     fn names(&self, prefix: &str) -> Result<Vec<String>> {
-        key::require_directory(&self.url, prefix)?;
+        object_key::require_directory(&self.url, prefix)?;
         let root = self.open_root()?;
         walk::names(&root, prefix).map_err(|e| self.error("list", prefix, e))
     }
 
     fn delete(&self, keys: &[String]) -> Result<()> {
-        keys.iter().try_for_each(|key| key::require("delete", &self.url, key))?;
+        keys.iter().try_for_each(|key| object_key::require("delete", &self.url, key))?;
         let root = self.open_root()?;
         for key in keys {
             self.delete_one(&root, Path::new(key)).map_err(|e| self.error("delete", key, e))?;

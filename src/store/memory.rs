@@ -8,7 +8,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use parking_lot::RwLock;
 
-use super::{Body, ErrorKind, Listed, PAGE_OBJECTS_MAX, Page, Result, Store, StoreError, key};
+use super::{Body, ErrorKind, Listed, PAGE_OBJECTS_MAX, Page, Result, Store, StoreError};
+use crate::store::object_key;
 
 const URL: &str = "memory:";
 
@@ -30,7 +31,7 @@ impl MemoryStore {
     }
 
     fn with<T>(&self, key: &str, read: impl FnOnce(&Bytes) -> Result<T>) -> Result<T> {
-        key::require("read", URL, key)?;
+        object_key::require("read", URL, key)?;
         match self.objects.read().get(key) {
             Some(object) => read(&object.bytes),
             None => Err(StoreError::new(ErrorKind::NotFound, "read", URL, key, "no such object")),
@@ -54,7 +55,7 @@ impl Store for MemoryStore {
     }
 
     fn put(&self, key: &str, body: Body) -> Result<()> {
-        key::require("write", URL, key)?;
+        object_key::require("write", URL, key)?;
         let bytes = match body {
             Body::Bytes(bytes) => bytes,
             Body::File(path) => {
@@ -67,12 +68,12 @@ impl Store for MemoryStore {
     }
 
     fn size(&self, key: &str) -> Result<Option<u64>> {
-        key::require("read", URL, key)?;
+        object_key::require("read", URL, key)?;
         Ok(self.objects.read().get(key).map(|object| object.bytes.len() as u64))
     }
 
     fn list(&self, prefix: &str, after: Option<&str>) -> Result<Page> {
-        key::require_prefix(URL, prefix)?;
+        object_key::require_prefix(URL, prefix)?;
         let objects = self.objects.read();
         let start = after.unwrap_or_default().max(prefix);
         let mut matching = objects
@@ -90,7 +91,7 @@ impl Store for MemoryStore {
     }
 
     fn names(&self, prefix: &str) -> Result<Vec<String>> {
-        key::require_directory(URL, prefix)?;
+        object_key::require_directory(URL, prefix)?;
         let objects = self.objects.read();
         let below = objects.range::<str, _>((Bound::Included(prefix), Bound::Unbounded)).map(|(key, _)| key);
         let below = below.take_while(|key| key.starts_with(prefix));
@@ -99,7 +100,7 @@ impl Store for MemoryStore {
     }
 
     fn delete(&self, keys: &[String]) -> Result<()> {
-        keys.iter().try_for_each(|key| key::require("delete", URL, key))?;
+        keys.iter().try_for_each(|key| object_key::require("delete", URL, key))?;
         let mut objects = self.objects.write();
         for key in keys {
             objects.remove(key);

@@ -1,5 +1,6 @@
 //! Where objects live: one narrow trait, implemented by a directory, S3 and memory, and decorated by retry,
 //! recording and faults.
+mod object_key;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -12,7 +13,6 @@ pub mod deadline;
 mod error;
 mod fault;
 mod file;
-mod key;
 mod memory;
 mod record;
 mod retry;

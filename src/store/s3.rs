@@ -11,7 +11,8 @@ use std::time::Duration;
 use aws_sdk_s3::primitives::ByteStream;
 use bytes::Bytes;
 
-use super::{Body, ErrorKind, Page, Result, RetryPolicy, Stop, Store, StoreError, key};
+use super::{Body, ErrorKind, Page, Result, RetryPolicy, Stop, Store, StoreError};
+use crate::store::object_key;
 
 mod answer;
 mod bridge;
@@ -92,7 +93,7 @@ impl S3Store {
             .map_err(|why| StoreError::new(ErrorKind::Other, "open", "s3://...", "", why))?;
         connect::check(&options).map_err(failed)?;
         if !prefix.is_empty() {
-            key::check(&prefix).map_err(|e| failed(e.to_string()))?;
+            object_key::check(&prefix).map_err(|e| failed(e.to_string()))?;
         }
         let bucket = options.bucket.clone();
         let prefix = if prefix.is_empty() { prefix } else { prefix + "/" };
@@ -192,7 +193,7 @@ impl S3Store {
 
 impl Store for S3Store {
     fn get(&self, key: &str) -> Result<Bytes> {
-        key::require("read", &self.url, key)?;
+        object_key::require("read", &self.url, key)?;
         let outcome = self.bridge.run_read(async |client| {
             let answer = client.get_object().bucket(&self.bucket).key(self.key(key)).send().await?;
             answer::check_origin(answer.e_tag.as_deref())?;
@@ -204,7 +205,7 @@ impl Store for S3Store {
     }
 
     fn get_range(&self, key: &str, offset: u64, len: u64) -> Result<Bytes> {
-        key::require("read", &self.url, key)?;
+        object_key::require("read", &self.url, key)?;
         if len == 0 {
             return self.empty_range(key, offset);
         }
@@ -223,7 +224,7 @@ impl Store for S3Store {
     }
 
     fn put(&self, key: &str, body: Body) -> Result<()> {
-        key::require("write", &self.url, key)?;
+        object_key::require("write", &self.url, key)?;
         let outcome = match body {
             Body::Bytes(bytes) if bytes.len() as u64 > PUT_LEN_MAX => {
                 Err(Failure::other("more than 5 GiB can only be written from a file"))
@@ -240,7 +241,7 @@ impl Store for S3Store {
     }
 
     fn size(&self, key: &str) -> Result<Option<u64>> {
-        key::require("read", &self.url, key)?;
+        object_key::require("read", &self.url, key)?;
         let outcome = self.bridge.run(0, async |client| self.head(client, key).await);
         let outcome = match outcome {
             Ok(None) => self.check_bucket().map(|()| None),
@@ -250,19 +251,19 @@ impl Store for S3Store {
     }
 
     fn list(&self, prefix: &str, after: Option<&str>) -> Result<Page> {
-        key::require_prefix(&self.url, prefix)?;
+        object_key::require_prefix(&self.url, prefix)?;
         let outcome = listing::page(&self.bridge, &self.bucket, &self.prefix, prefix, after);
         self.done("list", prefix, outcome)
     }
 
     fn names(&self, prefix: &str) -> Result<Vec<String>> {
-        key::require_directory(&self.url, prefix)?;
+        object_key::require_directory(&self.url, prefix)?;
         let outcome = listing::names(&self.bridge, &self.bucket, &self.key(prefix));
         self.done("list", prefix, outcome)
     }
 
     fn delete(&self, keys: &[String]) -> Result<()> {
-        keys.iter().try_for_each(|key| key::require("delete", &self.url, key))?;
+        keys.iter().try_for_each(|key| object_key::require("delete", &self.url, key))?;
         for batch in keys.chunks(listing::DELETE_KEYS_MAX) {
             let outcome = listing::delete(&self.bridge, &self.bucket, &self.prefix, batch);
             self.done("delete", &batch[0], outcome)?;

@@ -12,7 +12,7 @@ use pgcairn::format::manifest::{BlockWriter, Description, Entry, encode_descript
 use pgcairn::format::pack::{Pack, PackKind, PackWriter};
 use pgcairn::read::fetch::{FetchOptions, Fetcher};
 use pgcairn::read::view::{Content, View, ViewOptions};
-use pgcairn::repo::{Repository, keys};
+use pgcairn::repo::{Repository, layout};
 use pgcairn::store::{Body, MemoryStore, Store};
 use pgcairn_integration::{files, stanza};
 
@@ -109,7 +109,7 @@ pub(crate) fn changed_manifest(
     plains.extend(entries.iter().filter_map(|entry| writer.push(entry)));
     plains.extend(writer.finish());
     // what the manifest holds itself stays where entries look for it
-    let key = keys::manifest(&repository.stanza, label);
+    let key = layout::manifest(&repository.stanza, label);
     let stored = repository.store.get(&key).unwrap();
     let old = Pack::parse(&key, &stored).unwrap();
     let own = old.chunks[0];

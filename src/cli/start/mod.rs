@@ -30,10 +30,10 @@ use crate::error::{Error, Result};
 use crate::format::manifest::Description;
 use crate::interrupt;
 use crate::postgres::{AUTO_CONF, RECOVERY_SIGNAL};
-use crate::read::course::Bound;
-use crate::read::point::{Action, Target};
-use crate::read::recovery::Prepared;
+use crate::read::completion::Prepared;
 use crate::read::tree::Owner;
+use crate::recovery::plan::Bound;
+use crate::recovery::target::{Action, Target};
 use crate::repo::Repository;
 use crate::user::{User, as_user};
 

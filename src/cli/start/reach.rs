@@ -17,7 +17,7 @@ use super::replay::Replay;
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::postgres::{Lsn, SegmentName, TimestampTz};
-use crate::read::moment;
+use crate::recovery::datetime;
 
 /// A server's lock file in its data directory, and which of its lines says how far the server is.
 pub(super) const LOCK_FILE: &str = "postmaster.pid";
@@ -192,7 +192,7 @@ impl<'a> Attempt<'a> {
     fn time_of_target(&self, lsn: Option<Lsn>) -> Option<TimestampTz> {
         let reaches = self.clone.recovery.as_ref()?.recovery.reaches.as_ref()?;
         let is_there = lsn? > reaches.lsn.parse::<Lsn>().ok()?;
-        is_there.then(|| moment::parse(&reaches.time, &Zoned::now()).ok()).flatten().map(|moment| moment.at)
+        is_there.then(|| datetime::parse(&reaches.time, &Zoned::now()).ok()).flatten().map(|moment| moment.at)
     }
 
     /// Whether replay has passed the position that was asked for.

@@ -14,7 +14,7 @@ use crate::clone::sandbox::{Cover, Sandbox, UNAVAILABLE};
 use crate::error::{Error, Result};
 use crate::format::manifest::Description;
 use crate::postgres::{AUTO_CONF, conf};
-use crate::read::tablespaces::{Created, created_in};
+use crate::recovery::tablespaces::{Created, created_in};
 use crate::repo::wal::wal_identity;
 use crate::user::{User, as_user};
 

@@ -35,7 +35,7 @@ fn fixture(count: usize, options: FetchOptions) -> Fixture {
         chunks.push(pack.add(id, SLOT, &stored));
         plain.push(bytes);
     }
-    repository.store.put(&keys::pack("main", id), Body::Bytes(pack.finish().into())).unwrap();
+    repository.store.put(&layout::pack("main", id), Body::Bytes(pack.finish().into())).unwrap();
     recording.reset();
     Fixture { fetcher: Fetcher::new(repository, options), chunks, plain, recording, faults }
 }

@@ -5,11 +5,11 @@ use std::sync::mpsc;
 use std::thread;
 
 use super::*;
+use crate::backup::copy::tests::{LABEL, content, copy_directory, copy_since, now_s};
+use crate::backup::parent::Reuse;
 use crate::read::fetch::{FetchOptions, Fetcher};
 use crate::repo::Repository;
 use crate::store::{Effect, Fault, FaultPlan, MemoryStore, Operation, Record, Recording};
-use crate::write::copy::tests::{LABEL, content, copy_directory, copy_since, now_s};
-use crate::write::parent::Reuse;
 
 const CONTROL: &[u8] = include_bytes!("../../postgres/fixtures/pg_control_15");
 const SECOND: &str = "20240107-120000F_20240108-180000I";

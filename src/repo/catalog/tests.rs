@@ -5,8 +5,8 @@ use std::thread;
 use std::time::Duration;
 
 use super::*;
-use crate::format::key::Passphrase;
-use crate::keep::tests::database;
+use crate::format::cipher_key::Passphrase;
+use crate::retention::tests::database;
 use crate::store::{DirectoryStore, Fault, MemoryStore};
 
 const ROUNDS: usize = 60;
@@ -56,7 +56,7 @@ fn of_two_clusters_that_create_a_stanza_at_once_one_has_it() {
         assert_eq!(repository.archive_info().unwrap().history, [cluster(created[0])], "round {round}");
         assert!(repository.labels().unwrap().is_empty());
         // both copies are of one
-        let keys = with_copy(&keys::archive_info("main"));
+        let keys = with_copy(&layout::archive_info("main"));
         let [first, second] = keys.map(|key| repository.fetch_info::<ArchiveInfo>(&key).unwrap().unwrap());
         assert_eq!(first, second);
     }

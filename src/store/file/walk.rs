@@ -15,7 +15,7 @@ use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{SFlag, fstatat};
 
 use super::{is_missing, open_beneath};
-use crate::store::{Listed, PAGE_OBJECTS_MAX, Page, key};
+use crate::store::{Listed, PAGE_OBJECTS_MAX, Page, object_key};
 
 /// Names of one directory held in memory at a time. A larger directory is read again for the next ones.
 const NAMES_MAX: usize = PAGE_OBJECTS_MAX + 1;
@@ -23,7 +23,7 @@ const NAMES_MAX: usize = PAGE_OBJECTS_MAX + 1;
 /// The page of objects below `root` that start with `prefix` and come after `after`.
 pub(super) fn list(root: &File, prefix: &str, after: Option<&str>) -> io::Result<Page> {
     let mut walk = Walk { root, prefix, after, objects: Vec::new() };
-    let (directory, _) = key::split_prefix(prefix);
+    let (directory, _) = object_key::split_prefix(prefix);
     walk.directory(directory)?;
     let next = (walk.objects.len() > PAGE_OBJECTS_MAX).then(|| {
         walk.objects.truncate(PAGE_OBJECTS_MAX);
@@ -168,7 +168,7 @@ fn for_each(open: &File, directory: &str, mut f: impl FnMut(&str, Kind) -> io::R
     for entry in entries(open)? {
         let (name, kind) = entry?;
         let Ok(name) = name.to_str() else { continue };
-        if key::check(&format!("{directory}{name}")).is_err() {
+        if object_key::check(&format!("{directory}{name}")).is_err() {
             continue;
         }
         let kind = match kind {

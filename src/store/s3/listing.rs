@@ -9,7 +9,7 @@ use aws_sdk_s3::types::{Delete, ObjectIdentifier};
 use super::bridge::Bridge;
 use super::failure::Failure;
 use super::xml::{KeepBody, Outline};
-use crate::store::{ErrorKind, Listed, PAGE_OBJECTS_MAX, Page, key};
+use crate::store::{ErrorKind, Listed, PAGE_OBJECTS_MAX, Page, object_key};
 
 /// How many keys one request may delete.
 pub(super) const DELETE_KEYS_MAX: usize = 1000;
@@ -115,7 +115,7 @@ fn listed(answer: &ListObjectsV2Output, root: &str) -> Outcome<Vec<Listed>> {
     for object in answer.contents() {
         // what is no key of ours was put there by someone else
         let Some(key) = object.key().and_then(|key| key.strip_prefix(root)) else { continue };
-        if key::check(key).is_err() {
+        if object_key::check(key).is_err() {
             continue;
         }
         let (Some(Ok(size)), Some(modified)) = (object.size().map(u64::try_from), object.last_modified()) else {
@@ -137,7 +137,7 @@ pub(super) fn names(bridge: &Bridge, bucket: &str, directory: &str) -> Outcome<V
         let objects = answer.contents().iter().filter_map(|object| object.key());
         for path in below.chain(objects) {
             let name = path.strip_prefix(directory).map(|name| name.trim_end_matches('/'));
-            names.extend(name.filter(|name| key::check(name).is_ok()).map(str::to_owned));
+            names.extend(name.filter(|name| object_key::check(name).is_ok()).map(str::to_owned));
         }
         token = next_token(answer);
         if token.is_none() {

@@ -1,0 +1,11 @@
+//! recovery
+
+pub mod crossing;
+pub mod datetime;
+pub mod outline;
+pub mod plan;
+pub mod settings;
+pub mod tablespaces;
+pub mod target;
+pub mod wal_times;
+pub mod window;
