@@ -9,29 +9,41 @@
 //!                                                      └──> archive-get ──> pg_wal
 //! ```
 //!
-//! # The modules, in the order in which data flows
+//! # The rooms, in the order in which data flows
 //!
-//! - [`cli`]: one file per verb; parses, calls, prints.
-//! - [`postgres`]: what is known of PostgreSQL's files: pg_control, page checksums, WAL names and headers, what belongs
-//!   into a backup.
-//! - [`write`](mod@write): PGDATA to packs. Session with the server (a primary, or a standby: [`write::standby`]), scan (or a stream from the server), cut into slots, pack, commit; the push of WAL files.
-//! - [`format`](mod@format): every stored byte layout. `docs/format.md` says the same in prose, `docs/reader.py` proves the prose.
-//! - [`repo`]: keys, the catalog, the WAL archive, locks, the secret of an encrypted stanza ([`repo::unlock`]), what proves that an archive is a server's ([`repo::proof`], [`repo::asking`]), times
-//!   that the clocks of several machines told ([`repo::clock`]): what writing, reading and keeping share.
-//! - [`spool`]: the local directory in which the archive's background workers leave answers for the calls that come later.
-//! - [`store`]: where objects live: a directory, S3, memory; decorated by retry, recording and faults.
-//! - [`read`]: packs to bytes. Fetch with its caches, the view of a backup, the trees that a mount serves, restore. A point in time
-//!   becomes a backup and a recovery: [`read::point`] is the grammar, [`read::horizon`] what can be reached, [`read::outline`] how little of the archive must be listed for it, [`read::crossing`] where
-//!   in WAL a time is passed, whatever clocks showed, [`read::course`] the way.
-//! - [`clone`](mod@clone): the server of a clone: its settings, its environment, the namespaces in which it sees nothing of its source.
-//! - [`keep`]: what goes and whether what stays is sound: the retention policy, expire, mark and sweep, verify, repair, another passphrase.
-//! - `pgcairn_mount`, a crate of its own: a FUSE filesystem over any `Tree`, with a copy-on-write scratch.
-//! - [`files`]: files that appear whole or not at all.
-//! - [`user`]: a user's files are worked on as that user, though root runs the program.
-//! - [`interrupt`]: a signal ends long work where it can clean up.
-//! - [`error`], [`progress`]: how failures and long work are told; nothing but `cli` prints.
+//! | room | what is in it |
+//! |---|---|
+//! | [`cli`] | one file per command: arguments, one call, what is printed |
+//! | [`backup`] | `PGDATA` to packs: session with the server, scan or stream, chunker, parent, packer, commit |
+//! | [`archive`] | WAL, both ways: `archive-push`, `archive-get`, the workers ahead of them, the spool |
+//! | [`recovery`] | a recovery target to a plan: its grammar, the recovery window, times found in WAL |
+//! | [`read`] | packs to verified bytes: fetch, caches, the view of a backup, the trees that a mount serves |
+//! | [`restore`] | a view to a plain directory |
+//! | [`clone`](mod@clone) | the server of a clone: its settings, its environment, its namespaces |
+//! | [`retention`] | which backups and WAL stay; expire, mark, sweep. The only room that deletes |
+//! | [`verify`] | whether what is stored is sound; repair |
+//! | [`repo`] | one stanza: catalog, manifests, archive, locks, proofs of content, secrets |
+//! | [`format`](mod@format) | every stored byte; `docs/format.md` says the same in prose, `docs/reader.py` proves it |
+//! | [`store`] | objects in a directory, on S3, in memory; retry, deadlines, faults for tests |
+//! | [`postgres`] | what is known of PostgreSQL's own files |
+//! | `pgcairn_mount` | a crate of its own: FUSE over any `Tree`, with a copy-on-write scratch |
 //!
-//! Dependencies point one way: `cli -> {write, read, keep} -> repo -> {format, store}`; `cli -> clone -> postgres`; `postgres` is a leaf.
+//! Beside them: [`files`] (files that appear whole or not at all), [`user`] (a user's files are worked
+//! on as that user), [`interrupt`] (signals end long work where it can clean up), [`error`] and
+//! [`progress`].
+//!
+//! Imports point one way, held by `tests/architecture.rs`:
+//!
+//! ```text
+//! cli -> {backup, archive, restore, clone, verify -> retention} -> read -> recovery -> repo -> {format, store} -> postgres
+//! ```
+//!
+//! `recovery` lies below `read`, since a plan needs no byte of a pack, and a view is prepared for a plan.
+//!
+//! Where to begin: a wrong recovery target, [`recovery::target`] and [`recovery::plan`]; a slow
+//! archive-get, [`archive::prefetch`]; a wrong page in a mount, [`read::view`] and the mount crate's
+//! `scratch`; a retention rule, [`retention::policy`]; an S3 option, `cli/options.rs` and
+//! `store/s3/connect.rs`.
 //!
 //! # Invariants
 //!
@@ -41,12 +53,12 @@
 //!    pointers, and locks, which their holders write again and again to show that they live. Packs have random names; a WAL object's name holds the hash of its content. `tests/architecture.rs` knows the
 //!    few places that put objects.
 //! 4. **Commit order: packs, then the manifest, then the catalog.** A backup exists when its manifest exists; whatever died
-//!    before is garbage, never damage. Held by `write::backup::commit`, which runs after every upload has ended;
+//!    before is garbage, never damage. Held by `backup::run`, which runs after every upload has ended;
 //!    `tests/golden.rs` shows that the catalog can be made again from the manifests.
-//! 5. **Only [`keep`] deletes objects.** (A lock is taken away by its holder, or when that is dead; the demo removes the stanza
+//! 5. **Only [`retention`] deletes objects.** (A lock is taken away by its holder, or when that is dead; the demo removes the stanza
 //!    that it made.) Test: `tests/architecture.rs`. It deletes a pack only while no backup runs, when no manifest refers to it,
-//!    and a grace period after that was first seen; a manifest that cannot be read stops it. Held by `keep::sweep`; tests:
-//!    [`keep::expire`]'s, with a store that fails at every call, and `src/keep/tests/schedule`, with everything at once in random order.
+//!    and a grace period after that was first seen; a manifest that cannot be read stops it. Held by `retention::sweep`; tests:
+//!    [`retention::expire`]'s, with a store that fails at every call, and `src/retention/tests/schedule`, with everything at once in random order.
 //! 6. **Every byte that leaves `read::fetch` was checked against its chunk's name**, or, from the disk cache, against the hashes
 //!    kept beside it. Where a restore passes the caches, what is stored was checked by its seal, which is bound to the name, and
 //!    what was written by the file's checksum; what a delta restore leaves where it is was compared with the hash of its grain, and
@@ -66,7 +78,7 @@
 //!    `repo::Repository::open`, by [`format::info::decode`], by the seal in every pack's header, and by the proof of a manifest's list
 //!    of chunks, without which stored chunks could be put together to another manifest (`repo::manifest`). Tests: theirs, and
 //!    `integration/tests/encrypted.rs`, which searches every object for what must not be there. There is always a passphrase that
-//!    opens, wherever a change of it dies: `keep::passwd`'s tests.
+//!    opens, wherever a change of it dies: `repo::passwd`'s tests.
 //!
 //! 10. **What was fsynced through a mount is there after a power loss**, and nothing that was there before is zeros. A
 //!     mount that was unmounted lets go of its scratch, whoever has an idle copy of it. Held by `pgcairn_mount`; tests:
@@ -77,7 +89,7 @@
 //!     only if it carries its mark, and of its own names. Tests: theirs, and `integration/tests/elsewhere.rs`.
 //!
 //! 11. **"Archived" is proved by content, never by name, and a backup exists only for a server whose WAL is in this archive.** Held by
-//!     `write::rival`, `write::check::prove_archiving` and [`repo::proof`]; `archive-get` delivers WAL of the cluster that asks only
+//!     `backup::rival`, `backup::preflight::prove_archiving` and [`repo::proof`]; `archive-get` delivers WAL of the cluster that asks only
 //!     ([`repo::asking`]). Test: `integration/tests/proof.rs`.
 //!
 //! Further: there is one place where sync code waits for async code (`store::s3::bridge`), and the library prints nowhere. Both

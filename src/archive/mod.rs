@@ -1,4 +1,4 @@
-//! archive
+//! The WAL archive, both ways: push, get, and the workers that do either ahead, with the spool between them and the calls.
 
 pub mod client;
 pub mod prefetch;

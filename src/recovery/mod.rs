@@ -1,4 +1,4 @@
-//! recovery
+//! From a recovery target to a plan: which backup, along which timeline, what PostgreSQL is told, which WAL it needs.
 
 pub mod crossing;
 pub mod datetime;
