@@ -465,6 +465,30 @@ fn a_full_disk_is_survived() {
     daemon.unmount();
 }
 
+/// What a failed write left past the end of a file does not come back when the file grows; and where only a length grew, a
+/// full disk is no reason not to read.
+#[test]
+fn a_write_that_failed_leaves_nothing_behind_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut daemon, _disk) = on_a_small_disk(Writes::Through, dir.path());
+    let old = OpenOptions::new().read(true).write(true).open(daemon.path("c")).unwrap();
+    let mut big = File::create(daemon.path("big")).unwrap();
+    while big.write_all(&noise(1, 100_000)).is_ok() {}
+    let grown = OpenOptions::new().write(true).open(daemon.path("b")).unwrap();
+    grown.set_len(50_000).unwrap();
+    assert_eq!(fs::read(daemon.path("b")).unwrap()[10_000..], [0; 40_000]);
+    big.set_len(big.metadata().unwrap().len() - 30_000).unwrap();
+    assert_eq!(code(old.write_all_at(&[0xee; 256_000], 300_000)), libc::ENOSPC);
+    // the kernel asks for it in parts, and some succeeded
+    let end = old.metadata().unwrap().len();
+    old.set_len(end + 100_000).unwrap();
+    let mut behind = vec![1; 100_000];
+    old.read_exact_at(&mut behind, end).unwrap();
+    assert!(behind.iter().all(|&byte| byte == 0), "bytes of a write that failed");
+    drop((big, old, grown));
+    daemon.unmount();
+}
+
 struct Disk(std::path::PathBuf);
 
 impl Drop for Disk {

@@ -447,7 +447,8 @@ fn directory(place: &'static str) -> &'static str {
     place.rsplit_once('/').map_or("", |(directory, _)| directory)
 }
 
-/// Every page is one that some version had, and the length lies between theirs.
+/// Every byte is one that some version had there, and the length lies between theirs. A page that was not synced may be torn:
+/// the kernel writes it out while it is being changed.
 fn one_of(versions: &[Vec<u8>], found: &[u8], resized: bool) -> Result<(), String> {
     let lengths = versions.iter().map(Vec::len);
     let (least, most) = (lengths.clone().min().unwrap(), lengths.max().unwrap());
@@ -456,14 +457,13 @@ fn one_of(versions: &[Vec<u8>], found: &[u8], resized: bool) -> Result<(), Strin
     }
     for (index, page) in found.chunks(PAGE).enumerate() {
         // a version that ends before this page says nothing of it: else zeros would always be right
-        let like = |version: &Vec<u8>| {
-            let old = version.get(index * PAGE..).unwrap_or_default();
-            let common = old.len().min(page.len());
-            common > 0 && old[..common] == page[..common] && page[common..].iter().all(|&byte| byte == 0)
-        };
+        let olds: Vec<&[u8]> = versions.iter().filter_map(|version| version.get(index * PAGE..)).collect();
+        let had = |at: usize, byte: u8| olds.iter().any(|old| old.get(at).copied().unwrap_or(0) == byte);
+        let known = olds.iter().any(|old| !old.is_empty());
+        let is_theirs = known && page.iter().enumerate().all(|(at, &byte)| had(at, byte));
         let zeros = page.iter().all(|&byte| byte == 0);
         let new = zeros && resized && versions.iter().any(|version| version.len() <= index * PAGE);
-        if !(new || versions.iter().any(like)) {
+        if !(new || is_theirs) {
             let kind = if zeros { "zeros" } else { "bytes that were never there" };
             return Err(format!(
                 "page {index} of {} is {kind}; {} versions",

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
@@ -49,17 +50,22 @@ pub(crate) struct FileBody {
     /// one change of content at a time; the kernel does the same, except for writes through mmap
     writer: Mutex<()>,
     pub(super) state: RwLock<FileState>,
+    /// A write failed, and may have left bytes in the backing file past the end. Changed by whoever holds `writer`.
+    surplus: AtomicBool,
 }
 
 /// Where the next bytes of a file are.
 enum Source {
     Base,
     Backing(Arc<File>),
+    /// the file grew and has no backing file
+    Zeros,
 }
 
 impl FileBody {
     pub(crate) fn new(inode: Inode) -> Self {
-        Self { inode, syncer: Mutex::new(()), writer: Mutex::new(()), state: RwLock::default() }
+        let (syncer, writer) = (Mutex::new(()), Mutex::new(()));
+        Self { inode, syncer, writer, state: RwLock::default(), surplus: AtomicBool::new(false) }
     }
 
     // ---- what the journal says ----
@@ -242,6 +248,7 @@ impl FileBody {
                     let count = read_full(&file, at, part)?;
                     part[count..].fill(0);
                 }
+                Source::Zeros => part.fill(0),
             }
             at += length;
         }
@@ -262,6 +269,10 @@ impl FileBody {
             }
             drop(state);
             return Ok((Source::Backing(self.backing(store)?), length));
+        }
+        // a read makes none: the disk may be full
+        if !state.own && !state.backed {
+            return Ok((Source::Zeros, limit));
         }
         drop(state);
         Ok((Source::Backing(self.backing(store)?), limit))
@@ -289,8 +300,32 @@ impl FileBody {
             self.state.write().dirty = true;
             return backing.write_all_at(data, offset);
         }
-        self.fill_partial(tree, &backing, offset, end)?;
-        backing.write_all_at(data, offset)?;
+        self.cut_back(store)?;
+        let written = self.fill_partial(tree, &backing, offset, end).and_then(|()| backing.write_all_at(data, offset));
+        let noted = written.and_then(|()| self.note_written(store, offset, end));
+        if noted.is_err() {
+            self.surplus.store(true, Ordering::Relaxed);
+            // tried again before the file grows
+            _ = self.cut_back(store);
+        }
+        noted
+    }
+
+    /// Takes away what a failed write left past the end: where the file grows, it must be zeros.
+    fn cut_back(&self, store: &Store) -> io::Result<()> {
+        if !self.surplus.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let (backing, size) = (self.backing(store)?, self.state.read().size);
+        if backing.metadata()?.len() > size {
+            backing.set_len(size)?;
+        }
+        self.surplus.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Puts into the journal and into the state what was written to the backing file.
+    fn note_written(&self, store: &Store, offset: u64, end: u64) -> io::Result<()> {
         let mut state = self.state.write();
         let size = state.size.max(end);
         let runs = state.missing(page_of(offset), pages_in(end));
@@ -340,6 +375,7 @@ impl FileBody {
     }
 
     fn extend(&self, store: &Store, size: u64) -> io::Result<()> {
+        self.cut_back(store)?;
         let mut state = self.state.write();
         let mtime = now();
         if size > state.size {
@@ -402,6 +438,9 @@ impl FileBody {
         let _turn = self.writer.lock();
         let end = offset.checked_add(length).ok_or_else(|| errno(libc::EFBIG))?;
         let backing = self.backing(store)?;
+        if !self.is_own() {
+            self.cut_back(store)?;
+        }
         let (own, base_size, size) = {
             let state = self.state.read();
             (state.own, pages_in(state.base_size) * PAGE, state.size)
