@@ -150,6 +150,36 @@ fn a_clone_is_told_nothing_of_its_starter() {
 }
 
 #[test]
+fn a_clone_leaves_the_processes_of_its_source_alone() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder()).start();
+    stanza.create(&cluster);
+    stanza.backup(&cluster);
+    let server = cluster.pid().unwrap();
+    let clone = stanza.start("apart", &[]);
+    // its own processes obey, and can be looked at
+    assert_eq!(clone.psql("SELECT pg_reload_conf(), length(pg_read_binary_file('/proc/self/environ')) > 0;"), "t|t");
+    for statement in [
+        format!("COPY (SELECT 1) TO '/proc/{server}/cwd/planted';"),
+        format!("SELECT pg_read_binary_file('/proc/{server}/environ');"),
+        format!("COPY (SELECT 1) TO PROGRAM 'kill -HUP {server}';"),
+    ] {
+        let outcome = clone.try_psql(&statement);
+        // what refuses it came with Linux 6.12
+        assert!(outcome.is_err() || !linux_is_at_least(6, 12), "{statement}: {outcome:?}");
+    }
+    assert!(!cluster.data_directory().join("planted").exists() || !linux_is_at_least(6, 12));
+    clone.stop(&[]);
+    stanza.assert_nothing_left();
+}
+
+fn linux_is_at_least(major: u32, minor: u32) -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let numbers: Vec<u32> = release.split(['.', '-']).map_while(|number| number.parse().ok()).collect();
+    (numbers[0], numbers[1]) >= (major, minor)
+}
+
+#[test]
 fn a_clone_in_memory_has_its_walls() {
     let stanza = Stanza::in_directory();
     let cluster = stanza.archiving(Cluster::builder()).start();

@@ -35,6 +35,11 @@ const STAY: [&str; 12] = [
 const STAY_WHOLE: [&str; 12] =
     ["/bin", "/boot", "/dev", "/etc", "/gnu", "/lib", "/lib32", "/lib64", "/nix", "/proc", "/sbin", "/sys"];
 const USR: &str = "/usr";
+/// What programs need of `/usr`; people keep clusters beside it, as in `/usr/local/pgsql/data`.
+const USR_PROGRAMS: [&str; 8] =
+    ["/usr/bin", "/usr/include", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/sbin", "/usr/share"];
+/// Those of [`STAY_WHOLE`] below which there may be a cluster or a tablespace.
+const HOLD_DATA: [&str; 2] = ["/dev", "/etc"];
 /// What the sockets of PostgreSQL and of its poolers are called.
 const PG_SOCKET: &str = ".s.PGSQL.";
 const SHARED_MEMORY: &str = "/dev/shm";
@@ -65,7 +70,7 @@ pub(super) fn set_up(sandbox: &Sandbox, listening: &[PathBuf]) -> Result<()> {
         file_system(directory, "mode=0755,size=1m")?;
         shown.below(directory)?;
     }
-    cover(sandbox, &own)?;
+    cover(sandbox, &kept)?;
     for directory in &hidden {
         let sealed = flag(directory, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | OWN_FLAGS);
         sealed.context(|| format!("cannot make {} read-only", directory.display()))?;
@@ -80,20 +85,28 @@ pub(super) fn set_up(sandbox: &Sandbox, listening: &[PathBuf]) -> Result<()> {
 }
 
 /// Shows the clone's directories where its source has its own. A place that does not exist cannot be used by anybody.
-fn cover(sandbox: &Sandbox, own: &[PathBuf]) -> Result<()> {
+fn cover(sandbox: &Sandbox, kept: &[PathBuf]) -> Result<()> {
     let mut covers: Vec<_> = sandbox.covers.iter().collect();
     // what lies in another comes after it
     covers.sort_by_key(|cover| cover.at.components().count());
     for cover in covers {
         _ = fs::create_dir_all(&cover.at);
         let at = resolved(&cover.at);
-        // a clone inside its source's directory must not be hidden by itself; that place stays read-only
-        if !at.is_dir() || stays(&at) || own.iter().any(|own| own.starts_with(&at)) {
+        if !at.is_dir() || !may_be_covered(&at, kept) {
             continue;
         }
         bind(&cover.shows, &at).context(|| format!("cannot cover {}", cover.at.display()))?;
     }
     Ok(())
+}
+
+/// Whether a directory may be covered: no program needs what is in it. A clone inside its source's directory must not be
+/// hidden by itself; that place stays read-only.
+fn may_be_covered(at: &Path, kept: &[PathBuf]) -> bool {
+    let programs = STAY_WHOLE.iter().filter(|whole| !HOLD_DATA.contains(whole)).chain(&USR_PROGRAMS);
+    !STAY.iter().chain(&HOLD_DATA).chain([&USR, &SHARED_MEMORY]).any(|stay| at == Path::new(stay))
+        && !programs.into_iter().any(|programs| at.starts_with(programs))
+        && !kept.iter().any(|kept| kept.starts_with(at))
 }
 
 /// Directories to be hidden because sockets are, or will be, in them; none lies in another.
@@ -267,6 +280,18 @@ mod tests {
         assert!(entry.has("ro") && entry.flags().is_empty());
         assert_eq!(Entry::parse(line).unwrap().flags(), MsFlags::MS_NOSUID | MsFlags::MS_NOATIME);
         assert!(Entry::parse(b"").is_none());
+    }
+
+    #[test]
+    fn a_source_is_covered_wherever_it_is_but_no_program() {
+        let kept = ["/usr/local/pgsql".into(), "/srv/clones/one/data".into()];
+        let may = |at: &str| may_be_covered(Path::new(at), &kept);
+        for at in ["/usr/local/pgsql/data", "/etc/space", "/dev/shm/pg", "/var/lib/postgresql/15/main", "/srv/pg"] {
+            assert!(may(at), "{at}");
+        }
+        for at in ["/", "/etc", "/dev/shm", "/usr", "/usr/lib/x", "/usr/local", "/lib/x", "/var/lib", "/srv/clones"] {
+            assert!(!may(at), "{at}");
+        }
     }
 
     #[test]
