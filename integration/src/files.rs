@@ -63,12 +63,12 @@ fn block(file: &mut File, path: &Path, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// The bytes of every file below `root`.
+/// The bytes of every file below `root`; without files that somebody takes away meanwhile.
 pub fn contents(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let read = |path: PathBuf| {
-        let bytes =
-            fs::read(root.join(&path)).unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display()));
-        (path, bytes)
+    let read = |path: PathBuf| match fs::read(root.join(&path)) {
+        Ok(bytes) => Some((path, bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => panic!("cannot read {}: {error}", path.display()),
     };
-    files(root).into_iter().map(read).collect()
+    files(root).into_iter().filter_map(read).collect()
 }
