@@ -1,7 +1,8 @@
 //! Files that appear whole or not at all.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -50,10 +51,65 @@ pub fn sync_directories<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result
     paths.into_iter().try_for_each(|path| sync(path).map_err(|error| Error::io("sync", path, error)))
 }
 
+/// Opens a file for reading that a user may have put there. It never waits for the other end of a pipe, and takes nothing but a
+/// regular file.
+///
+/// # Errors
+/// Also when it is anything else.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    require_regular(file)
+}
+
+/// Gives the file back if it is a regular one.
+///
+/// # Errors
+/// When it is anything else, or cannot be looked at.
+pub fn require_regular(file: File) -> io::Result<File> {
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file")),
+    }
+}
+
+/// Reads such a file whole.
+///
+/// # Errors
+/// Those of [`open_regular`], and of reading.
+pub fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open_regular(path)?.read_to_end(&mut bytes).map(|_| bytes)
+}
+
+/// Reads such a file of text whole.
+///
+/// # Errors
+/// Those of [`read_regular`], and when it is not UTF-8.
+pub fn read_regular_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    open_regular(path)?.read_to_string(&mut text).map(|_| text)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pipe_in_the_place_of_a_file_is_refused_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let (pipe, file) = (directory.path().join("pipe"), directory.path().join("file"));
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+        fs::write(&file, "text").unwrap();
+        for refused in [&pipe, Path::new("/dev/null"), directory.path()] {
+            assert_eq!(read_regular(refused).unwrap_err().kind(), io::ErrorKind::InvalidInput, "{}", refused.display());
+        }
+        assert_eq!(
+            (read_regular(&file).unwrap(), read_regular_text(&file).unwrap()),
+            (b"text".to_vec(), "text".into())
+        );
+        assert_eq!(read_regular(&directory.path().join("none")).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
 
     #[test]
     fn a_write_that_fails_leaves_the_old_file_alone() {

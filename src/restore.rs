@@ -234,7 +234,7 @@ fn write(
 }
 
 fn cut_to(path: &Path, size: u64) -> Result<()> {
-    let flags = nix::fcntl::OFlag::O_NOFOLLOW.bits();
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = OpenOptions::new().write(true).custom_flags(flags).open(path);
     file.and_then(|file| file.set_len(size)).map_err(|error| Error::io("truncate", path, error))
 }

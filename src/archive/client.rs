@@ -1,6 +1,5 @@
 //! The call for one WAL file where a worker pushes ahead: it says yes only to what the worker saw confirmed, byte for byte.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -8,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::archive::protocol::{About, Answer, Content, Outcome, Stamp};
 use crate::archive::spool::Spool;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::repo::asking::Asking;
 
 /// The shortest and the longest pause between two looks into the spool; between them, a quarter of the time waited so far.
@@ -203,7 +203,7 @@ impl Call<'_> {
 }
 
 fn content_of(path: &Path) -> Result<Content> {
-    let file = File::open(path).map_err(|error| Error::io("open", path, error))?;
+    let file = files::open_regular(path).map_err(|error| Error::io("open", path, error))?;
     let mut hasher = blake3::Hasher::new();
     hasher.update_reader(file).map_err(|error| Error::io("read", path, error))?;
     Ok(hasher.finalize())

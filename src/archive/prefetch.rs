@@ -115,7 +115,7 @@ fn move_to(from: &Path, target: &Path) -> Result<bool> {
         Err(error) => return Err(Error::io("rename to", target, error)),
     }
     let temporary = target.with_extension(TEMPORARY);
-    let mut source = match fs::File::open(from) {
+    let mut source = match files::open_regular(from) {
         Ok(source) => source,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(Error::io("open", from, error)),

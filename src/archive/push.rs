@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use crate::archive::client::ready;
 use crate::archive::protocol::{Content, Stamp};
 use crate::error::{Context, Error, Result};
+use crate::files;
 use crate::format::chunk::{ChunkId, Encoder, Keys, PackId};
 use crate::format::info::LockKind;
 use crate::format::manifest::Database;
@@ -205,7 +206,7 @@ impl WalFile {
         let (name, kind) = wal_name(path)?;
         // what is a link there may lead to what only root may read
         let user = User::owner_of_place(path)?;
-        let open = || File::open(path).map_err(|error| Error::io("open", path, error));
+        let open = || files::open_regular(path).map_err(|error| Error::io("open", path, error));
         let file = as_user(user.as_ref(), open)?;
         let len = file.metadata().map_err(|error| Error::io("look at", path, error))?.len();
         if len > SEGMENT_BYTES_MAX {
@@ -258,7 +259,9 @@ impl WalFile {
 
     /// Reads a small file whole, as the user whose it is.
     fn text(&self) -> Result<Vec<u8>> {
-        as_user(self.user.as_ref(), || std::fs::read(&self.path).map_err(|error| Error::io("read", &self.path, error)))
+        as_user(self.user.as_ref(), || {
+            files::read_regular(&self.path).map_err(|error| Error::io("read", &self.path, error))
+        })
     }
 
     /// Whether what the archive has at `key`, under this file's name, is the same.

@@ -13,6 +13,7 @@ use crate::backup::chunker::{Cut, Worker};
 use crate::backup::preflight::{read_control, source};
 use crate::backup::run::{Begun, Copying, Ended, Started, seconds, wal_needed};
 use crate::error::{Context, Error, Result};
+use crate::files;
 use crate::format::{INLINE_BYTES, LEAF_BYTES};
 use crate::postgres::{ControlFile, Lsn, SegmentName, Timeline};
 use crate::repo::wal::wal_identity;
@@ -126,7 +127,7 @@ fn read_wal(worker: &mut Worker<'_>, started: &Started, segments: &[SegmentName]
 fn check_wal_header(path: &Path, segment: SegmentName, identity: crate::postgres::WalIdentity) -> Result<()> {
     use std::io::Read;
     let mut header = [0; 64];
-    let read = std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut header));
+    let read = files::open_regular(path).and_then(|mut file| file.read_exact(&mut header));
     read.map_err(|error| Error::io("read", path, error))?;
     identity.check_segment(segment, &header).context(|| format!("{} cannot be stored", path.display()))?;
     Ok(())

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::server::{Archiving, Server};
 use super::stream::Stream;
 use crate::error::{Context, Error, Result};
+use crate::files;
 use crate::format::manifest::{Database, Source};
 use crate::interrupt;
 use crate::postgres::wal::landmarks::{Place, mark_name};
@@ -27,7 +28,7 @@ pub fn read_control(data_directory: &Path) -> Result<(Vec<u8>, ControlFile)> {
     let user = User::of_server(data_directory)?;
     let started = Instant::now();
     loop {
-        let read = || std::fs::read(&path).map_err(|error| Error::io("read", &path, error));
+        let read = || files::read_regular(&path).map_err(|error| Error::io("read", &path, error));
         let bytes = as_user(user.as_ref(), read).map_err(|error| {
             error.hint(
                 "backups read the data directory directly: run pgcairn on the server's machine, as its user or root, or let the server send it: --source=stream",
@@ -99,7 +100,7 @@ fn works_there(server: &Server, control: &ControlFile) -> Result<()> {
     let Some(theirs) = &server.postmaster else { return Ok(()) };
     let path = server.data_directory.join("postmaster.pid");
     let user = User::of_server(&server.data_directory)?;
-    let read = || std::fs::read_to_string(&path).map_err(|error| Error::io("read", &path, error));
+    let read = || files::read_regular_text(&path).map_err(|error| Error::io("read", &path, error));
     let ours = as_user(user.as_ref(), read)?;
     // the process id and when it started
     let process = |text: &str| [0, 2].map(|line| text.lines().nth(line).map(str::trim).map(str::to_owned));

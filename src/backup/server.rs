@@ -8,6 +8,7 @@ use postgres::{Client, Config, NoTls, SimpleQueryMessage};
 
 use super::peer;
 use crate::error::{Context, Error, Result};
+use crate::files;
 use crate::interrupt;
 use crate::postgres::{Lsn, Major, SegmentName, Timeline};
 
@@ -224,7 +225,7 @@ impl Server {
     /// The content of a small file of `pg_wal`; `None` if there is none, or the user may not read it.
     pub fn wal_text(&mut self, name: &str) -> Result<Option<String>> {
         if !self.may("pg_read_file(text, bigint, bigint, boolean)")? {
-            return Ok(std::fs::read_to_string(self.data_directory.join("pg_wal").join(name)).ok());
+            return Ok(files::read_regular_text(&self.data_directory.join("pg_wal").join(name)).ok());
         }
         let text = format!("SELECT coalesce(pg_read_file('pg_wal/{name}', 0, 1048576, true), '')");
         Ok(Some(self.value(&text)?).filter(|text| !text.is_empty()))

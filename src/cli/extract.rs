@@ -180,7 +180,7 @@ const DATABASES: &str = "SELECT datname::text FROM pg_catalog.pg_database WHERE 
 
 /// What the clone has read of the repository, for people; nothing where it does not say.
 fn fetched(running: &Running) -> String {
-    let status = std::fs::read(running.place.mount().join(".pgcairn/status")).ok();
+    let status = crate::files::read_regular(&running.place.mount().join(".pgcairn/status")).ok();
     let status = status.and_then(|status| serde_json::from_slice::<serde_json::Value>(&status).ok());
     let bytes = status.and_then(|status| status.get("fetched-bytes")?.as_u64());
     bytes.map(|bytes| format!("; {} were fetched for it", output::bytes(bytes))).unwrap_or_default()

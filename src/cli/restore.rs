@@ -11,6 +11,7 @@ use super::options::{Cache, Common, Output};
 use super::output::{self, Progress, bytes};
 use super::point::{self, PointOptions, WalFor};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::format::manifest::{Description, Tablespace};
 use crate::postgres::{AUTO_CONF, conf};
 use crate::read::completion::Prepared;
@@ -268,7 +269,7 @@ const QUIET_LIBRARIES: [&str; 4] = ["", "pg_stat_statements", "auto_explain", "p
 fn outside(directory: &Path) -> Vec<String> {
     let mut found = Vec::new();
     for file in ["postgresql.conf", AUTO_CONF] {
-        let text = std::fs::read(directory.join(file)).unwrap_or_default();
+        let text = files::read_regular(&directory.join(file)).unwrap_or_default();
         let values =
             |names: &[&str]| -> Vec<String> { names.iter().flat_map(|name| conf::values(&text, name)).collect() };
         for included in values(&["include", "include_if_exists", "include_dir"]) {
@@ -276,7 +277,7 @@ fn outside(directory: &Path) -> Vec<String> {
                 continue;
             }
             found.push(format!("{file} includes {included}"));
-            let its = std::fs::read(&included).unwrap_or_default();
+            let its = files::read_regular(Path::new(&included)).unwrap_or_default();
             found.extend(conf::values(&its, "data_directory").iter().map(|place| {
                 let directory = directory.display();
                 format!("{included} says that the server runs in {place}: start it with -c data_directory={directory}")

@@ -1,7 +1,7 @@
 //! Tablespaces that WAL creates. Replay makes each at the path that it has on the source, whoever uses that path now.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::postgres::wal::header::LONG_PAGE_HEADER_BYTES;
 use crate::postgres::wal::records::{CutRecord, Event, Stop, TABLESPACE_BYTES, may_create_tablespace, walk};
 use crate::postgres::{CONTROL_FILE, ControlFile, Major, SegmentName, WalIdentity};
@@ -56,11 +57,11 @@ impl Created {
 /// file. A record that began in the segment before is read together with that one, which recovery keeps in `pg_wal`.
 pub fn created_by_delivered(data: &Path, name: SegmentName, file: &Path) -> Result<(Vec<Created>, Major)> {
     let failed = |path: &Path| Error::new(format!("{} cannot be read", path.display()));
-    let version = fs::read_to_string(data.join("PG_VERSION")).unwrap_or_default();
+    let version = files::read_regular_text(&data.join("PG_VERSION")).unwrap_or_default();
     let major = version.trim().parse().ok().and_then(|major| Major::new(major).ok());
     let major = major.ok_or_else(|| failed(&data.join("PG_VERSION")).hint("the command runs in a data directory"))?;
     let path = data.join(CONTROL_FILE);
-    let control = fs::read(&path).map_err(|error| Error::io("read", &path, error))?;
+    let control = files::read_regular(&path).map_err(|error| Error::io("read", &path, error))?;
     let control = ControlFile::parse(&control).map_err(|error| failed(&path).source(error))?;
     let identity = WalIdentity {
         major,
@@ -102,7 +103,7 @@ fn cut_before(pg_wal: &Path, name: SegmentName, file: &Path, identity: &WalIdent
 /// The bytes in which a record's header ends that began in the segment before.
 fn first_words(file: &Path) -> Result<[u8; FIRST_WORDS]> {
     let mut bytes = [0; FIRST_WORDS];
-    let read = File::open(file).and_then(|mut file| file.read_exact(&mut bytes));
+    let read = files::open_regular(file).and_then(|mut file| file.read_exact(&mut bytes));
     read.map(|()| bytes).map_err(|error| Error::io("read", file, error))
 }
 
@@ -139,7 +140,7 @@ fn created_by(
     before: Option<CutRecord>,
     found: &mut Vec<Created>,
 ) -> Result<Option<CutRecord>> {
-    let bytes = fs::read(path).map_err(|error| Error::io("read", path, error))?;
+    let bytes = files::read_regular(path).map_err(|error| Error::io("read", path, error))?;
     let mut here = Vec::new();
     let Ok(walked) = walk(identity, name, &bytes, |_, _, event| here.push(event)) else { return Ok(None) };
     let joined = before.and_then(|before| before.joined(&walked.rest, identity.major));
@@ -155,7 +156,7 @@ fn created_by(
 }
 
 fn may_create(path: &Path, identity: &WalIdentity) -> Result<bool> {
-    let mut file = File::open(path).map_err(|error| Error::io("open", path, error))?;
+    let mut file = files::open_regular(path).map_err(|error| Error::io("open", path, error))?;
     let mut bytes = Vec::with_capacity(READ_BYTES);
     loop {
         bytes.clear();

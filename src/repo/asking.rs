@@ -1,10 +1,10 @@
 //! Which cluster asks for WAL, or archives it: what its pg_control says, beside the `pg_wal` that a call names.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::format::info::ArchiveInfo;
 use crate::format::manifest::Database;
 use crate::postgres::{CONTROL_FILE, Major};
@@ -36,7 +36,7 @@ impl Asking {
     /// the file.
     pub fn read(data_directory: &Path) -> Option<Self> {
         let mut bytes = [0; 16];
-        File::open(data_directory.join(CONTROL_FILE)).ok()?.read_exact(&mut bytes).ok()?;
+        files::open_regular(&data_directory.join(CONTROL_FILE)).ok()?.read_exact(&mut bytes).ok()?;
         let (system_id, [.., a, b, c, d]) = (bytes.first_chunk::<8>()?, bytes);
         let version = Major::from_catalog_version(u32::from_le_bytes([a, b, c, d])).ok().map(Major::number);
         Some(Self { system_id: u64::from_le_bytes(*system_id), version })

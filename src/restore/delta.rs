@@ -169,7 +169,7 @@ impl Compared {
 }
 
 fn open(target: &Target) -> Result<File> {
-    let flags = OFlag::O_NOFOLLOW.bits();
+    let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
     let opened = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&target.path);
     opened.map_err(|error| Error::io("open", &target.path, error))
 }

@@ -9,6 +9,7 @@ use nix::fcntl::{Flock, FlockArg, OFlag};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::format::manifest::Description;
 
 /// Its name in the data directory.
@@ -76,6 +77,8 @@ impl Marker {
 }
 
 fn open(path: &Path, create: bool) -> std::io::Result<File> {
-    let flags = OFlag::O_NOFOLLOW.bits();
-    OpenOptions::new().read(true).write(create).create(create).mode(0o600).custom_flags(flags).open(path)
+    let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
+    let mut options = OpenOptions::new();
+    options.read(true).write(create).create(create).mode(0o600).custom_flags(flags);
+    files::require_regular(options.open(path)?)
 }

@@ -12,6 +12,7 @@ use super::CONTROL_LATER;
 use super::marker::{MARKER, Said};
 use super::plan::Plan;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::format::manifest::Description;
 use crate::postgres::{CONTROL_FILE, ControlFile};
 
@@ -92,7 +93,7 @@ pub(super) fn recognise(root: &Path, plan: &Plan, of: &Description) -> Result<()
 fn system_id(root: &Path, said: Option<&Said>) -> Result<(u64, &'static str)> {
     for name in [CONTROL_FILE, CONTROL_LATER] {
         let path = root.join(name);
-        match fs::read(&path) {
+        match files::read_regular(&path) {
             Ok(bytes) => match ControlFile::parse(&bytes) {
                 Ok(control) => return Ok((control.system_identifier, name)),
                 // what a restore had not written to its end is no damage
@@ -118,7 +119,7 @@ fn system_id(root: &Path, said: Option<&Said>) -> Result<(u64, &'static str)> {
 /// Refuses a directory whose server runs, or of which processes are left.
 fn refuse_running(root: &Path) -> Result<()> {
     let path = root.join(POSTMASTER_PID);
-    let text = match fs::read(&path) {
+    let text = match files::read_regular(&path) {
         Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(Error::io("read", &path, error)),

@@ -10,6 +10,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::format::CHUNK;
 use crate::format::chunk::Keys;
 use crate::format::manifest::Database;
@@ -80,13 +81,13 @@ fn refuse_ready(wal: &Path) -> Result<()> {
 /// Whether the directory's server archives WAL of its own. A standby's comes from its primary, and a
 /// copy that this program made has `archive_mode = 'off'` at the end of its settings.
 fn archives(root: &Path) -> Result<bool> {
-    let control = fs::read(root.join(CONTROL_FILE)).ok().and_then(|bytes| ControlFile::parse(&bytes).ok());
+    let control = files::read_regular(&root.join(CONTROL_FILE)).ok().and_then(|bytes| ControlFile::parse(&bytes).ok());
     let follows = [ClusterState::InArchiveRecovery, ClusterState::ShutDownInRecovery];
     if control.is_some_and(|control| follows.contains(&control.state)) {
         return Ok(false);
     }
     let path = root.join(AUTO_CONF);
-    match fs::read(&path) {
+    match files::read_regular(&path) {
         Ok(contents) => Ok(conf::values(&contents, "archive_mode").last().is_none_or(|value| value != "off")),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
         Err(error) => Err(Error::io("read", &path, error)),
@@ -110,7 +111,7 @@ fn unarchived(wal: &Path, view: &View) -> Result<Vec<Unarchived>> {
     let mut coverage = None;
     let mut lost = Vec::new();
     for ((name, path), objects) in segments.into_iter().zip(archived) {
-        let bytes = fs::read(&path).map_err(|error| Error::io("read", &path, error))?;
+        let bytes = files::read_regular(&path).map_err(|error| Error::io("read", &path, error))?;
         let content = content(&repository.keys, &bytes);
         let is_same = |key: &str| WalKey::parse(key).is_some_and(|key| key.content == content);
         if objects.iter().any(|object| is_same(&object.key)) {

@@ -280,7 +280,7 @@ impl<'a> Writing<'a> {
         as_user(self.user.as_ref(), || {
             let mut options = OpenOptions::new();
             options.write(true).create(self.delta.is_none()).truncate(false).mode(0o600);
-            options.custom_flags(OFlag::O_NOFOLLOW.bits());
+            options.custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits());
             options.open(&target.path).map_err(|error| Error::io("write", &target.path, error))
         })
     }
@@ -309,7 +309,10 @@ impl<'a> Writing<'a> {
     fn finish_large(&self, target: &Target) -> Result<()> {
         self.prove(target, whole_crc(self.parts.lock().remove(&target.node).unwrap_or_default()))?;
         let file = as_user(self.user.as_ref(), || {
-            let file = OpenOptions::new().write(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&target.path);
+            let file = OpenOptions::new()
+                .write(true)
+                .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
+                .open(&target.path);
             file.map_err(|error| Error::io("open", &target.path, error))
         })?;
         self.finish(&file, target)

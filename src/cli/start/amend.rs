@@ -123,7 +123,8 @@ impl OnDisk<'_> {
 impl Files for OnDisk<'_> {
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         let path = self.seen(path);
-        as_user(self.user, || Ok(fs::read(&path))).unwrap_or_else(|error| Err(io::Error::other(error)))
+        as_user(self.user, || Ok(crate::files::read_regular(&path)))
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {

@@ -1,9 +1,8 @@
 //! Settings of which a server that replays needs at least what the server had that wrote the WAL.
 
-use std::fs;
-
 use super::super::clones::Place;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::postgres::{CONTROL_FILE, ControlFile};
 
 /// Names of the settings, in the order of [`Limits`].
@@ -25,13 +24,13 @@ impl Limits {
         let path = place.mount().join(CONTROL_FILE);
         // the server may be writing it
         for _ in 0..10 {
-            let bytes = fs::read(&path).map_err(|error| Error::io("read", &path, error))?;
+            let bytes = files::read_regular(&path).map_err(|error| Error::io("read", &path, error))?;
             if let Ok(control) = ControlFile::parse(&bytes) {
                 return Ok(Self::in_control(&control));
             }
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
-        let bytes = fs::read(&path).map_err(|error| Error::io("read", &path, error))?;
+        let bytes = files::read_regular(&path).map_err(|error| Error::io("read", &path, error))?;
         let control = ControlFile::parse(&bytes);
         let control = control.map_err(|error| Error::new("the clone's pg_control is damaged").source(error))?;
         Ok(Self::in_control(&control))

@@ -9,6 +9,7 @@ mod walls;
 use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -378,7 +379,7 @@ impl Start {
 fn set_restore_command(place: &Place, owner: Owner, command: &str) -> Result<()> {
     let path = place.mount().join(AUTO_CONF);
     as_user(User::other(owner.uid, owner.gid).as_ref(), || {
-        let file = fs::OpenOptions::new().append(true).open(&path);
+        let file = fs::OpenOptions::new().append(true).custom_flags(libc::O_NONBLOCK).open(&path);
         let mut file = file.map_err(|error| Error::io("open", &path, error))?;
         writeln!(file, "restore_command = '{command}'").map_err(|error| Error::io("write", &path, error))
     })

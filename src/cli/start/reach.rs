@@ -15,6 +15,7 @@ use super::limits::Limits;
 use super::login::{Logins, NoLogin, said};
 use super::replay::Replay;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::interrupt;
 use crate::postgres::{Lsn, SegmentName, TimestampTz};
 use crate::recovery::datetime;
@@ -210,7 +211,7 @@ impl<'a> Attempt<'a> {
 
     /// What the server logged since this attempt began.
     pub(super) fn log(&self) -> String {
-        let log = fs::read(self.place.log()).unwrap_or_default();
+        let log = files::read_regular(&self.place.log()).unwrap_or_default();
         let from = usize::try_from(self.log_bytes).unwrap_or(0).min(log.len());
         String::from_utf8_lossy(&log[from..]).into_owned()
     }
@@ -266,7 +267,7 @@ fn promoted(reached: &Reached) -> Error {
 
 /// Whether the server takes connections, by the last line of its lock file.
 fn server_accepts(place: &Place) -> bool {
-    let lock = fs::read_to_string(place.mount().join(LOCK_FILE)).unwrap_or_default();
+    let lock = files::read_regular_text(&place.mount().join(LOCK_FILE)).unwrap_or_default();
     lock.lines().nth(LOCK_FILE_STATUS).is_some_and(|status| status.trim() == "ready")
 }
 
@@ -276,7 +277,7 @@ fn tail(log: &str) -> String {
 }
 
 pub(super) fn did_not_start(log: &Path, what: &str) -> Error {
-    let log_text = fs::read(log).unwrap_or_default();
+    let log_text = files::read_regular(log).unwrap_or_default();
     let log_text = String::from_utf8_lossy(&log_text);
     let tail = tail(&log_text);
     if let Some(segment) = unreadable_segment(&log_text) {

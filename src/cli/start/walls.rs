@@ -12,6 +12,7 @@ use super::reach::Attempt;
 use super::replay::Replay;
 use crate::clone::sandbox::{Cover, Sandbox, UNAVAILABLE};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::format::manifest::Description;
 use crate::postgres::{AUTO_CONF, conf};
 use crate::recovery::tablespaces::{Created, created_in};
@@ -64,7 +65,7 @@ impl Start {
     /// After the server has failed: directories of the clone for tablespaces that its WAL creates and that have none yet. True if
     /// there are any, so that the server can be started again.
     pub(super) fn cover_new_tablespaces(&self, place: &Place, clone: &mut Clone, of: &Description) -> Result<bool> {
-        let log = fs::read(place.log()).unwrap_or_default();
+        let log = files::read_regular(&place.log()).unwrap_or_default();
         if !String::from_utf8_lossy(&log).contains(CANNOT_CREATE) {
             return Ok(false);
         }
@@ -133,7 +134,7 @@ fn replace_links(place: &Place, links: &Path, covers: &[Cover]) -> Result<()> {
 fn socket_directories(place: &Place) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for name in ["postgresql.conf", AUTO_CONF] {
-        let text = fs::read(place.mount().join(name)).unwrap_or_default();
+        let text = files::read_regular(&place.mount().join(name)).unwrap_or_default();
         for value in conf::values(&text, "unix_socket_directories") {
             let directories = value.split(',').map(|one| PathBuf::from(one.trim().trim_matches('"')));
             found.extend(directories.filter(|directory| directory.is_absolute()));
