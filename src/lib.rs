@@ -86,7 +86,9 @@
 //! 11. **Root follows no link that another user could have planted, and deletes nothing that it did not make.** A user's
 //!     files are read and written as that user ([`user::as_user`]): a data directory by backup, a restored copy, a clone's
 //!     own directory. Below a directory repository no link is followed ([`store::DirectoryStore`]); a cache is cleaned
-//!     only if it carries its mark, and of its own names. Tests: theirs, and `integration/tests/elsewhere.rs`.
+//!     only if it carries its mark, and of its own names. What root keeps for itself (clones, caches, spools, scratches) lies where
+//!     nobody else can write or rename, up to `/` ([`user::require_own`]). A small file that a user may have put there is read
+//!     only if it is a regular one ([`files::read_regular`]). Tests: theirs, and `integration/tests/elsewhere.rs`.
 //!
 //! 11. **"Archived" is proved by content, never by name, and a backup exists only for a server whose WAL is in this archive.** Held by
 //!     `backup::rival`, `backup::preflight::prove_archiving` and [`repo::proof`]; `archive-get` delivers WAL of the cluster that asks only

@@ -5,10 +5,12 @@
 //! not help, since the user can be faster. Here the thread becomes that user for the file system alone (`setfsuid(2)`,
 //! which Linux keeps per thread), and the kernel refuses what the user may not do.
 
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::marker::PhantomData;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Component, Path, PathBuf};
 
 use nix::unistd::{Gid, Uid, geteuid, getgroups, setfsgid, setfsuid};
 
@@ -76,30 +78,143 @@ impl User {
 
     /// The user's name, or its number if this machine has no such user.
     pub fn name(&self) -> String {
-        let known = nix::unistd::User::from_uid(self.uid).ok().flatten();
-        known.map_or_else(|| self.uid.to_string(), |user| user.name)
+        name_of(self.uid())
     }
 }
 
 /// Refuses a directory of the program's own that another user could fill: one of another owner, or one that others may
-/// write. `hint` says what to do.
+/// write. To root, nobody else may have a say in any directory above it either: who may rename there puts another
+/// directory, or a link, in the place of this one between any check and the work. `hint` says what to do.
 ///
 /// # Errors
 /// Also if it cannot be looked at.
 pub fn require_own(directory: &Path, hint: &str) -> Result<()> {
+    way(directory, None, hint)?;
     let found = directory.metadata().map_err(|error| Error::io("look at", directory, error))?;
     let refused = |why: String| Err(Error::new(format!("{} {why}", directory.display())).hint(hint));
     if !found.is_dir() {
         return refused("is not a directory".into());
     }
     if found.uid() != geteuid().as_raw() {
-        let owner = nix::unistd::User::from_uid(found.uid().into()).ok().flatten();
-        return refused(format!("belongs to {}", owner.map_or_else(|| found.uid().to_string(), |owner| owner.name)));
+        return refused(format!("belongs to {}", name_of(found.uid())));
     }
     match found.mode() & 0o022 {
         0 => Ok(()),
         _ => refused(format!("may be written by others (mode {:o})", found.mode() & 0o7777)),
     }
+}
+
+/// Makes such a directory with what is missing above it, or takes the one that is there. What is made has the mode
+/// `mode`, and 0755 above it, whatever the umask.
+///
+/// # Errors
+/// Those of [`require_own`]; then nothing was made below a directory of another user.
+pub fn make_own(directory: &Path, mode: u32, hint: &str) -> Result<()> {
+    way(directory, Some(mode), hint)?;
+    require_own(directory, hint)
+}
+
+/// Makes a directory with what is missing above it, whoever the owners are; what is made has these modes, whatever the
+/// umask: `mode`, and 0755 above it.
+///
+/// # Errors
+/// When one cannot be made.
+pub fn make_with_parents(directory: &Path, mode: u32) -> io::Result<()> {
+    let missing: Vec<&Path> = directory.ancestors().take_while(|above| !above.as_os_str().is_empty()).collect();
+    let missing = missing.into_iter().take_while(|above| above.symlink_metadata().is_err());
+    for above in missing.collect::<Vec<_>>().into_iter().rev() {
+        make_one(above, if above == directory { mode } else { 0o755 })?;
+    }
+    Ok(())
+}
+
+/// Somebody else may have made it meanwhile.
+fn make_one(directory: &Path, mode: u32) -> io::Result<()> {
+    match DirBuilder::new().mode(mode).create(directory) {
+        Ok(()) => fs::set_permissions(directory, Permissions::from_mode(mode)),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// As many links as the kernel follows.
+const LINKS_MAX: usize = 40;
+
+/// Goes from the root directory to `directory`. Each step is looked at, or made, in a directory in which only root and
+/// the program's user can rename, so that it stays what it was found to be.
+fn way(directory: &Path, make: Option<u32>, hint: &str) -> Result<()> {
+    let whole = std::path::absolute(directory).map_err(|error| Error::io("find", directory, error))?;
+    let (mut at, mut links) = (PathBuf::from("/"), 0);
+    let mut ahead: Vec<OsString> = steps(&whole);
+    require_safe(directory, &at, hint)?;
+    while let Some(name) = ahead.pop() {
+        if name == ".." {
+            at.pop();
+            continue;
+        }
+        let next = at.join(name);
+        let found = match (next.symlink_metadata(), make) {
+            (Err(error), Some(mode)) if error.kind() == io::ErrorKind::NotFound => {
+                let mode = if ahead.is_empty() { mode } else { 0o755 };
+                make_one(&next, mode).map_err(|error| Error::io("create", &next, error).hint(hint))?;
+                next.symlink_metadata()
+            }
+            (found, _) => found,
+        };
+        let found = found.map_err(|error| Error::io("look at", &next, error).hint(hint))?;
+        require_safe(directory, &next, hint)?;
+        if !found.is_symlink() {
+            at = next;
+            continue;
+        }
+        links += 1;
+        let target = fs::read_link(&next).map_err(|error| Error::io("look at", &next, error))?;
+        if links > LINKS_MAX {
+            return Err(Error::io("look at", &next, io::Error::from_raw_os_error(libc::ELOOP)).hint(hint));
+        }
+        if target.is_absolute() {
+            at = PathBuf::from("/");
+        }
+        ahead.extend(steps(&target));
+    }
+    Ok(())
+}
+
+/// The names of a path, the last one first.
+fn steps(path: &Path) -> Vec<OsString> {
+    let named = path.components().filter_map(|part| match part {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some(OsString::from("..")),
+        _ => None,
+    });
+    let mut steps: Vec<OsString> = named.collect();
+    steps.reverse();
+    steps
+}
+
+/// Refuses root a step of the way to `directory` that another user could turn elsewhere.
+fn require_safe(directory: &Path, step: &Path, hint: &str) -> Result<()> {
+    if !geteuid().is_root() {
+        return Ok(());
+    }
+    let found = step.symlink_metadata().map_err(|error| Error::io("look at", step, error))?;
+    // in a directory with the sticky bit nobody renames what root owns; a link has no mode of its own
+    let may_rename = found.is_dir() && found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0;
+    let why = match (found.uid(), may_rename) {
+        (0, false) => return Ok(()),
+        (0, true) => format!("may be written by others (mode {:o})", found.mode() & 0o7777),
+        (uid, _) => format!("belongs to {}", name_of(uid)),
+    };
+    let what = match step == directory {
+        true => format!("{} {why}", directory.display()),
+        false => format!("{} cannot be trusted: {} {why}", directory.display(), step.display()),
+    };
+    Err(Error::new(what).hint(hint))
+}
+
+fn name_of(uid: u32) -> String {
+    let known = nix::unistd::User::from_uid(uid.into()).ok().flatten();
+    known.map_or_else(|| uid.to_string(), |user| user.name)
 }
 
 /// Runs `work` in this thread as `user`, or as the program's own user if there is none. Threads that `work` starts are
@@ -180,8 +295,7 @@ fn set_thread_groups(groups: &[Gid]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::fs;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::symlink;
 
     use super::*;
 
@@ -236,6 +350,35 @@ mod tests {
             go_on.wait();
             acts.join().unwrap().unwrap_err();
         });
+    }
+
+    #[test]
+    fn root_trusts_no_directory_below_one_that_another_user_can_rename_in() {
+        let place = tempfile::tempdir().unwrap();
+        let place = place.path().canonicalize().unwrap();
+        let own = place.join("a/b/own");
+        make_own(&own, 0o700, "").unwrap();
+        assert_eq!(own.metadata().unwrap().mode() & 0o7777, 0o700);
+        assert_eq!(place.join("a/b").metadata().unwrap().mode() & 0o7777, 0o755);
+        symlink(place.join("a"), place.join("link")).unwrap();
+        require_own(&place.join("link/b/own"), "").unwrap();
+        let mode = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        mode(&own, 0o770);
+        assert!(require_own(&own, "").unwrap_err().to_string().contains("by others (mode 770)"));
+        mode(&own, 0o700);
+        if !geteuid().is_root() {
+            return;
+        }
+        mode(&place.join("a"), 0o777);
+        let error = make_own(&place.join("link/b/new"), 0o700, "").unwrap_err().to_string();
+        assert!(error.contains("/a may be written by others (mode 777)"), "{error}");
+        assert!(!place.join("a/b/new").exists());
+        mode(&place.join("a"), 0o1777);
+        require_own(&own, "").unwrap();
+        std::os::unix::fs::lchown(place.join("link"), Some(65534), None).unwrap();
+        assert!(require_own(&place.join("link/b/own"), "").unwrap_err().to_string().contains("/link belongs to"));
+        std::os::unix::fs::chown(place.join("a/b"), Some(65534), None).unwrap();
+        assert!(require_own(&own, "").unwrap_err().to_string().contains("/a/b belongs to"));
     }
 
     #[test]

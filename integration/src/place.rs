@@ -96,7 +96,8 @@ impl Place {
     /// When its directory cannot be made.
     pub fn file_system(&self, name: &str, mib: u32) -> Option<PathBuf> {
         let path = self.directory(name);
-        let options = format!("size={mib}m,mode=0777");
+        // as /tmp: root makes directories of its own in it
+        let options = format!("size={mib}m,mode=1777");
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&path).output();
         mounted.is_ok_and(|output| output.status.success()).then_some(path)
     }

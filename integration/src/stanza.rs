@@ -57,7 +57,14 @@ impl Stanza {
     /// From now on its runs archive and fetch WAL through workers and a spool in its place.
     pub fn asynchronous(mut self) -> Self {
         for (name, directory) in [("PGCAIRN_SPOOL_PATH", "spool"), ("XDG_STATE_HOME", "state")] {
-            self.environment.push((name.to_owned(), self.place.directory(directory).display().to_string()));
+            let directory = self.place.directory(directory);
+            // root has spools in it too, and trusts no directory of another user
+            let of_all = install::server_user().is_some();
+            if of_all && name == "PGCAIRN_SPOOL_PATH" {
+                std::os::unix::fs::chown(&directory, Some(0), Some(0)).expect("root may give it away");
+                fs::set_permissions(&directory, Permissions::from_mode(0o1777)).expect("an owner may change modes");
+            }
+            self.environment.push((name.to_owned(), directory.display().to_string()));
         }
         self.environment.push(("PGCAIRN_ARCHIVE_ASYNC".to_owned(), "y".to_owned()));
         self

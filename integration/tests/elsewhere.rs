@@ -272,6 +272,47 @@ fn links_planted_while_root_restores_or_starts_lead_it_nowhere() {
 }
 
 #[test]
+fn root_keeps_nothing_where_another_user_may_rename_or_write() {
+    if install::server_user().is_none() {
+        return;
+    }
+    let stanza = Stanza::in_directory();
+    let cluster = Cluster::builder().start();
+    stanza.create(&cluster);
+    stanza.run(backup(&cluster, "full")).ok();
+    let place = stanza.place();
+    let (home, mountpoint) = (place.directory("home"), place.join("mountpoint"));
+    fs::create_dir(&mountpoint).unwrap();
+    let inside = home.join("inside");
+    let (clones, cache) = (format!("--clone-path={}", inside.display()), format!("--cache-path={}", inside.display()));
+    let belongs = format!("{} belongs to", home.display());
+    stanza.run(["start", "--name=one", &clones]).fails(1, &belongs).fails(1, "--clone-path");
+    let mount = ["mount", "--backup=latest", "--scratch", text(&inside), text(&mountpoint)];
+    stanza.run(mount).fails(1, &belongs);
+    stanza.run(["mount", &cache, text(&mountpoint)]).fails(1, &belongs);
+    assert!(!inside.exists(), "root made something");
+    run_ok(install::as_server_user("/usr/bin/mkdir").arg("-p").arg(inside.join("one/run")), &[], LONG);
+    stanza.run(["stop", "one", &clones]).fails(1, "belongs to");
+    assert!(inside.join("one/run").exists(), "root removed something");
+
+    // with a umask of 0, as in containers, nothing is for others to write
+    let mut start = std::process::Command::new("/bin/sh");
+    start.args(["-c", "umask 0; exec \"$0\" \"$@\""]).arg(bin::path());
+    let start = stanza.prepared(install::clean(start)).args(["start", "--name=open"]).output().unwrap();
+    assert!(start.status.success(), "{}", String::from_utf8_lossy(&start.stderr));
+    let clone = stanza.clone_directory("open");
+    let of_others = |path: &Path| fs::symlink_metadata(path).unwrap().mode() & 0o022;
+    for path in ["", "clone.json", "mount.log", "scratch", "run"] {
+        assert_eq!(of_others(&clone.join(path)), 0, "{path}");
+    }
+    // a record that an older program let everybody write is not believed
+    fs::set_permissions(clone.join("clone.json"), Permissions::from_mode(0o666)).unwrap();
+    stanza.run(["stop", "open", "--keep"]).fails(1, "others may have written it");
+    stanza.run(["stop", "open"]).ok();
+    stanza.assert_nothing_left();
+}
+
+#[test]
 fn a_link_in_place_of_the_repositorys_temporary_directory_leads_nowhere() {
     let stanza = Stanza::in_directory();
     let cluster = Cluster::builder().start();

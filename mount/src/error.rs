@@ -135,6 +135,16 @@ pub enum Error {
         /// the version this program reads
         supported: u32,
     },
+    /// another user could put files or links into the scratch
+    #[error("{} is no directory of this user alone (owner {uid}, mode {mode:o})", path.display())]
+    ScratchOfOthers {
+        /// the scratch directory, or `data` in it
+        path: PathBuf,
+        /// its owner
+        uid: u32,
+        /// its type and mode
+        mode: u32,
+    },
     /// an operation on a file failed
     #[error("cannot {action} {}", path.display())]
     Io {
@@ -191,6 +201,9 @@ impl Error {
             Self::NotMounted { .. } => "\"findmnt -t fuse.pgcairn\" lists what is mounted".to_owned(),
             Self::ScratchOfOtherBase { .. } => "choose an empty scratch directory, or mount its own base".to_owned(),
             Self::ScratchInUse { .. } => "stop the other mount first, or choose another scratch directory".to_owned(),
+            Self::ScratchOfOthers { .. } => {
+                "choose a directory for the scratch that this user owns and no other can write".to_owned()
+            }
             Self::NotAScratch { .. } => "choose an empty directory for the scratch".to_owned(),
             Self::ScratchDamaged { .. } => "discard this scratch and start from the backup again".to_owned(),
             _ => return None,

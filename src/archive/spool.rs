@@ -5,13 +5,14 @@
 //! needs to be durable, nothing that a crash, a restore or a removed repository leaves behind can be taken for true, and
 //! losing all of it loses nothing.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::files::{self, Outlives};
+use crate::user::{make_own, require_own};
 
 /// Held by the one worker, from before it takes anything away to its end.
 const LOCK: &str = "lock";
@@ -48,8 +49,7 @@ impl Spool {
             hasher.update(part);
         }
         let directory = base.join(format!("{name}-{}", &hasher.finalize().to_hex()[..16]));
-        let make = || DirBuilder::new().recursive(true).mode(0o700).create(&directory);
-        make().map_err(|error| Error::io("create the spool", &directory, error).hint(HINT))?;
+        make_own(&directory, 0o700, HINT)?;
         Self::at(&directory)
     }
 
@@ -61,6 +61,7 @@ impl Spool {
         if !ours || meta.permissions().mode() & 0o022 != 0 {
             return Err(Error::new(format!("the spool {} is not ours alone", directory.display())).hint(HINT));
         }
+        require_own(directory, HINT)?;
         Ok(Self { directory: directory.to_owned() })
     }
 

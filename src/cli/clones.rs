@@ -1,7 +1,8 @@
 //! Running clones: where each keeps its things, and how its server is started and stopped.
 
-use std::fs::{self, DirBuilder, File, TryLockError};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
+use std::fs::{self, File, TryLockError};
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,9 +17,10 @@ use crate::postgres::conninfo;
 use crate::read::completion::Prepared;
 use crate::read::tree::Owner;
 use crate::recovery::tablespaces::Created;
-use crate::user::require_own;
+use crate::user::{make_own, make_with_parents, require_own};
 
-const HINT: &str = "choose another directory for clones: --clone-path";
+const HINT: &str =
+    "choose a directory for clones that nobody else can write or rename: --clone-path; or run pgcairn as its owner";
 
 /// What a clone's directory holds.
 const MOUNT: &str = "data";
@@ -158,22 +160,13 @@ impl Place {
 
     /// Creates the directories.
     pub fn create(&self, owner: Owner) -> Result<()> {
-        // not writable by a group, whatever the umask
-        let made = DirBuilder::new().recursive(true).mode(0o755).create(&self.root);
-        made.map_err(|error| Error::io("create", &self.root, error))?;
-        // of a directory that is there already others may be the owners
-        require_own(&self.root, HINT)?;
-        for path in [self.mount(), self.run()] {
-            fs::create_dir_all(&path).map_err(|error| Error::io("create", &path, error))?;
-        }
-        let mode = |path: &Path, mode| {
-            fs::set_permissions(path, fs::Permissions::from_mode(mode))
-                .map_err(|error| Error::io("set the mode of", path, error))
-        };
-        mode(&self.root, 0o755)?;
-        mode(&self.run(), 0o700)?;
+        // nobody but us makes anything in it
+        make_own(&self.root, 0o755, HINT)?;
+        make_own(&self.mount(), 0o755, HINT)?;
+        let run = self.run();
+        // of a clone that goes on it is the server's already
+        make_with_parents(&run, 0o700).map_err(|error| Error::io("create", &run, error))?;
         if nix::unistd::geteuid().is_root() {
-            let run = self.run();
             chown(&run, Some(owner.uid), Some(owner.gid))
                 .map_err(|error| Error::io("change the owner of", &run, error))?;
         }
@@ -185,14 +178,19 @@ impl Place {
         let record = serde_json::to_vec_pretty(clone)?;
         let new = self.root.join(RECORD_NEW);
         files::place(&new, &self.record(), Outlives::PowerLoss, |to| {
-            fs::write(to, &record).map_err(|error| Error::io("write", to, error))
+            fs::write(to, &record)
+                .and_then(|()| fs::set_permissions(to, fs::Permissions::from_mode(0o644)))
+                .map_err(|error| Error::io("write", to, error))
         })?;
         files::sync_directories(self.root.parent())
     }
 
-    /// Refuses a directory that is there, but that another user could fill.
-    pub fn require_own(&self) -> Result<()> {
-        if self.root.exists() { require_own(&self.root, HINT) } else { Ok(()) }
+    /// Whether there is a directory. One that another user could fill, or have filled, is refused.
+    pub fn is_own(&self) -> Result<bool> {
+        match self.root.symlink_metadata() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            _ => require_own(&self.root, HINT).map(|()| true),
+        }
     }
 
     /// Reads it back; none where no clone is.
@@ -202,10 +200,19 @@ impl Place {
     pub fn load(&self) -> Result<Option<Clone>> {
         let path = self.record();
         // what is noted there says which program is run, and as whom
-        self.require_own()?;
-        match fs::read(&path) {
+        if !self.is_own()? {
+            return Ok(None);
+        }
+        match read_record(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|error| self.damaged(bytes.len(), error)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                let name = self.root.file_name().unwrap_or_default().display();
+                Err(Error::io("read", &path, error).hint(format!(
+                    "check what it says and take the right to write it from others, or \"pgcairn stop {name}\" removes the \
+                     clone, with what was written"
+                )))
+            }
             Err(error) => Err(Error::io("read", &path, error)),
         }
     }
@@ -242,6 +249,22 @@ impl Place {
         }
         remove(&self.root)
     }
+}
+
+/// Reads a record that nobody else can have written: an older program, with a umask of 0, let everybody write it.
+fn read_record(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut options = File::options();
+    let mut file =
+        files::require_regular(options.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?)?;
+    let (found, own) = (file.metadata()?, nix::unistd::geteuid());
+    // a user's own group may be the user alone
+    let others = if own.is_root() { 0o022 } else { 0o002 };
+    if found.uid() != own.as_raw() || found.mode() & others != 0 {
+        let why = format!("others may have written it (owner {}, mode {:o})", found.uid(), found.mode() & 0o7777);
+        return Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, why));
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map(|_| bytes)
 }
 
 /// Where clones live unless told otherwise.

@@ -23,6 +23,7 @@ use crate::recovery::plan::Bound;
 use crate::recovery::target::Action;
 use crate::repo::Repository;
 use crate::store::Stop;
+use crate::user;
 
 /// Threads that serve the kernel's requests; one that waits for the store holds its thread.
 const SERVE_THREADS: usize = 16;
@@ -33,6 +34,8 @@ const RECOVER_SECONDS: u64 = 86_400;
 const REPLAY_AHEAD_KIB: u32 = 4096;
 /// Threads that fetch ahead of sequential readers.
 const PREFETCH_THREADS: usize = 8;
+const SCRATCH_HINT: &str =
+    "choose a directory for the scratch that nobody else can write or rename, or mount as the user it belongs to";
 
 /// Mount the stanza, or one backup of it, as a directory
 ///
@@ -225,6 +228,8 @@ impl Mount {
         }
         let scratch = match &self.scratch {
             Some(directory) => {
+                // what is in it is believed, and written
+                user::make_own(directory, 0o700, SCRATCH_HINT)?;
                 let boot = boot_id().map_err(mount_error)?;
                 Some(Scratch::open(directory, &identity, &boot).map_err(mount_error)?)
             }

@@ -11,6 +11,7 @@ use super::clones::{Clone, Place, default_base};
 use super::mount::mount_error;
 use super::{daemon, output};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::postgres::{CONTROL_FILE, ClusterState, ControlFile};
 
 /// Stop a clone and remove all of it, or keep what was written
@@ -49,7 +50,9 @@ impl Stop {
     /// suffices to remove it.
     fn known(&self, place: &Place) -> Result<Option<Clone>> {
         // before anything of it is believed, or removed
-        place.require_own()?;
+        if !place.is_own()? {
+            return Err(self.unknown()?);
+        }
         match place.load() {
             Ok(None) if place.is_clone() && !self.keep => Ok(None),
             Ok(None) => Err(self.unknown()?),
@@ -134,7 +137,7 @@ pub(super) fn take_down(place: &Place, clone: Option<&Clone>) -> Result<Ended> {
 
 /// Whether the server ended with a checkpoint, by its pg_control.
 fn is_shut_down(place: &Place) -> bool {
-    let control = std::fs::read(place.mount().join(CONTROL_FILE)).ok();
+    let control = files::read_regular(&place.mount().join(CONTROL_FILE)).ok();
     let control = control.and_then(|bytes| ControlFile::parse(&bytes).ok());
     control.is_some_and(|of| matches!(of.state, ClusterState::ShutDown | ClusterState::ShutDownInRecovery))
 }
@@ -168,7 +171,7 @@ pub(super) fn end_server(place: &Place) -> Result<()> {
 
 /// The process of the clone's server, if it is still that: process ids are used again.
 pub(super) fn running_server(place: &Place) -> Option<Pid> {
-    let pid: i32 = std::fs::read_to_string(place.pid_file()).ok()?.trim().parse().ok()?;
+    let pid: i32 = files::read_regular_text(&place.pid_file()).ok()?.trim().parse().ok()?;
     // the server's user writes that file: it must not name a process of somebody else
     let user = std::fs::metadata(place.run()).ok()?.uid();
     if std::fs::metadata(format!("/proc/{pid}")).ok()?.uid() != user {

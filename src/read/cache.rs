@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 use crate::error::{Error, Result};
 use crate::format::GRAIN;
 use crate::format::chunk::{ChunkId, ChunkRef, Decoded, GrainHash, Keys};
-use crate::user::require_own;
+use crate::user::make_own;
 
 /// Open cache files kept at hand where a process may open that many: opening one costs more than reading a page of it.
 const OPEN_FILES: usize = 8192;
@@ -44,8 +44,7 @@ const HINT: &str = "choose another directory with --cache-path, new or empty, or
 /// cleaned, and one that another user may fill, since what is in a cache is believed.
 pub fn prepare(root: &Path) -> Result<()> {
     let failed = |verb: &'static str| move |error| Error::io(verb, root, error).hint(HINT);
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(failed("create the cache directory"))?;
-    require_own(root, HINT)?;
+    make_own(root, 0o700, HINT)?;
     let tag = root.join(TAG);
     match fs::read(&tag) {
         Ok(text) if String::from_utf8_lossy(&text).contains(TAG_OWNER) => return Ok(()),

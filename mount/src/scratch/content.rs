@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -77,8 +77,15 @@ impl FileState {
     }
 }
 
+/// How every file of a scratch is opened: no link is followed, and what is made is ours alone, whatever the umask.
+pub(super) fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    options
+}
+
 pub(super) fn open_backing(path: &Path, create: bool) -> io::Result<File> {
-    let opened = OpenOptions::new().read(true).write(true).create(create).truncate(false).open(path);
+    let opened = options().read(true).write(true).create(create).truncate(false).open(path);
     opened.map_err(not_absent)
 }
 

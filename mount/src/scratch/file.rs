@@ -1,6 +1,6 @@
 //! The content of one changed file: pages of the scratch over those of the tree.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
 use super::bitmap::{Bitmap, PAGE, Run, page_of, pages_in};
-use super::content::{FileState, open_backing, read_full, reserve};
+use super::content::{FileState, open_backing, options, read_full, reserve};
 use super::journal::{Journal, Lsn};
 use super::record::{FileRecord, Record};
 use super::{now, to_nanos};
@@ -117,9 +117,9 @@ impl FileBody {
         let mut state = self.state.write();
         let path = data.join(backing_name(self.inode, state.generation));
         if state.own {
-            return OpenOptions::new().create(true).truncate(false).write(true).open(path).map(drop);
+            return options().create(true).truncate(false).write(true).open(path).map(drop);
         }
-        let file = match OpenOptions::new().write(true).open(path) {
+        let file = match options().write(true).open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             file => file?,
         };
@@ -137,7 +137,7 @@ impl FileBody {
         }
         let metadata = match &state.backing {
             Some(file) => file.metadata()?,
-            None => std::fs::metadata(store.backing_path(self.inode, state.generation))?,
+            None => std::fs::symlink_metadata(store.backing_path(self.inode, state.generation))?,
         };
         let nanos = |seconds: i64, nanos: i64| seconds.saturating_mul(1_000_000_000).saturating_add(nanos);
         Ok((
@@ -185,7 +185,7 @@ impl FileBody {
     /// The empty backing file of a file that is being created.
     pub(crate) fn make_backing(store: &Store, inode: Inode) -> io::Result<()> {
         let path = store.backing_path(inode, 0);
-        OpenOptions::new().write(true).create(true).truncate(true).open(path).map(drop)
+        options().write(true).create(true).truncate(true).open(path).map(drop)
     }
 
     /// The backing file, opened (and, for a file that has pages of the tree, made) when first needed.

@@ -9,8 +9,8 @@
 //! durable when the frame was written. So a bad frame is a torn tail only if no valid frame behind it says that its
 //! place had already been durable; otherwise the file is damaged, and opening it is an error.
 
-use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::content::options;
 use super::record::{self, FRAME_MAX, Record};
 use crate::error::{Error, Result};
 
@@ -64,8 +65,9 @@ struct Writer {
 /// The journal of a scratch directory, if it has one.
 pub(crate) fn read(directory: &Path) -> Result<Option<Found>> {
     let path = directory.join(NAME);
-    match fs::read(&path) {
-        Ok(bytes) => parse(&path, &bytes).map(Some),
+    let mut bytes = Vec::new();
+    match options().read(true).open(&path).and_then(|mut file| file.read_to_end(&mut bytes)) {
+        Ok(_) => parse(&path, &bytes).map(Some),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(Error::io("read", path, source)),
     }
@@ -205,7 +207,7 @@ fn write_whole(directory: &Path, identity: &str, records: &[Record]) -> io::Resu
     bytes[..header.len()].copy_from_slice(&header);
 
     let path = directory.join(NEW_NAME);
-    let file = OpenOptions::new().create(true).truncate(true).read(true).write(true).open(&path)?;
+    let file = options().create(true).truncate(true).read(true).write(true).open(&path)?;
     file.write_all_at(&bytes, 0)?;
     file.sync_all()?;
     fs::rename(&path, directory.join(NAME))?;
@@ -292,6 +294,8 @@ fn durable_behind(bytes: &[u8], bad: usize) -> u64 {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
+    use std::fs::OpenOptions;
+
     use super::*;
 
     fn journal(frames: u64) -> (tempfile::TempDir, Journal) {

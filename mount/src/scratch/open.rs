@@ -1,9 +1,9 @@
 //! Opening a scratch: lock, replay, check, and a clean start.
 
 use std::collections::HashSet;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock};
 
+use super::content::options;
 use super::file::Store;
 use super::journal::{self, Found, Journal};
 use super::namespace::Namespace;
@@ -39,11 +40,16 @@ pub(super) fn open(directory: &Path, identity: &str, boot: &str) -> Result<Scrat
     fs::create_dir_all(directory).map_err(at("create", directory))?;
     let directory = &directory.canonicalize().map_err(at("open", directory))?;
     refuse_others(directory)?;
+    require_own(directory, 0o022)?;
     // it holds pages of a database, and the files in it are read by nobody but us
     fs::set_permissions(directory, fs::Permissions::from_mode(0o700)).map_err(at("set the mode of", directory))?;
     let lock = lock(directory)?;
     let data = directory.join(DATA);
-    fs::create_dir_all(&data).map_err(at("create", &data))?;
+    match DirBuilder::new().mode(0o700).create(&data) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(Error::io("create", data, error)),
+        // below a directory that nobody else enters its mode does not matter
+        _ => require_own(&data, 0)?,
+    }
 
     let found = journal::read(directory)?;
     // a journal that ends a mount cleanly names no boot
@@ -101,6 +107,15 @@ fn refuse_others(directory: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Another user could put links in it to the daemon's own files. A link is not followed: `directory` has none.
+fn require_own(directory: &Path, not: u32) -> Result<()> {
+    let found = directory.symlink_metadata().map_err(|source| Error::io("look at", directory, source))?;
+    match found.is_dir() && found.uid() == nix::unistd::geteuid().as_raw() && found.mode() & not == 0 {
+        true => Ok(()),
+        false => Err(Error::ScratchOfOthers { path: directory.to_owned(), uid: found.uid(), mode: found.mode() }),
+    }
+}
+
 /// A daemon whose mount is gone says so in its lock file while it still makes its scratch durable.
 pub(super) const CLOSING: &[u8] = b"closing";
 /// How long a daemon may take between the end of its mount and saying so, and until it is done.
@@ -110,7 +125,7 @@ const LOCK_POLL: Duration = Duration::from_millis(20);
 
 fn lock(directory: &Path) -> Result<File> {
     let path = directory.join(LOCK);
-    let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&path);
+    let file = options().create(true).truncate(false).read(true).write(true).open(&path);
     let file = file.map_err(|source| Error::io("open", &path, source))?;
     let began = Instant::now();
     loop {

@@ -461,3 +461,37 @@ fn a_record_of_older_length_makes_no_file_shorter() {
     let attr = subject.fs().attributes(subject.find("b").unwrap()).unwrap();
     assert_eq!((attr.size, attr.mtime), (25_000, UNIX_EPOCH));
 }
+
+#[test]
+fn no_link_in_a_scratch_is_followed_and_none_of_others_is_taken() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    let place = tempfile::tempdir().unwrap();
+    let elsewhere = place.path().join("elsewhere");
+    std::fs::write(&elsewhere, "secret").unwrap();
+    let dir = place.path().join("scratch");
+    let open = || Scratch::open(&dir, "one", "boot");
+    drop(open().unwrap());
+    for name in ["lock", "journal", "journal.new", "data"] {
+        let (path, kept) = (dir.join(name), place.path().join("kept"));
+        let was = std::fs::rename(&path, &kept);
+        symlink(if name == "data" { place.path() } else { &elsewhere }, &path).unwrap();
+        assert!(open().is_err(), "{name}");
+        assert_eq!(std::fs::read(&elsewhere).unwrap(), b"secret", "{name}");
+        std::fs::remove_file(&path).unwrap();
+        was.map_or(Ok(()), |()| std::fs::rename(&kept, &path)).unwrap();
+    }
+    let mode = |mode| std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(mode)).unwrap();
+    mode(0o777);
+    assert!(matches!(open(), Err(Error::ScratchOfOthers { .. })));
+    mode(0o700);
+    drop(open().unwrap());
+}
+
+#[test]
+fn the_content_of_a_file_is_not_read_through_a_link() {
+    let dir = tempfile::tempdir().unwrap();
+    let (secret, path) = (dir.path().join("secret"), dir.path().join("0-0"));
+    std::fs::write(&secret, "secret").unwrap();
+    std::os::unix::fs::symlink(&secret, &path).unwrap();
+    super::content::open_backing(&path, true).unwrap_err();
+}
