@@ -2,9 +2,10 @@
 //! line on the child's standard output.
 
 use std::ffi::OsStr;
-use std::fs::{self, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -12,7 +13,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::interrupt;
+use crate::user::make_with_parents;
 
 /// What the child writes when it is ready.
 const READY: &str = "ready";
@@ -33,9 +36,9 @@ pub(super) fn is_child() -> bool {
 /// What the child failed of, in its own words.
 pub(super) fn spawn(arguments: &[String], secrets: &[(&str, &str)], log: &Path) -> Result<u32> {
     if let Some(parent) = log.parent() {
-        fs::create_dir_all(parent).map_err(|error| Error::io("create", parent, error))?;
+        make_with_parents(parent, 0o755).map_err(|error| Error::io("create", parent, error))?;
     }
-    let log_file = OpenOptions::new().create(true).append(true).open(log);
+    let log_file = open_log(log);
     let log_file = log_file.map_err(|error| Error::io("open the log", log, error))?;
     let program = std::env::current_exe().map_err(|error| Error::io("find", Path::new("pgcairn"), error))?;
     let mut command = Command::new(&program);
@@ -64,8 +67,8 @@ pub(super) fn spawn(arguments: &[String], secrets: &[(&str, &str)], log: &Path) 
 pub(super) fn launch(arguments: &[String], secrets: &[(&str, &str)], log: &Path) -> Result<Child> {
     // a log that cannot be written is no reason not to work
     let log_file = log.parent().and_then(|parent| {
-        fs::create_dir_all(parent).ok()?;
-        OpenOptions::new().create(true).append(true).open(log).ok()
+        make_with_parents(parent, 0o755).ok()?;
+        open_log(log).ok()
     });
     let log_file = log_file.map_or_else(Stdio::null, Stdio::from);
     let program = std::env::current_exe().map_err(|error| Error::io("find", Path::new("pgcairn"), error))?;
@@ -73,6 +76,13 @@ pub(super) fn launch(arguments: &[String], secrets: &[(&str, &str)], log: &Path)
     command.args(arguments).envs(secrets.iter().copied()).current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file);
     command.spawn().map_err(|error| Error::io("start", &program, error))
+}
+
+/// Nothing but a regular file, since another user may have put a link or a pipe there.
+fn open_log(log: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.create(true).append(true).mode(0o644).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    files::require_regular(options.open(log)?)
 }
 
 /// Has the daemons that serve this mountpoint give up what a store that hangs keeps them waiting for.

@@ -79,6 +79,7 @@ enum Verb {
 
 /// Runs the program; the exit status is 0 done, 1 failed, 2 bad usage (and see `archive-get`).
 pub fn main() -> ExitCode {
+    refuse_writing_by_others();
     let arguments: Vec<_> = std::env::args_os().collect();
     // before anything of the options is built: a clone's server waits for it
     if arguments.get(1).is_some_and(|argument| argument == sandbox::FLAG) {
@@ -104,6 +105,14 @@ pub fn main() -> ExitCode {
         Ok(Err(error)) => fail(&error, code(1)),
         Err(_) => ExitCode::from(code(101)),
     }
+}
+
+/// What is written here is believed later, by root too: whatever the umask that was inherited, as one of 0 in a container,
+/// nobody but the owner may write it. A umask that grants less stays.
+fn refuse_writing_by_others() {
+    use nix::sys::stat::{Mode, umask};
+    let others = Mode::S_IWGRP | Mode::S_IWOTH;
+    umask(umask(others) | others);
 }
 
 /// What is wrong with a command line.

@@ -11,7 +11,7 @@ use nix::sys::stat::{Mode, mkdirat};
 
 use crate::error::{Error, Result};
 use crate::read::tree::Owner;
-use crate::user::{User, as_user};
+use crate::user::{User, as_user, make_with_parents};
 
 /// Makes the directory `path` with its parents, if it is not there, and makes it the owner's with this mode.
 ///
@@ -96,7 +96,8 @@ pub(super) fn take_over_all(place: &Path, below: &Path, owner: Owner) -> Result<
 /// Makes a directory with its parents, if it is not there, and sets its mode and owner.
 pub(super) fn make(path: &Path, mode: u32, owner: Option<Owner>) -> Result<()> {
     if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(|error| Error::io("create", parent, error))?;
+        // the server's user has to get through them
+        make_with_parents(parent, 0o755).map_err(|error| Error::io("create", parent, error))?;
     }
     match DirBuilder::new().mode(mode).create(path) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(Error::io("create", path, error)),
@@ -128,6 +129,8 @@ fn make_as_root(path: &Path) -> io::Result<File> {
     while let Some(name) = missing.pop() {
         mkdirat(&open, &name, Mode::from_bits_truncate(0o755))?;
         open = open_directory(&open, &name, ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS)?;
+        // whatever the umask: the server's user has to get through it
+        open.set_permissions(fs::Permissions::from_mode(0o755))?;
     }
     Ok(open)
 }

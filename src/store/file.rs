@@ -6,9 +6,9 @@
 
 use std::collections::HashSet;
 use std::ffi::{CStr, OsString};
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, fchown};
+use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 
 use super::{Body, ErrorKind, Page, Result, Store, StoreError};
 use crate::store::object_key;
+use crate::user::make_with_parents;
 
 mod walk;
 
@@ -327,7 +328,8 @@ fn create_root(path: &Path) -> io::Result<()> {
     }
     let path = std::path::absolute(path)?;
     let missing: Vec<&Path> = path.ancestors().take_while(|ancestor| !ancestor.exists()).collect();
-    DirBuilder::new().recursive(true).mode(DIRECTORY_MODE.bits()).create(&path)?;
+    // those above it are not the repository's alone: the server's user gets through them, whatever the umask
+    make_with_parents(&path, DIRECTORY_MODE.bits())?;
     for made in missing {
         if let Some(parent) = made.parent() {
             sync_directory(&File::open(parent)?)?;
