@@ -5,6 +5,7 @@
 //! not help, since the user can be faster. Here the thread becomes that user for the file system alone (`setfsuid(2)`,
 //! which Linux keeps per thread), and the kernel refuses what the user may not do.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
@@ -13,6 +14,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use nix::unistd::{Gid, Uid, geteuid, getgroups, setfsgid, setfsuid};
+
+use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
 
@@ -83,8 +86,9 @@ impl User {
 }
 
 /// Refuses a directory of the program's own that another user could fill: one of another owner, or one that others may
-/// write. To root, nobody else may have a say in any directory above it either: who may rename there puts another
-/// directory, or a link, in the place of this one between any check and the work. `hint` says what to do.
+/// write. To root, nobody else may write in any directory above it either, nor have put a link there: who may rename puts
+/// another directory, or a link, in the place of this one between any check and the work. Of a directory above that
+/// belongs to another user root is warned. `hint` says what to do.
 ///
 /// # Errors
 /// Also if it cannot be looked at.
@@ -202,7 +206,12 @@ fn require_safe(directory: &Path, step: &Path, hint: &str) -> Result<()> {
     let may_rename = found.is_dir() && found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0;
     let why = match (found.uid(), may_rename) {
         (0, false) => return Ok(()),
-        (0, true) => format!("may be written by others (mode {:o})", found.mode() & 0o7777),
+        // people do keep clones below a home of the server's user
+        (uid, false) if found.is_dir() && step != directory => {
+            warn_of_owner(directory, step, uid);
+            return Ok(());
+        }
+        (_, true) => format!("may be written by others (mode {:o})", found.mode() & 0o7777),
         (uid, _) => format!("belongs to {}", name_of(uid)),
     };
     let what = match step == directory {
@@ -210,6 +219,19 @@ fn require_safe(directory: &Path, step: &Path, hint: &str) -> Result<()> {
         false => format!("{} cannot be trusted: {} {why}", directory.display(), step.display()),
     };
     Err(Error::new(what).hint(hint))
+}
+
+/// Once for each place: that user can put something else in the place of what root works on.
+fn warn_of_owner(directory: &Path, step: &Path, uid: u32) {
+    static TOLD: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+    if TOLD.lock().insert(step.to_owned()) {
+        tracing::warn!(
+            "root works in {}, below {}, which {} can rename at any moment: choose a place that is root's alone",
+            directory.display(),
+            step.display(),
+            name_of(uid)
+        );
+    }
 }
 
 fn name_of(uid: u32) -> String {

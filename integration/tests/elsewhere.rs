@@ -285,7 +285,8 @@ fn root_keeps_nothing_where_another_user_may_rename_or_write() {
     fs::create_dir(&mountpoint).unwrap();
     let inside = home.join("inside");
     let (clones, cache) = (format!("--clone-path={}", inside.display()), format!("--cache-path={}", inside.display()));
-    let belongs = format!("{} belongs to", home.display());
+    fs::set_permissions(&home, Permissions::from_mode(0o777)).unwrap();
+    let belongs = format!("{} may be written by others", home.display());
     stanza.run(["start", "--name=one", &clones]).fails(1, &belongs).fails(1, "--clone-path");
     let mount = ["mount", "--backup=latest", "--scratch", text(&inside), text(&mountpoint)];
     stanza.run(mount).fails(1, &belongs);
