@@ -460,3 +460,49 @@ fn jobs_of_the_source_do_not_run_in_a_copy() {
     drop(restored);
     stanza.assert_nothing_left();
 }
+
+/// What the owner of a database, who is nobody else, may say of every session in it.
+const HOSTILE: &str = "
+CREATE SCHEMA evil; GRANT USAGE ON SCHEMA evil TO public;
+CREATE FUNCTION evil.seize() RETURNS bool LANGUAGE plpgsql AS $$ BEGIN
+    IF (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) current_user) THEN
+        EXECUTE 'ALTER ROLE app SUPERUSER';
+    END IF;
+    RETURN false;
+EXCEPTION WHEN OTHERS THEN RETURN false; END $$;
+CREATE FUNCTION evil.pg_is_in_recovery() RETURNS bool LANGUAGE sql AS 'SELECT evil.seize()';
+CREATE FUNCTION evil.to_char(timestamptz, text) RETURNS text LANGUAGE sql AS 'SELECT evil.seize()::text';
+CREATE FUNCTION evil.same(text, text) RETURNS bool LANGUAGE sql AS 'SELECT evil.seize() OR $1 OPERATOR(pg_catalog.=) $2';
+CREATE OPERATOR evil.= (LEFTARG = text, RIGHTARG = text, FUNCTION = evil.same);
+CREATE TABLE t AS SELECT generate_series(1, 10) AS i;
+ALTER DATABASE shop SET search_path = evil, pg_catalog, public;
+";
+
+#[test]
+fn the_owner_of_a_database_does_not_become_superuser() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder()).start();
+    stanza.create(&cluster);
+    cluster.psql("CREATE ROLE app LOGIN;");
+    cluster.psql("CREATE DATABASE shop OWNER app;");
+    let conninfo =
+        |user: &str| cluster.conninfo().replace("user=postgres dbname=postgres", &format!("user={user} dbname=shop"));
+    Client::new(conninfo("app")).psql(HOSTILE);
+    let is_superuser = "SELECT rolsuper FROM pg_roles WHERE rolname = 'app';";
+    let shop = conninfo("postgres");
+    for arguments in [&["check"][..], &["backup", "--type=full"], &["backup", "--type=full", "--source=stream"]] {
+        stanza.run([arguments, &["--pg", &shop]].concat()).ok();
+        assert_eq!(cluster.psql(is_superuser), "f", "{arguments:?}");
+    }
+    cluster.psql("ALTER DATABASE shop SET statement_timeout = '1ms';");
+    // what its user gives counts, but not before ours
+    let own = format!("{shop} options='-c work_mem=8MB -c search_path=evil'");
+    stanza.run(["check", "--pg", &own]).ok();
+    assert_eq!(cluster.psql(is_superuser), "f");
+    let clone = stanza.start("clone", &["--pg-database=shop"]);
+    assert_eq!(clone.database("postgres").psql(is_superuser), "f", "in a clone");
+    clone.stop(&[]);
+    let dump = stanza.run(["extract", "latest", "--table", "shop.public.t"]).ok();
+    assert_eq!(numbers(&dump), 10);
+    stanza.assert_nothing_left();
+}

@@ -45,7 +45,7 @@ pub fn read_control(data_directory: &Path) -> Result<(Vec<u8>, ControlFile)> {
 /// What the connected server is, as it says itself.
 pub fn identify(server: &mut Server) -> Result<Database> {
     let number = |server: &mut Server, column: &str, function: &str| -> Result<u64> {
-        let text = server.value(&format!("SELECT {column} FROM {function}()"))?;
+        let text = server.value(&format!("SELECT {column} FROM pg_catalog.{function}()"))?;
         text.parse().context(|| format!("{column} is {text}"))
     };
     let system = |server: &mut Server, column| number(server, column, "pg_control_system");

@@ -4,20 +4,29 @@ mod refusal;
 
 use std::path::PathBuf;
 
+use postgres::error::SqlState;
 use postgres::{Client, Config, NoTls, SimpleQueryMessage};
 
 use super::peer;
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::interrupt;
-use crate::postgres::{Lsn, Major, SegmentName, Timeline};
+use crate::postgres::{Lsn, Major, SegmentName, Timeline, session};
 
 /// Name of the temporary replication slot of backups without an archive.
 const SLOT_NAME: &str = "pgcairn_backup";
 /// What a session that takes a backup calls itself.
 const BACKUP_NAME: &str = "pgcairn backup";
 /// Whether the server is a standby.
-const IN_RECOVERY: &str = "SELECT pg_is_in_recovery()";
+const IN_RECOVERY: &str = "SELECT pg_catalog.pg_is_in_recovery()";
+/// What a server ends a session or a statement by; not every server knows all.
+const TIMEOUTS: [&str; 5] = [
+    "statement_timeout",
+    "lock_timeout",
+    "idle_session_timeout",
+    "idle_in_transaction_session_timeout",
+    "transaction_timeout",
+];
 /// Key of the advisory lock that keeps two backups of one server apart.
 const LOCK_KEY: i64 = 0x7067_6361_6972_6e01;
 
@@ -77,16 +86,23 @@ impl Server {
     /// Connects with a libpq conninfo string or URI; what it leaves out is taken from the `PG*` environment.
     pub fn connect(conninfo: &str) -> Result<Self> {
         let config = config(conninfo)?;
-        let mut client = peer::connect(&config, |config| config.connect(NoTls)).map_err(|error| {
+        let connect = |config: &Config| peer::connect(config, |config| config.connect(NoTls));
+        let connected = connect(&guarded(&config)).or_else(|error| match error.code() {
+            // a pooler that takes no options: what follows says the same
+            Some(&SqlState::PROTOCOL_VIOLATION) => connect(&config),
+            _ => Err(error),
+        });
+        let mut client = connected.map_err(|error| {
             Error::new(format!("cannot connect to the server at {}", describe(&config)))
                 .hint(refusal::no_connection(&error))
                 .source(error)
         })?;
+        client.simple_query(session::GUARD).context(|| "cannot set search_path".into())?;
         // a DBA's defaults must not end a long backup
-        for setting in
-            ["statement_timeout", "lock_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"]
-        {
-            let sql = format!("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = '{setting}'");
+        for setting in TIMEOUTS {
+            let sql = format!(
+                "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = '{setting}'"
+            );
             client.simple_query(&sql).context(|| format!("cannot set {setting}"))?;
         }
         let version: String = value(&mut client, "SHOW server_version_num")?;
@@ -94,12 +110,14 @@ impl Server {
         let major = Major::from_server_version_num(version).context(|| "cannot back up this server".into())?;
         let in_recovery = value(&mut client, IN_RECOVERY)? == "t";
         let data_directory = PathBuf::from(value(&mut client, "SHOW data_directory")?);
-        let system_id = value(&mut client, "SELECT system_identifier FROM pg_control_system()")?;
+        let system_id = value(&mut client, "SELECT system_identifier FROM pg_catalog.pg_control_system()")?;
         let system_id =
             system_id.parse::<i64>().map(|id| id as u64).context(|| format!("system identifier {system_id}"))?;
         let archiving = archiving(&mut client, major)?;
-        let may_read = value(&mut client, "SELECT has_function_privilege('pg_read_file(text)', 'EXECUTE')")? == "t";
-        let read = may_read.then(|| value(&mut client, "SELECT pg_read_file('postmaster.pid')"));
+        let may_read =
+            value(&mut client, "SELECT pg_catalog.has_function_privilege('pg_catalog.pg_read_file(text)', 'EXECUTE')")?
+                == "t";
+        let read = may_read.then(|| value(&mut client, "SELECT pg_catalog.pg_read_file('postmaster.pid')"));
         let postmaster = read.transpose()?;
         Ok(Self { client, major, data_directory, system_id, archiving, in_recovery, postmaster })
     }
@@ -117,7 +135,7 @@ impl Server {
 
     /// What the server wants archived and is not yet; `None` where nothing waits.
     pub fn waiting(&mut self) -> Result<Option<Waiting>> {
-        let ready = "FROM pg_ls_archive_statusdir() WHERE name LIKE '%.ready'";
+        let ready = "FROM pg_catalog.pg_ls_archive_statusdir() WHERE name LIKE '%.ready'";
         let time = |column: &str| format!("to_char({column}, 'YYYY-MM-DD HH24:MI:SS TZ')");
         let files = self.value(&format!("SELECT count(*) {ready}"))?;
         let files: u64 = files.parse().context(|| format!("{files} files"))?;
@@ -127,7 +145,7 @@ impl Server {
         let oldest = self.value(&format!("SELECT coalesce({}, 'a moment ago') {ready}", time("min(modification)")))?;
         let failure = self.value(&format!(
             "SELECT coalesce(max(failed_count || ' times, last for ' || last_failed_wal || ' at ' || {}), '') \
-             FROM pg_stat_archiver WHERE last_failed_time > coalesce(last_archived_time, '-infinity')",
+             FROM pg_catalog.pg_stat_archiver WHERE last_failed_time > coalesce(last_archived_time, '-infinity')",
             time("last_failed_time")
         ))?;
         Ok(Some(Waiting { files, oldest, failure: Some(failure).filter(|failure| !failure.is_empty()) }))
@@ -138,11 +156,11 @@ impl Server {
     /// Advisory locks are per database, so the session's name says it too: each backup first names itself, then looks for
     /// another, so that of two that begin at the same moment at least one sees the other.
     pub fn lock(&mut self) -> Result<()> {
-        self.value(&format!("SELECT set_config('application_name', '{BACKUP_NAME}', false)"))?;
+        self.value(&format!("SELECT pg_catalog.set_config('application_name', '{BACKUP_NAME}', false)"))?;
         let others = self.value(&format!(
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name = '{BACKUP_NAME}' AND pid <> pg_backend_pid()"
+            "SELECT count(*) FROM pg_catalog.pg_stat_activity WHERE application_name = '{BACKUP_NAME}' AND pid <> pg_catalog.pg_backend_pid()"
         ))?;
-        match (self.value(&format!("SELECT pg_try_advisory_lock({LOCK_KEY})"))?.as_str(), others.as_str()) {
+        match (self.value(&format!("SELECT pg_catalog.pg_try_advisory_lock({LOCK_KEY})"))?.as_str(), others.as_str()) {
             ("t", "0") => Ok(()),
             _ => Err(Error::new("another backup of this server is running").hint("wait until it has ended")),
         }
@@ -150,17 +168,17 @@ impl Server {
 
     /// Name of the role that initdb made.
     pub fn bootstrap_superuser(&mut self) -> Result<String> {
-        self.value("SELECT rolname FROM pg_roles WHERE oid = 10")
+        self.value("SELECT rolname FROM pg_catalog.pg_roles WHERE oid = 10")
     }
 
     /// Oids and names of all databases.
     pub fn databases(&mut self) -> Result<Vec<(u32, String)>> {
-        self.names("SELECT oid, datname FROM pg_database ORDER BY oid")
+        self.names("SELECT oid, datname FROM pg_catalog.pg_database ORDER BY oid")
     }
 
     /// Oids and names of all tablespaces, those of every cluster among them.
     pub fn tablespaces(&mut self) -> Result<Vec<(u32, String)>> {
-        self.names("SELECT oid, spcname FROM pg_tablespace ORDER BY oid")
+        self.names("SELECT oid, spcname FROM pg_catalog.pg_tablespace ORDER BY oid")
     }
 
     /// A name whose bytes are not UTF-8 is left out: databases have encodings of their own, these catalogs have none.
@@ -179,15 +197,17 @@ impl Server {
     /// Creates the temporary slot that keeps WAL from now on until the session ends.
     pub fn hold_wal(&mut self) -> Result<()> {
         let name = format!("{SLOT_NAME}_{}", std::process::id());
-        self.value(&format!("SELECT slot_name FROM pg_create_physical_replication_slot('{name}', true, true)"))?;
+        self.value(&format!(
+            "SELECT slot_name FROM pg_catalog.pg_create_physical_replication_slot('{name}', true, true)"
+        ))?;
         Ok(())
     }
 
     /// Writes a restore point called `name` into the WAL and ends its segment; returns one past the record, and the segment
     /// that it ends in. That names the timeline that the server writes now, which pg_control knows only after a checkpoint.
     pub fn mark_wal(&mut self, name: &str) -> Result<(Lsn, SegmentName)> {
-        let marked = self.position(&format!("pg_create_restore_point('{name}')"))?;
-        self.value("SELECT pg_switch_wal()")?;
+        let marked = self.position(&format!("pg_catalog.pg_create_restore_point('{name}')"))?;
+        self.value("SELECT pg_catalog.pg_switch_wal()")?;
         Ok(marked)
     }
 
@@ -199,11 +219,11 @@ impl Server {
 
     /// Up to where a primary has written, and the segment that it writes.
     pub fn writing(&mut self) -> Result<(Lsn, SegmentName)> {
-        self.position("pg_current_wal_insert_lsn()")
+        self.position("pg_catalog.pg_current_wal_insert_lsn()")
     }
 
     fn position(&mut self, lsn: &str) -> Result<(Lsn, SegmentName)> {
-        let row = row(&mut self.client, &format!("SELECT lsn, pg_walfile_name(lsn) FROM {lsn} AS lsn"))?;
+        let row = row(&mut self.client, &format!("SELECT lsn, pg_catalog.pg_walfile_name(lsn) FROM {lsn} AS lsn"))?;
         let column = |number: usize| row.get(number).cloned().flatten().unwrap_or_default();
         let name = column(1).parse().context(|| "the server does not name its WAL segment".into())?;
         Ok((parse_lsn(&column(0))?, name))
@@ -212,11 +232,11 @@ impl Server {
     /// The first segment from `first` to `last`, of one timeline, that the server has not been told is archived; `None` if there
     /// is none, or the user may not see it.
     pub fn unarchived(&mut self, first: SegmentName, last: SegmentName) -> Result<Option<SegmentName>> {
-        if !self.may("pg_ls_archive_statusdir()")? {
+        if !self.may("pg_catalog.pg_ls_archive_statusdir()")? {
             return Ok(None);
         }
         let name = self.value(&format!(
-            "SELECT coalesce(min(left(name, 24)), '') FROM pg_ls_archive_statusdir() \
+            "SELECT coalesce(min(left(name, 24)), '') FROM pg_catalog.pg_ls_archive_statusdir() \
              WHERE name ~ '^[0-9A-F]{{24}}\\.ready$' AND left(name, 24) COLLATE \"C\" BETWEEN '{first}' AND '{last}'"
         ))?;
         Ok(name.parse().ok())
@@ -224,20 +244,20 @@ impl Server {
 
     /// The content of a small file of `pg_wal`; `None` if there is none, or the user may not read it.
     pub fn wal_text(&mut self, name: &str) -> Result<Option<String>> {
-        if !self.may("pg_read_file(text, bigint, bigint, boolean)")? {
+        if !self.may("pg_catalog.pg_read_file(text, bigint, bigint, boolean)")? {
             return Ok(files::read_regular_text(&self.data_directory.join("pg_wal").join(name)).ok());
         }
-        let text = format!("SELECT coalesce(pg_read_file('pg_wal/{name}', 0, 1048576, true), '')");
+        let text = format!("SELECT coalesce(pg_catalog.pg_read_file('pg_wal/{name}', 0, 1048576, true), '')");
         Ok(Some(self.value(&text)?).filter(|text| !text.is_empty()))
     }
 
     /// Whether the server works on a mounted backup.
     pub fn is_view(&mut self) -> Result<bool> {
-        if self.may("pg_stat_file(text, boolean)")? {
+        if self.may("pg_catalog.pg_stat_file(text, boolean)")? {
             // a user may have a file of that name, and then it is an error to look below it
             let there = self.value(
-                "SELECT CASE WHEN (SELECT isdir FROM pg_stat_file('.pgcairn', true)) \
-                 THEN (SELECT count(size) FROM pg_stat_file('.pgcairn/status', true)) ELSE 0 END",
+                "SELECT CASE WHEN (SELECT isdir FROM pg_catalog.pg_stat_file('.pgcairn', true)) \
+                 THEN (SELECT count(size) FROM pg_catalog.pg_stat_file('.pgcairn/status', true)) ELSE 0 END",
             )?;
             return Ok(there != "0");
         }
@@ -245,22 +265,22 @@ impl Server {
     }
 
     fn may(&mut self, function: &str) -> Result<bool> {
-        Ok(self.value(&format!("SELECT has_function_privilege('{function}', 'EXECUTE')"))? == "t")
+        Ok(self.value(&format!("SELECT pg_catalog.has_function_privilege('{function}', 'EXECUTE')"))? == "t")
     }
 
     /// The timeline that a standby replays, as far as it says: its last restartpoint may be of an earlier one.
     pub fn replayed_timeline(&mut self) -> Result<Timeline> {
         let timeline = self.value(
-            "SELECT greatest((SELECT timeline_id FROM pg_control_checkpoint()), \
-             (SELECT min_recovery_end_timeline FROM pg_control_recovery()), \
-             (SELECT max(received_tli) FROM pg_stat_wal_receiver))",
+            "SELECT greatest((SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()), \
+             (SELECT min_recovery_end_timeline FROM pg_catalog.pg_control_recovery()), \
+             (SELECT max(received_tli) FROM pg_catalog.pg_stat_wal_receiver))",
         )?;
         timeline.parse().map(Timeline).context(|| format!("timeline {timeline}"))
     }
 
     /// Where the record of the last checkpoint, or restartpoint, is, and where replay from it starts.
     pub fn checkpoint(&mut self) -> Result<(Lsn, Lsn)> {
-        let row = row(&mut self.client, "SELECT checkpoint_lsn, redo_lsn FROM pg_control_checkpoint()")?;
+        let row = row(&mut self.client, "SELECT checkpoint_lsn, redo_lsn FROM pg_catalog.pg_control_checkpoint()")?;
         let lsn = |number: usize| parse_lsn(&row.get(number).cloned().flatten().unwrap_or_default());
         Ok((lsn(0)?, lsn(1)?))
     }
@@ -268,9 +288,9 @@ impl Server {
     /// Begins the backup; returns where recovery will start.
     pub fn start_backup(&mut self, label: &str, fast: bool) -> Result<Lsn> {
         let call = if self.major.number() < 15 {
-            format!("SELECT pg_start_backup('{label}', {fast}, false)")
+            format!("SELECT pg_catalog.pg_start_backup('{label}', {fast}, false)")
         } else {
-            format!("SELECT pg_backup_start('{label}', {fast})")
+            format!("SELECT pg_catalog.pg_backup_start('{label}', {fast})")
         };
         // it waits for a checkpoint, and a session whose client is gone would go on waiting
         let token = self.client.cancel_token();
@@ -284,15 +304,15 @@ impl Server {
 
     /// How far a standby has replayed.
     pub fn replayed(&mut self) -> Result<Lsn> {
-        let lsn = self.value("SELECT pg_last_wal_replay_lsn()")?;
+        let lsn = self.value("SELECT pg_catalog.pg_last_wal_replay_lsn()")?;
         parse_lsn(&lsn)
     }
 
     /// Ends the backup; does not wait for the archive, since we look for the WAL ourselves.
     pub fn stop_backup(&mut self) -> Result<Stopped> {
         let call = match self.major.number() < 15 {
-            true => "SELECT lsn, labelfile, spcmapfile FROM pg_stop_backup(false, false)",
-            false => "SELECT lsn, labelfile, spcmapfile FROM pg_backup_stop(false)",
+            true => "SELECT lsn, labelfile, spcmapfile FROM pg_catalog.pg_stop_backup(false, false)",
+            false => "SELECT lsn, labelfile, spcmapfile FROM pg_catalog.pg_backup_stop(false)",
         };
         let row = row(&mut self.client, call).map_err(|error| match self.in_recovery && refusal::is_of_state(&error) {
             true => error.hint(
@@ -397,6 +417,13 @@ pub(super) fn config(conninfo: &str) -> Result<Config> {
         config.connect_timeout(std::time::Duration::from_secs(10));
     }
     Ok(config)
+}
+
+/// The same with what our sessions begin with.
+pub(super) fn guarded(config: &Config) -> Config {
+    let mut guarded = config.clone();
+    guarded.options(&session::guarded(config.get_options()));
+    guarded
 }
 
 pub(super) fn describe(config: &Config) -> String {

@@ -13,7 +13,7 @@ use super::options::{refuse_in_data_directory, state_directory};
 use crate::clone::environment;
 use crate::error::{Error, Result};
 use crate::files::{self, Outlives};
-use crate::postgres::conninfo;
+use crate::postgres::{conninfo, session};
 use crate::read::completion::Prepared;
 use crate::read::tree::Owner;
 use crate::recovery::tablespaces::Created;
@@ -296,13 +296,26 @@ impl Clone {
         command
     }
 
-    /// How to reach it.
+    /// How people reach it.
     pub fn conninfo(&self, place: &Place, login: &Login) -> String {
+        self.reached_with(place, login, if login.without_libraries { WITHOUT_LIBRARIES } else { "" })
+    }
+
+    /// How this program reaches it: with the settings that its own sessions have.
+    pub fn own_conninfo(&self, place: &Place, login: &Login) -> String {
+        let mut options = session::of_clone(login.major, login.with_triggers);
+        if login.without_libraries {
+            options = format!("{options} {WITHOUT_LIBRARIES}");
+        }
+        self.reached_with(place, login, &options)
+    }
+
+    fn reached_with(&self, place: &Place, login: &Login, options: &str) -> String {
         let (host, user, database) = (place.run(), conninfo::value(&login.user), conninfo::value(&login.database));
         let host = conninfo::value(&host.to_string_lossy());
         let mut text = format!("host={host} port={} user={user} dbname={database}", self.port);
-        if login.without_libraries {
-            text.push_str(&format!(" options={}", conninfo::value(WITHOUT_LIBRARIES)));
+        if !options.is_empty() {
+            text.push_str(&format!(" options={}", conninfo::value(options)));
         }
         text
     }
@@ -320,4 +333,8 @@ pub struct Login {
     pub database: String,
     /// without the libraries that are loaded into each session: one of them cannot be
     pub without_libraries: bool,
+    /// the server's major version
+    pub major: u32,
+    /// with the triggers on logins, since this role may not turn them off
+    pub with_triggers: bool,
 }

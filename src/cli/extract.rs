@@ -137,7 +137,7 @@ impl Extract {
 fn relations(running: &Running, database: &str, table: &str) -> Result<(String, Vec<Relation>)> {
     let usual = running.login()?;
     let mut login = Login { database: database.to_owned(), ..usual.clone() };
-    let connect = |login: &Login| Client::connect(&running.clone.conninfo(&running.place, login), NoTls);
+    let connect = |login: &Login| Client::connect(&running.clone.own_conninfo(&running.place, login), NoTls);
     let mut client = connect(&login).or_else(|error| match error.code() {
         // a library that is loaded for this database alone
         Some(code) if [SqlState::UNDEFINED_FILE, SqlState::INTERNAL_ERROR].contains(code) => {

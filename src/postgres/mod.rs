@@ -12,6 +12,7 @@
 //! | [`backup_label`] | `backup_label` and `tablespace_map` |
 //! | [`conf`] | writing settings |
 //! | [`conninfo`] | quoting in connection strings |
+//! | [`session`] | settings that our own sessions begin with |
 //! | [`manifest`] | PostgreSQL's own `backup_manifest` |
 //! | [`tar`] | the archives in which a server sends a base backup |
 //! | [`label`] | the labels of our backups, by pgBackRest's rule |
@@ -27,6 +28,7 @@ pub mod label;
 pub mod lsn;
 pub mod manifest;
 pub mod page;
+pub mod session;
 pub mod tar;
 pub mod timestamp;
 pub mod version;

@@ -20,7 +20,7 @@ use super::copy::copy;
 use super::parent::ParentFiles;
 use super::peer;
 use super::scan::{Scanned, ScannedKind};
-use super::server::{Server, Stopped, config, describe};
+use super::server::{Server, Stopped, config, describe, guarded};
 use super::standby;
 use crate::backup::run::{Begun, Copying, Ended, wal_needed};
 use crate::backup::slot_channel::{Budget, PIECES_MAX};
@@ -29,7 +29,8 @@ use crate::format::manifest::Source;
 use crate::postgres::{CONTROL_FILE, ControlFile, tablespace_place};
 
 /// What tells one start of a server from every other.
-const WHICH_SERVER: &str = "SELECT concat(pg_is_in_recovery(), ' ', pg_postmaster_start_time())";
+const WHICH_SERVER: &str =
+    "SELECT pg_catalog.concat(pg_catalog.pg_is_in_recovery(), ' ', pg_catalog.pg_postmaster_start_time())";
 
 /// A second connection to the server, on which it sends its files.
 pub(super) struct Stream {
@@ -46,7 +47,7 @@ enum State {
 impl Stream {
     /// Connects to the server of that session. A conninfo string can name several, so that is proved.
     pub(super) fn connect(server: &mut Server, conninfo: &str) -> Result<Self> {
-        let config = config(conninfo)?;
+        let config = guarded(&config(conninfo)?);
         let mut wire = peer::connect(&config, Wire::connect)?;
         wire.query(WHICH_SERVER)?;
         let answer = wire.rows()?.pop().and_then(|mut row| row.pop()).flatten();

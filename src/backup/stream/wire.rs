@@ -15,14 +15,15 @@ use postgres_protocol::message::backend::{ErrorFields, Message};
 use postgres_protocol::message::frontend;
 
 use crate::error::{Context, Error, Result};
+use crate::postgres::session;
 
 /// How a session that streams calls itself; another name than that of the session that takes the backup.
 const APPLICATION_NAME: &str = "pgcairn stream";
 /// Bytes read from the socket at once.
 const READ_BYTES: usize = 128 * 1024;
 /// A DBA's defaults must not end a long backup.
-const NO_TIMEOUTS: &str =
-    "SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('statement_timeout', 'idle_session_timeout')";
+const NO_TIMEOUTS: &str = "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings \
+     WHERE name IN ('statement_timeout', 'idle_session_timeout', 'transaction_timeout')";
 
 /// What the server answered instead of doing what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -77,9 +78,11 @@ impl Wire {
             }
             None => error,
         })?;
-        wire.query(NO_TIMEOUTS)?;
-        wire.rows()?;
-        wire.ready()?;
+        for statement in [session::GUARD, NO_TIMEOUTS] {
+            wire.query(statement)?;
+            wire.rows()?;
+            wire.ready()?;
+        }
         Ok(wire)
     }
 

@@ -33,6 +33,8 @@ pub(super) enum NoLogin {
 pub(super) struct Logins {
     users: Vec<String>,
     databases: Vec<String>,
+    /// the server's major version
+    major: u32,
 }
 
 /// What a failed login leads to.
@@ -61,7 +63,7 @@ impl LoginOptions {
             (None, Some(superuser)) if superuser != "postgres" => vec![superuser.to_owned(), "postgres".to_owned()],
             (None, _) => vec!["postgres".to_owned()],
         };
-        Logins { users, databases }
+        Logins { users, databases, major: of.database.version }
     }
 }
 
@@ -74,12 +76,22 @@ impl Logins {
         let mut refused: Option<(Login, postgres::Error)> = None;
         'users: for user in &self.users {
             for database in &self.databases {
-                let mut login = Login { user: user.clone(), database: database.clone(), without_libraries: false };
+                let mut login = Login {
+                    user: user.clone(),
+                    database: database.clone(),
+                    without_libraries: false,
+                    major: self.major,
+                    with_triggers: false,
+                };
                 loop {
-                    let error = match Client::connect(&clone.conninfo(place, &login), NoTls) {
+                    let error = match Client::connect(&clone.own_conninfo(place, &login), NoTls) {
                         Ok(client) => return Ok((client, login)),
                         Err(error) => error,
                     };
+                    if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) && !login.with_triggers {
+                        login.with_triggers = true;
+                        continue;
+                    }
                     match next(&error) {
                         Next::Wait => return Err(NoLogin::NotYet(error)),
                         Next::WithoutLibraries if !login.without_libraries => {

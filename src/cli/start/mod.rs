@@ -125,7 +125,7 @@ impl Start {
         let took = started.elapsed();
         let conninfo = running.clone.conninfo(&running.place, running.login()?);
         if running.clone.recovery.is_none() {
-            leave_backup_segment(&conninfo);
+            leave_backup_segment(&running.clone.own_conninfo(&running.place, running.login()?));
         }
         report(&self, &running, &conninfo, took);
         Ok(())
@@ -428,7 +428,7 @@ fn write_files(place: &Place, owner: Owner) -> Result<()> {
 /// Leaves the WAL segment that came from the backup: one that is the scratch's own from birth is written without us.
 fn leave_backup_segment(conninfo: &str) {
     let switched = postgres::Client::connect(conninfo, postgres::NoTls)
-        .and_then(|mut client| client.simple_query("SELECT pg_switch_wal()"));
+        .and_then(|mut client| client.simple_query("SELECT pg_catalog.pg_switch_wal()"));
     if let Err(error) = switched {
         tracing::info!(%error, "the clone goes on in the backup's WAL segment");
     }
