@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
-use pgcairn_integration::{Cluster, Stanza, install};
+use pgcairn_integration::{Client, Cluster, Stanza, install};
 
 /// A partitioned table with partitions of partitions, in another schema, with odd names and elsewhere; and what else there is.
 const OBJECTS: &str = r#"
@@ -113,5 +113,32 @@ fn a_newer_pg_dump_serves_an_older_server() {
     let told = extract(&format!("--into={} dbname=target", cluster.conninfo()));
     assert!(told.contains("is back: 10 rows of 1 table"), "{told}");
     assert_eq!(cluster.database("target").psql("SELECT count(*) FROM t;"), "10");
+    stanza.assert_nothing_left();
+}
+
+/// A lock that nobody will ever release, settings of the role that dumps, and what a killed run left.
+#[test]
+fn nothing_keeps_a_dump_waiting() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder().conf("max_prepared_transactions", "10")).start();
+    stanza.create(&cluster);
+    cluster.psql("CREATE ROLE other SUPERUSER LOGIN; CREATE ROLE low;");
+    let other = Client::new(cluster.conninfo().replace("user=postgres", "user=other"));
+    other.psql("CREATE TABLE t AS SELECT 1 AS i; CREATE TABLE u AS SELECT generate_series(1, 10) AS i;");
+    other.psql("BEGIN; ALTER TABLE t ADD COLUMN c int; PREPARE TRANSACTION 'it''s';");
+    other.psql("BEGIN; INSERT INTO u VALUES (11); PREPARE TRANSACTION 'of u';");
+    other.psql("ALTER ROLE postgres SET role = low; ALTER ROLE postgres SET statement_timeout = '1ms';");
+    other.psql("ALTER ROLE postgres SET idle_session_timeout = '1ms';");
+    stanza.run(["backup", "--type=full", "--pg", other.conninfo()]).ok();
+
+    let refused = stanza.run(["extract", "--table=postgres.public.t"]);
+    let refused = refused.fails(1, "public.t is locked by the prepared transaction 'it''s' at that point");
+    assert!(refused.stderr.contains("ROLLBACK PREPARED 'it''s'"), "{}", refused.stderr);
+    let file = stanza.place().join("u.sql");
+    let left = stanza.place().join("u.sql.pgcairn-tmp");
+    fs::write(&left, "half of a dump").unwrap();
+    let told = stanza.run(["extract", "--table=postgres.public.u", &format!("--output={}", file.display())]).ok();
+    assert!(told.contains("10 rows of 1 table"), "{told}");
+    assert!(!left.exists());
     stanza.assert_nothing_left();
 }

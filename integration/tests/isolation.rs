@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pgcairn_integration::cluster::StopMode;
 use pgcairn_integration::install::give_to_server_user;
-use pgcairn_integration::{Client, Cluster, Stanza, wait_until, walls};
+use pgcairn_integration::{Client, Cluster, Stanza, install, wait_until, walls};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -504,5 +504,31 @@ fn the_owner_of_a_database_does_not_become_superuser() {
     clone.stop(&[]);
     let dump = stanza.run(["extract", "latest", "--table", "shop.public.t"]).ok();
     assert_eq!(numbers(&dump), 10);
+    stanza.assert_nothing_left();
+}
+
+/// It would change rows of the clone, or let nobody in.
+#[test]
+fn a_trigger_on_logins_does_not_run_for_ours_in_a_clone() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder().major(18)).start();
+    stanza.create(&cluster);
+    cluster.psql("CREATE TABLE seen (who text); CREATE ROLE low LOGIN; GRANT INSERT, SELECT ON seen TO low;");
+    cluster.psql(
+        "CREATE FUNCTION note() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
+             INSERT INTO public.seen VALUES (pg_catalog.current_setting('application_name')); END $$;
+         CREATE EVENT TRIGGER note ON login EXECUTE FUNCTION note(); ALTER EVENT TRIGGER note ENABLE ALWAYS;",
+    );
+    stanza.backup(&cluster);
+    let bin = format!("--pg-bin={}", install::server(18).display());
+    let ours = "SELECT count(*) FILTER (WHERE who = ''), count(*) FILTER (WHERE who = 'psql') FROM seen;";
+    let clone = stanza.start("clone", &[&bin]);
+    assert_eq!(clone.psql(ours).split_once('|').map(|(ours, _)| ours.to_owned()).as_deref(), Some("0"));
+    clone.stop(&[]);
+    let clone = stanza.start("reader", &["--read-only", &bin]);
+    clone.stop(&[]);
+    // a role that may not turn it off logs in all the same
+    let clone = stanza.start("low", &["--pg-user=low", &bin]);
+    clone.stop(&[]);
     stanza.assert_nothing_left();
 }

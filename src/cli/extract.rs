@@ -1,9 +1,9 @@
 mod catalog;
 mod load;
+mod partial;
 mod script;
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::io::{BufReader, BufWriter};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -68,9 +68,7 @@ pub(super) struct Extract {
 impl Extract {
     pub(super) fn run(self, common: &Common) -> Result<()> {
         let (database, table) = split(&self.table)?;
-        if let Some(file) = self.output.as_deref().filter(|file| file.exists()) {
-            return Err(Error::new(format!("{} exists already", file.display())).hint("give another --output"));
-        }
+        self.output.as_deref().map_or(Ok(()), partial::refuse_taken)?;
         // a server that cannot be reached is said before hours of replay
         let known = self.into.as_deref().map(load::settings).transpose()?;
         let start = Start::for_verb(
@@ -93,7 +91,7 @@ impl Extract {
         let (conninfo, relations) = relations(running, database, table)?;
         let pg_dump = client_program("pg_dump", &running.clone.programs, running.major)?;
         let mut dump = running.clone.command(&pg_dump);
-        dump.arg("-d").arg(conninfo).arg("--strict-names");
+        dump.arg("-d").arg(conninfo).args(["--strict-names", LOCK_WAIT]);
         dump.args(relations.iter().map(|relation| format!("--table={}", relation.pattern())));
         let done = |to: &str, contents: Contents| {
             let tables = relations.iter().filter(|relation| relation.is_table()).count();
@@ -103,13 +101,14 @@ impl Extract {
         };
         match (&self.output, &self.into) {
             (Some(file), _) => {
-                let temporary = file.with_extension("pgcairn-tmp");
-                let out = File::create_new(&temporary).map_err(|error| Error::io("create", &temporary, error))?;
+                let (temporary, out) = partial::create(file)?;
+                let copy = out.try_clone().map_err(|error| Error::io("write", &temporary, error))?;
                 let mut contents = Contents::default();
                 files::place(&temporary, file, Outlives::PowerLoss, |_| {
-                    contents = finish(&mut dump, &pg_dump, table, out, None)?;
+                    contents = finish(&mut dump, &pg_dump, table, copy, None)?;
                     Ok(())
                 })?;
+                drop(out);
                 output::line(&done(&format!("is in {}", file.display()), contents));
             }
             (None, Some(into)) => {
@@ -172,8 +171,14 @@ fn relations(running: &Running, database: &str, table: &str) -> Result<(String, 
         }
         output::note(&format!("{text}, and is left out"));
     }
-    Ok((running.clone.conninfo(&running.place, &login), relations))
+    match catalog::locked(client, &relations)? {
+        Some(locked) => Err(locked),
+        None => Ok((running.clone.own_conninfo(&running.place, &login), relations)),
+    }
 }
+
+/// For a lock that is not of a table we asked for; in milliseconds.
+const LOCK_WAIT: &str = "--lock-wait-timeout=300000";
 
 /// The databases of a clone that let somebody in.
 const DATABASES: &str = "SELECT datname::text FROM pg_catalog.pg_database WHERE datallowconn ORDER BY 1";
@@ -206,7 +211,16 @@ fn finish(
     let passed = passed.map_err(|error| Error::new("cannot write the dump").source(error))?;
     match done.status.success() {
         true => Ok(passed),
-        false => Err(Error::new(format!("pg_dump of {table} failed: {}", last_line(&done.stderr)))),
+        false => {
+            let last = last_line(&done.stderr);
+            let error = Error::new(format!("pg_dump of {table} failed: {last}"));
+            Err(match last.contains("LOCK TABLE") {
+                true => error.hint(
+                    "a transaction that was prepared then may hold the lock: \"pgcairn start\", and pg_prepared_xacts there, show it",
+                ),
+                false => error,
+            })
+        }
     }
 }
 
@@ -221,12 +235,25 @@ fn split(table: &str) -> Result<(String, String)> {
             .hint("it reads like shop.public.orders; quote a database whose name has dots: '\"my.shop\".public.orders'")
     };
     let (database, rest) = match table.strip_prefix('"') {
-        Some(quoted) => quoted.split_once("\".").ok_or_else(bad)?,
-        None => table.split_once('.').ok_or_else(bad)?,
+        Some(quoted) => unquoted(quoted).ok_or_else(bad)?,
+        None => table.split_once('.').map(|(database, rest)| (database.to_owned(), rest)).ok_or_else(bad)?,
     };
     match database.is_empty() || rest.is_empty() || !rest.contains('.') {
         true => Err(bad()),
-        false => Ok((database.to_owned(), rest.to_owned())),
+        false => Ok((database, rest.to_owned())),
+    }
+}
+
+/// What stands before the quote that ends `text`, where two are one, and what follows its dot.
+fn unquoted(text: &str) -> Option<(String, &str)> {
+    let mut from = 0;
+    loop {
+        let quote = from + text[from..].find('"')?;
+        let rest = &text[quote + 1..];
+        match rest.starts_with('"') {
+            true => from = quote + 2,
+            false => return Some((text[..quote].replace("\"\"", "\""), rest.strip_prefix('.')?)),
+        }
     }
 }
 
@@ -254,6 +281,7 @@ mod tests {
         let names = |table: &str| split(table).map(|(database, rest)| format!("{database}|{rest}")).ok();
         assert_eq!(names("shop.public.orders").as_deref(), Some("shop|public.orders"));
         assert_eq!(names("\"my.shop\".public.\"Orders\"").as_deref(), Some("my.shop|public.\"Orders\""));
+        assert_eq!(names(r#""a ""b"".c".public.t"#).as_deref(), Some(r#"a "b".c|public.t"#));
         for bad in ["orders", "public.orders", ".public.orders", "shop.", "\"shop.public.orders", ""] {
             assert!(names(bad).is_none(), "{bad}");
         }

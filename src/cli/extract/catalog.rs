@@ -49,6 +49,34 @@ FROM tree JOIN pg_catalog.pg_class AS c USING (oid) JOIN pg_catalog.pg_namespace
 WHERE c.relkind IN ('r', 'S', 'v', 'm', 'f', 'p') AND c.relpersistence <> 't'
 ORDER BY 1, 2";
 
+/// What a dump would wait for: the locks of transactions that were prepared and not ended. They have no process; the lock on
+/// their own number tells whose they are.
+const LOCKED: &str = "
+SELECT n.nspname::pg_catalog.text, c.relname::pg_catalog.text, p.gid
+FROM pg_catalog.pg_prepared_xacts AS p
+    JOIN pg_catalog.pg_locks AS own ON own.locktype = 'transactionid' AND own.transactionid = p.transaction AND own.pid IS NULL
+    JOIN pg_catalog.pg_locks AS l ON l.virtualtransaction = own.virtualtransaction AND l.pid IS NULL
+    JOIN pg_catalog.pg_class AS c ON c.oid = l.relation
+    JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock'
+    AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+ORDER BY 3, 1, 2";
+
+/// Why these relations cannot be dumped: a prepared transaction has one of them for itself.
+pub(super) fn locked(client: &mut Client, relations: &[Relation]) -> Result<Option<Error>> {
+    let rows = client.query(LOCKED, &[]).context(|| "cannot look for locks".into())?;
+    let locks = rows.iter().map(|row| (row.get::<_, String>(0), row.get::<_, String>(1), row.get::<_, String>(2)));
+    let mut ours =
+        locks.filter(|(schema, name, _)| relations.iter().any(|of| (&of.schema, &of.name) == (schema, name)));
+    Ok(ours.next().map(|(schema, name, gid)| {
+        let quoted = gid.replace('\'', "''");
+        Error::new(format!("{schema}.{name} is locked by the prepared transaction '{quoted}' at that point")).hint(format!(
+            "choose another point; or end it in a clone: \"pgcairn start\", there COMMIT PREPARED '{quoted}' or ROLLBACK \
+             PREPARED '{quoted}', then pg_dump"
+        ))
+    }))
+}
+
 /// The relations that `pattern` (`schema.name`, as psql's `\d` takes it) matches, and their children.
 pub(super) fn find(client: &mut Client, pattern: &str) -> Result<Vec<Relation>> {
     let (schema, name) = match &regexes(pattern)[..] {
