@@ -4,6 +4,7 @@
 mod history;
 
 use std::fs;
+use std::process::Stdio;
 
 use history::archive_all;
 use pgcairn_integration::bin::run_command;
@@ -268,4 +269,27 @@ fn a_configuration_that_this_machine_cannot_follow() {
         }
         stanza.assert_nothing_left();
     }
+}
+
+#[test]
+fn clones_without_a_name_started_at_once_have_one_each() {
+    let stanza = Stanza::in_directory();
+    let cluster = stanza.archiving(Cluster::builder()).start();
+    stanza.create(&cluster);
+    let label = stanza.backup(&cluster);
+    let start = || stanza.command().arg("start").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let started: Vec<_> = (0..3).map(|_| start()).collect();
+    for child in started {
+        let done = child.wait_with_output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    }
+    let clones = stanza.clone_directory("x").parent().unwrap().to_owned();
+    let names = fs::read_dir(clones).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    let (first, rest) = names.split_first().unwrap();
+    assert!(first.ends_with(&label), "{names:?}");
+    assert_eq!(rest, [format!("{first}-2"), format!("{first}-3")]);
+    names.iter().for_each(|name| _ = stanza.run(["stop", name]).ok());
+    stanza.assert_nothing_left();
 }

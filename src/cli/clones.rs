@@ -158,6 +158,20 @@ impl Place {
         Ok(())
     }
 
+    /// Makes its directory, which nobody else has then; false where one is there.
+    pub fn claim(&self) -> Result<bool> {
+        let mut make = DirBuilder::new();
+        make.mode(0o755);
+        let base = self.root.parent().unwrap_or(&self.root);
+        let made = make.recursive(true).create(base);
+        made.map_err(|error| Error::io("create", base, error))?;
+        match make.recursive(false).create(&self.root) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(Error::io("create", &self.root, error)),
+        }
+    }
+
     /// Creates the directories.
     pub fn create(&self, owner: Owner) -> Result<()> {
         // nobody but us makes anything in it

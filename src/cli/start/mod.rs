@@ -177,34 +177,26 @@ impl Start {
                 (label, recovery, None)
             }
         };
-        let name = match &self.name {
-            Some(name) => name.clone(),
-            None => self.free_name(&format!("{}-{label}", repository.stanza))?,
-        };
-        let place = Place::new(self.clone_path.as_deref(), &name)?;
-        check_path(&place)?;
-        if continued.is_none() && place.root().exists() {
-            return Err(Error::new(format!("a clone {name} exists already in {}", place.root().display()))
-                .hint(format!("give another --name, or \"pgcairn stop {name}\"")));
-        }
         let description = repository.description(&label)?;
         let programs = pg::programs(description.database.version, self.pg_bin.as_deref())?;
         let owner = mount::owner(self.owner.as_deref(), &description.owner)?;
         refuse_root(owner)?;
         let tablespaces = continued.as_ref().map(|clone| clone.tablespaces.clone()).unwrap_or_default();
+        let port = self.port.map_or_else(free_port, Ok)?;
+        signals::be_patient()?;
+        let (name, place) = self.placed(&format!("{}-{label}", repository.stanza), continued.is_some())?;
         let mut clone = Clone {
-            name: name.clone(),
+            name,
             stanza: repository.stanza.clone(),
             label: label.clone(),
             recovery,
             read_only: continued.as_ref().map_or(self.waits(), |clone| clone.read_only),
             tablespaces,
-            port: self.port.map_or_else(free_port, Ok)?,
+            port,
             programs,
             uid: owner.uid,
             gid: owner.gid,
         };
-        signals::be_patient()?;
         place.create(owner)?;
         let _turn = turn.map_or_else(|| place.take(), Ok)?;
         place.save(&clone)?;
@@ -229,15 +221,26 @@ impl Start {
         }
     }
 
-    /// `name`, or with a number behind it, so that one backup can be started several times.
-    fn free_name(&self, name: &str) -> Result<String> {
-        let numbered = (2..).map(|number| format!("{name}-{number}"));
-        for candidate in std::iter::once(name.to_owned()).chain(numbered) {
-            if !Place::new(self.clone_path.as_deref(), &candidate)?.root().exists() {
-                return Ok(candidate);
+    /// The clone's name and its directory, which is made now unless the clone is continued: nobody else has it then. Without
+    /// --name it is called `usual`, with a number behind that where one is there, so that one backup can be started several times.
+    fn placed(&self, usual: &str, continued: bool) -> Result<(String, Place)> {
+        for number in 1.. {
+            let name = match (&self.name, number) {
+                (Some(name), _) => name.clone(),
+                (None, 1) => usual.to_owned(),
+                (None, number) => format!("{usual}-{number}"),
+            };
+            let place = Place::new(self.clone_path.as_deref(), &name)?;
+            check_path(&place)?;
+            if continued || place.claim()? {
+                return Ok((name, place));
+            }
+            if self.name.is_some() {
+                return Err(Error::new(format!("a clone {name} exists already in {}", place.root().display()))
+                    .hint(format!("give another --name, or \"pgcairn stop {name}\"")));
             }
         }
-        Ok(name.to_owned())
+        Err(Error::new("there are too many clones of this backup"))
     }
 
     /// True when the server is to wait at its target.
