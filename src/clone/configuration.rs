@@ -16,6 +16,10 @@ use crate::postgres::{conf, conninfo};
 const DEPTH_MAX: usize = 10;
 /// How a server ends that does not take its configuration.
 const REFUSED: &str = "contains errors";
+/// How one goes on that does not take all of it at a reload; what it says then did not keep it from starting.
+const RELOADED: &str = "contains errors;";
+/// What it says at a reload of values that its command line has given to it.
+const AT_START_ONLY: &str = " cannot be changed without restarting";
 /// What stands before a complaint.
 const SEVERITIES: [&str; 3] = ["FATAL:  ", "ERROR:  ", "LOG:  "];
 
@@ -36,7 +40,7 @@ pub enum Complaint {
 
 /// What a server's log complains of, each with its own words.
 pub fn complaints(log: &str) -> Vec<(Complaint, String)> {
-    let refused = log.lines().any(|line| line.contains(REFUSED));
+    let refused = log.lines().any(|line| line.contains(REFUSED) && !line.contains(RELOADED));
     let mut found: Vec<(Complaint, String)> = Vec::new();
     for line in log.lines() {
         let Some(words) = SEVERITIES.iter().find_map(|severity| line.split_once(severity)).map(|(_, words)| words)
@@ -76,7 +80,8 @@ fn configuration(words: &str) -> Option<Complaint> {
         }
     }
     // a reload tells of changes in the same way
-    let name = quoted("parameter \"").filter(|_| !words.contains(" changed to "))?;
+    let of_reload = words.contains(" changed to ") || words.contains(AT_START_ONLY);
+    let name = quoted("parameter \"").filter(|_| !of_reload)?;
     let name = name.to_ascii_lowercase();
     Some(if words.starts_with("unrecognized ") { Complaint::Unknown(name) } else { Complaint::Value(name) })
 }

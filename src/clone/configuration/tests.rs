@@ -83,7 +83,8 @@ fn a_log_is_read_for_what_the_server_does_not_take() {
                LOG:  unrecognized configuration parameter \"foo\" in file \"/d/postgresql.conf\" line 4\n\
                LOG:  syntax error in file \"/d/postgresql.conf\" line 12, near token \"here\"\n\
                LOG:  SSL is not supported by this build\n\
-               LOG:  parameter \"restore_command\" changed to \"\"\n";
+               LOG:  parameter \"restore_command\" changed to \"\"\n\
+               LOG:  parameter \"port\" cannot be changed without restarting the server\n";
     let value = |name: &str| Complaint::Value(name.to_owned());
     let expected = [
         Complaint::Include("/etc/missing.conf".into()),
@@ -97,6 +98,8 @@ fn a_log_is_read_for_what_the_server_does_not_take() {
     ];
     let of = |log: &str| complaints(log).into_iter().map(|(complaint, _)| complaint).collect::<Vec<_>>();
     assert_eq!(of(log), []);
+    let reloaded = "LOG:  configuration file \"/d/postgresql.conf\" contains errors; unaffected changes were applied\n";
+    assert_eq!(of(&format!("{log}{reloaded}")), []);
     let refused = format!("{log}FATAL:  configuration file \"/d/postgresql.conf\" contains errors\n");
     assert_eq!(of(&refused), expected);
     assert_eq!(complaints(&refused)[2].1, "invalid value for parameter \"lc_messages\": \"xx_XX.UTF-8\"");
