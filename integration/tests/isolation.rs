@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -224,6 +225,12 @@ fn moment(cluster: &Cluster) -> String {
     now
 }
 
+/// `cp -a`; fails with what it said.
+fn cp(from: &Path, to: &Path) -> Result<(), String> {
+    let done = Command::new("cp").arg("-a").args([from, to]).output().unwrap();
+    done.status.success().then_some(()).ok_or_else(|| String::from_utf8_lossy(&done.stderr).into_owned())
+}
+
 #[test]
 fn a_tablespace_made_after_the_backup_stays_the_sources() {
     let stanza = Stanza::in_directory();
@@ -288,8 +295,31 @@ fn a_tablespace_made_after_the_backup_stays_the_sources() {
     let led = links(mount.path());
     assert!(led.len() == 2 && led.iter().all(|link| link.starts_with(mount.path())), "{led:?}");
     assert!(led.iter().all(|link| fs::read_dir(link).unwrap().count() == 1), "{led:?}");
+    let copied = stanza.place().join("copied");
+    cp(mount.path(), &copied).unwrap();
     drop(mount);
     assert!(files() == before, "a recovered mount wrote into the source's tablespace");
+
+    let scratch = stanza.place().join("scratch");
+    let arguments = ["--type=time", "--target", &then, "--scratch", scratch.to_str().unwrap()];
+    let mount = stanza.mount("moment", &arguments);
+    let log = Cluster::try_open(15, mount.path(), &[]).unwrap_err();
+    assert!(log.contains("PANIC") && log.contains("Input/output error"), "{log}");
+    drop(mount);
+    assert!(files() == before, "a server on a mount wrote into the source's tablespace");
+
+    let mount = stanza.mount("all", &[]);
+    let pitr = mount.path().join("pitr").join(then.replace(' ', "T").replace("+00", "Z"));
+    assert!(fs::read_dir(pitr.join("pg_wal")).unwrap().count() > 1);
+    let copied = stanza.place().join("copied-moment");
+    let refused = cp(&pitr, &copied).unwrap_err();
+    assert!(refused.contains("pg_wal") && refused.contains("Input/output error"), "{refused}");
+    cp(&mount.path().join("latest/."), &stanza.place().join("copied-latest")).unwrap();
+    drop(mount);
+    give_to_server_user(&copied);
+    let log = Cluster::try_open(15, &copied, &[]).unwrap_err();
+    assert!(log.contains("where another server has its files: the copy would write to them"), "{log}");
+    assert!(files() == before, "a copied moment wrote into the source's tablespace");
 
     let copy = stanza.place().join("copy");
     let target = ["--type=time", "--target", &then, "--target-action=promote"];

@@ -210,13 +210,14 @@ impl Fs {
         self.tree.read_link(base(inode)?).map_err(tree_error)
     }
 
-    /// Opens a file; fetches nothing.
+    /// Opens a file; fetches nothing, but what the tree must know to allow it.
     pub fn open(&self, inode: Inode, writing: bool) -> io::Result<OpenFile> {
         match &self.scratch {
             Some(_) => self.scratch()?.open_file(&*self.tree, inode),
             None if writing => Err(errno(libc::EROFS)),
             None => {
                 let attributes = self.tree.attributes(base(inode)?).map_err(tree_error)?;
+                self.tree.open(base(inode)?).map_err(tree_error)?;
                 Ok(OpenFile { inode, caching: if attributes.volatile { Caching::Direct } else { Caching::Keep } })
             }
         }

@@ -70,6 +70,10 @@ pub trait Tree: Send + Sync + 'static {
     fn list(&self, directory: NodeId, from: usize, limit: usize) -> io::Result<Vec<Entry>>;
     /// The target of a symbolic link.
     fn read_link(&self, node: NodeId) -> io::Result<OsString>;
+    /// A program opens a file; an error refuses it. Files need no opening to be read.
+    fn open(&self, _node: NodeId) -> io::Result<()> {
+        Ok(())
+    }
     /// Fills `buf` from `offset`; the count is short only at the end of the file. Every byte is verified.
     fn read_at(&self, node: NodeId, offset: u64, buf: &mut [u8]) -> io::Result<usize>;
     /// A hint that this range will be read soon; must return at once.

@@ -215,11 +215,10 @@ impl Mount {
         let fetcher = self.cache.fetcher(repository)?;
         let prepared = self.recovery.as_deref().map(serde_json::from_str).transpose();
         let prepared = prepared.map_err(|error| Error::new("--recovery cannot be read").source(error))?;
-        let view = Arc::new(View::load(
-            fetcher,
-            &label,
-            &ViewOptions { placed: self.for_clone, ..ViewOptions::copy().prepared(prepared) },
-        )?);
+        // what was recovered lies in the scratch: no server replays the WAL below it
+        let sandboxed = self.for_clone || self.discard.is_some();
+        let options = ViewOptions { placed: self.for_clone, sandboxed, ..ViewOptions::copy().prepared(prepared) };
+        let view = Arc::new(View::load(fetcher, &label, &options)?);
         let owner = owner(self.owner.as_deref(), &view.description.owner)?;
         let mut identity = format!("{stanza}/{label}/{}", view.description.stop_lsn);
         if let Some(recovery) = &self.recovery {

@@ -43,6 +43,10 @@ impl<T: Tree> Tree for Bounded<T> {
         self.within(|tree| tree.read_link(node))
     }
 
+    fn open(&self, node: NodeId) -> io::Result<()> {
+        self.within(|tree| tree.open(node))
+    }
+
     fn read_at(&self, node: NodeId, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         self.within(|tree| tree.read_at(node, offset, buf))
     }

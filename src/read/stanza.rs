@@ -459,6 +459,10 @@ impl Tree for StanzaTree {
         target.map(OsString::from).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))
     }
 
+    fn open(&self, node: NodeId) -> io::Result<()> {
+        slot_of(node).map_or(Ok(()), |(slot, node)| self.view(slot)?.open(node))
+    }
+
     fn read_at(&self, node: NodeId, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         if let Some((slot, node)) = slot_of(node) {
             return self.view(slot)?.read_at(node, offset, buf);

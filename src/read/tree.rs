@@ -140,6 +140,13 @@ impl Tree for ViewTree {
         }
     }
 
+    fn open(&self, node: NodeId) -> io::Result<()> {
+        if self.view.looks_into(index(node)) {
+            self.prefetch(node, 0, 0);
+        }
+        self.view.refuse_used(index(node)).map_err(|error| eio(&error))
+    }
+
     fn read_at(&self, node: NodeId, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         let number = index(node);
         let at = self.view.node(number).map_err(|error| eio(&error))?;

@@ -1,6 +1,7 @@
 //! A backup as a tree of files: the manifest's entries, and what recovery needs beside them.
 
 mod changes;
+mod used;
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -13,6 +14,7 @@ use parking_lot::Mutex;
 
 pub(super) use self::changes::{NO_CHANGES, StoredChanges};
 
+use self::used::Used;
 use super::builder::Builder;
 use super::fetch::Fetcher;
 use super::{pgmanifest, wal};
@@ -40,6 +42,8 @@ pub struct ViewOptions {
     pub placed: bool,
     /// an archive recovery that the copy is prepared for
     pub recovery: Option<completion::Prepared>,
+    /// its server sees its own files in place of the source's directories, so that any WAL may be replayed
+    pub sandboxed: bool,
     /// know what the backup noted of the files' content, to compare others with them
     pub changes: bool,
 }
@@ -71,6 +75,7 @@ pub struct View {
     leaves: Mutex<LeafCache>,
     archived: Mutex<HashMap<NodeIndex, Arc<ArchivedChunks>>>,
     pg_manifest: OnceLock<std::result::Result<std::fs::File, String>>,
+    used: Option<Used>,
 }
 
 /// One file, directory or link of a view.
@@ -228,6 +233,7 @@ impl View {
         let (nodes, children) = builder.tree()?;
         let leaves = LeafCache { leaves: LruCache::unbounded(), bytes: 0 };
         Ok(Self {
+            used: (!options.sandboxed).then(|| Used::of(&description)).transpose()?,
             description,
             nodes,
             children,

@@ -2,8 +2,8 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::postgres::wal::header::LONG_PAGE_HEADER_BYTES;
 use crate::postgres::wal::records::{CutRecord, Event, Stop, TABLESPACE_BYTES, may_create_tablespace, walk};
-use crate::postgres::{CONTROL_FILE, ControlFile, Major, SegmentName, WalIdentity};
+use crate::postgres::{CONTROL_FILE, ControlFile, Lsn, Major, SegmentName, Timeline, WalIdentity};
 
 /// Bytes of WAL that are looked at together; whole pages.
 const READ_BYTES: usize = 1 << 20;
@@ -34,9 +34,14 @@ impl Created {
         fs::read_link(data.join("pg_tblspc").join(self.oid.to_string())).is_ok_and(|target| target == self.path)
     }
 
+    /// Whether a server of this version has its files there; never where it lies inside the data directory.
+    pub fn is_used(&self, major: Major) -> bool {
+        self.path.is_absolute() && self.path.join(major.tablespace_directory().to_string()).exists()
+    }
+
     /// Whether a server of this version that is not the data directory's has its files there.
     pub fn is_used_by_another(&self, data: &Path, major: Major) -> bool {
-        self.path.join(major.tablespace_directory().to_string()).exists() && !self.is_of(data)
+        self.is_used(major) && !self.is_of(data)
     }
 
     /// Why a copy of a cluster does not replay its creation.
@@ -72,39 +77,93 @@ pub fn created_by_delivered(data: &Path, name: SegmentName, file: &Path) -> Resu
     Ok((created_by_next(&data.join("pg_wal"), name, file, &identity)?, major))
 }
 
+/// A segment of WAL, wherever it is kept.
+pub struct Segment<'a> {
+    /// its name
+    pub name: SegmentName,
+    /// fills a buffer from an offset; short only at the end
+    pub read_at: &'a dyn Fn(u64, &mut [u8]) -> Result<usize>,
+}
+
+/// Calls `work` with the segment that a file holds.
+fn with_file<T>(name: SegmentName, path: &Path, work: impl FnOnce(&Segment<'_>) -> Result<T>) -> Result<T> {
+    let file = files::open_regular(path).map_err(|error| Error::io("open", path, error))?;
+    let read_at = |offset: u64, buf: &mut [u8]| {
+        let mut done = 0;
+        while done < buf.len() {
+            match file
+                .read_at(&mut buf[done..], offset + done as u64)
+                .map_err(|error| Error::io("read", path, error))?
+            {
+                0 => break,
+                read => done += read,
+            }
+        }
+        Ok(done)
+    };
+    work(&Segment { name, read_at: &read_at })
+}
+
+/// The names under which the segment before may lie, the nearest first: an earlier timeline can end in it.
+pub fn names_before(name: SegmentName, identity: &WalIdentity) -> impl Iterator<Item = SegmentName> {
+    let size = identity.segment_size;
+    let number = name.number(size).and_then(|number| number.checked_sub(1));
+    let names = move |number| {
+        (1..=name.timeline().0).rev().map(move |timeline| SegmentName::of_number(Timeline(timeline), number, size))
+    };
+    number.into_iter().flat_map(names)
+}
+
 /// Returns those of a segment that is replayed after the ones in `pg_wal`.
 fn created_by_next(pg_wal: &Path, name: SegmentName, file: &Path, identity: &WalIdentity) -> Result<Vec<Created>> {
+    let before = names_before(name, identity).find(|before| pg_wal.join(before.to_string()).exists());
+    let found = with_file(name, file, |segment| match before {
+        None => created_by_segment(segment, None, identity),
+        Some(before) => with_file(before, &pg_wal.join(before.to_string()), |before| {
+            created_by_segment(segment, Some(before), identity)
+        }),
+    })?;
+    Ok(found.into_iter().map(|(_, created)| created).collect())
+}
+
+/// Returns the tablespaces whose creation ends in a segment that is replayed after another, and where each record begins.
+pub fn created_by_segment(
+    segment: &Segment<'_>,
+    before: Option<&Segment<'_>>,
+    identity: &WalIdentity,
+) -> Result<Vec<(Lsn, Created)>> {
     let mut found = Vec::new();
-    let before = cut_before(pg_wal, name, file, identity)?;
-    if before.is_some() || may_create(file, identity)? {
-        created_by(file, name, identity, before, &mut found)?;
+    let before = cut_before(before, segment, identity)?;
+    if before.is_some() || may_create(segment, identity)? {
+        created_by(segment, identity, before, &mut found)?;
     }
     Ok(found)
 }
 
-/// Returns the record that creates a tablespace, or may, and goes on in this file. There is none without the segment before
-/// it: replay begins in this file, after the rest of a record.
-fn cut_before(pg_wal: &Path, name: SegmentName, file: &Path, identity: &WalIdentity) -> Result<Option<CutRecord>> {
-    let words = first_words(file)?;
+/// Returns the record that creates a tablespace, or may, and goes on in this segment. There is none without the segment before
+/// it: replay begins in this one, after the rest of a record.
+fn cut_before(
+    before: Option<&Segment<'_>>,
+    segment: &Segment<'_>,
+    identity: &WalIdentity,
+) -> Result<Option<CutRecord>> {
+    let words = first_words(segment)?;
     let rest = u32::from_le_bytes([words[16], words[17], words[18], words[19]]);
-    if !(1..*TABLESPACE_BYTES.end()).contains(&rest) {
-        return Ok(None);
-    }
-    let number = name.number(identity.segment_size).and_then(|number| number.checked_sub(1));
-    let before = number.map(|number| SegmentName::of_number(name.timeline(), number, identity.segment_size));
-    let Some((before, path)) = before.map(|before| (before, pg_wal.join(before.to_string()))) else { return Ok(None) };
+    let Some(before) = before.filter(|_| (1..*TABLESPACE_BYTES.end()).contains(&rest)) else { return Ok(None) };
     // the record's header lies in the segment before, or ends in the first words of this one
-    match path.exists() && (may_create_tablespace(&words, FIRST_WORDS) || may_create(&path, identity)?) {
-        true => created_by(&path, before, identity, None, &mut Vec::new()),
+    match may_create_tablespace(&words, FIRST_WORDS) || may_create(before, identity)? {
+        true => created_by(before, identity, None, &mut Vec::new()),
         false => Ok(None),
     }
 }
 
 /// The bytes in which a record's header ends that began in the segment before.
-fn first_words(file: &Path) -> Result<[u8; FIRST_WORDS]> {
+fn first_words(segment: &Segment<'_>) -> Result<[u8; FIRST_WORDS]> {
     let mut bytes = [0; FIRST_WORDS];
-    let read = files::open_regular(file).and_then(|mut file| file.read_exact(&mut bytes));
-    read.map(|()| bytes).map_err(|error| Error::io("read", file, error))
+    match (segment.read_at)(0, &mut bytes)? {
+        FIRST_WORDS => Ok(bytes),
+        read => Err(Error::new(format!("WAL {} has {read} bytes", segment.name))),
+    }
 }
 
 /// Those that the segments in a directory create, in their order. What is not WAL of this cluster creates none.
@@ -117,36 +176,40 @@ pub fn created_in(pg_wal: &Path, identity: &WalIdentity) -> Result<Vec<Created>>
     }
     names.sort_unstable();
     let path = |name: &SegmentName| pg_wal.join(name.to_string());
-    let may = names.iter().map(|name| may_create(&path(name), identity)).collect::<Result<Vec<bool>>>()?;
+    let may = |name: &SegmentName| with_file(*name, &path(name), |segment| may_create(segment, identity));
+    let may = names.iter().map(may).collect::<Result<Vec<bool>>>()?;
     let mut found = Vec::new();
     let mut before = None;
     for (number, name) in names.iter().enumerate() {
         // the header that tells of one may lie in the next segment
         let looked_at = may[number] || may.get(number + 1) == Some(&true);
         before = match looked_at || before.is_some() {
-            true => created_by(&path(name), *name, identity, before, &mut found)?,
+            true => with_file(*name, &path(name), |segment| created_by(segment, identity, before.take(), &mut found))?,
             false => None,
         };
     }
-    Ok(found)
+    Ok(found.into_iter().map(|(_, created)| created).collect())
 }
 
 /// Adds those of one segment to `found`, with the one whose record the segment before cut. Returns a record that goes on in the
 /// next segment, if it may create one.
 fn created_by(
-    path: &Path,
-    name: SegmentName,
+    segment: &Segment<'_>,
     identity: &WalIdentity,
     before: Option<CutRecord>,
-    found: &mut Vec<Created>,
+    found: &mut Vec<(Lsn, Created)>,
 ) -> Result<Option<CutRecord>> {
-    let bytes = files::read_regular(path).map_err(|error| Error::io("read", path, error))?;
+    let mut bytes = vec![0; identity.segment_size.bytes() as usize];
+    let read = (segment.read_at)(0, &mut bytes)?;
+    bytes.truncate(read);
     let mut here = Vec::new();
-    let Ok(walked) = walk(identity, name, &bytes, |_, _, event| here.push(event)) else { return Ok(None) };
-    let joined = before.and_then(|before| before.joined(&walked.rest, identity.major));
-    for event in joined.into_iter().chain(here) {
+    let Ok(walked) = walk(identity, segment.name, &bytes, |lsn, _, event| here.push((lsn, event))) else {
+        return Ok(None);
+    };
+    let joined = before.and_then(|before| Some((before.lsn, before.joined(&walked.rest, identity.major)?)));
+    for (lsn, event) in joined.into_iter().chain(here) {
         if let Event::Tablespace { oid, path } = event {
-            found.push(Created { oid, path: PathBuf::from(OsString::from_vec(path)) });
+            found.push((lsn, Created { oid, path: PathBuf::from(OsString::from_vec(path)) }));
         }
     }
     Ok(match walked.stop {
@@ -155,19 +218,18 @@ fn created_by(
     })
 }
 
-fn may_create(path: &Path, identity: &WalIdentity) -> Result<bool> {
-    let mut file = files::open_regular(path).map_err(|error| Error::io("open", path, error))?;
-    let mut bytes = Vec::with_capacity(READ_BYTES);
+fn may_create(segment: &Segment<'_>, identity: &WalIdentity) -> Result<bool> {
+    let mut bytes = vec![0; READ_BYTES];
+    let mut at = 0;
     loop {
-        bytes.clear();
-        let read = file.by_ref().take(READ_BYTES as u64).read_to_end(&mut bytes);
-        read.map_err(|error| Error::io("read", path, error))?;
-        if bytes.is_empty() {
+        let read = (segment.read_at)(at, &mut bytes)?;
+        if read == 0 {
             return Ok(false);
         }
-        if may_create_tablespace(&bytes, identity.page_bytes as usize) {
+        if may_create_tablespace(&bytes[..read], identity.page_bytes as usize) {
             return Ok(true);
         }
+        at += read as u64;
     }
 }
 
@@ -202,6 +264,21 @@ mod tests {
             let is_whole = wal.segments().len() == 1;
             assert_eq!((first, second), if is_whole { (expected.clone(), vec![]) } else { (vec![], expected.clone()) });
         }
+    }
+
+    #[test]
+    fn a_record_that_an_earlier_timeline_began_is_found() {
+        let mut wal = Writer::new(1);
+        wal.fill(40);
+        create_tablespace(&mut wal, 16_384, "/srv/fast");
+        let segments = wal.segments();
+        let place = tempfile::tempdir().unwrap();
+        fs::write(place.path().join(name(1).to_string()), &segments[0]).unwrap();
+        let file = place.path().join("RECOVERYXLOG");
+        fs::write(&file, &segments[1]).unwrap();
+        let next = SegmentName::of_number(Timeline(2), 2, identity().segment_size);
+        let found = created_by_next(place.path(), next, &file, &identity()).unwrap();
+        assert_eq!(found, [Created { oid: 16_384, path: "/srv/fast".into() }]);
     }
 
     #[test]

@@ -206,6 +206,9 @@ impl Scratch {
     pub(crate) fn open_file(&self, tree: &dyn Tree, inode: Inode) -> io::Result<OpenFile> {
         // asked before the lock is taken: the tree may be slow
         let base = if inode < FIRST_SCRATCH_INODE { Some(base_attr(tree, inode)?) } else { None };
+        if base.is_some() && self.body(inode).is_none() {
+            tree.open(crate::fs::base(inode)?).map_err(crate::fs::tree_error)?;
+        }
         let mut namespace = self.inner.namespace.write();
         let caching = match (namespace.nodes.get(&inode), base) {
             (Some(Node { body: Body::File(body), .. }), _) if body.is_own() => Caching::Own,
