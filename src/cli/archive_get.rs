@@ -77,7 +77,11 @@ impl ArchiveGet {
             std::env::current_dir().map_err(|error| Error::new("there is no working directory").source(error))?;
         let (created, major) = created_by_delivered(&data, segment, &self.path)?;
         match created.iter().find(|created| created.is_used_by_another(&data, major)) {
-            Some(created) => Err(created.refusal()),
+            // to stop at the backup's end, recovery asks for the segment behind it
+            Some(created) => Err(created.refusal().hint(format!(
+                "\"pgcairn start\" or \"pgcairn mount --recovered\" can go past it; a copy can on another machine, or up to a \
+                 point before WAL {segment}; \"pgcairn restore --type=none\" makes a copy of the backup alone"
+            ))),
             None => Ok(()),
         }
     }

@@ -53,7 +53,7 @@ impl Created {
         ))
         .hint(
             "\"pgcairn start\" or \"pgcairn mount --recovered\" can go past it; a copy can on another machine, or up to a \
-             point before it",
+             point before this segment of WAL",
         )
     }
 }
@@ -91,10 +91,8 @@ fn with_file<T>(name: SegmentName, path: &Path, work: impl FnOnce(&Segment<'_>) 
     let read_at = |offset: u64, buf: &mut [u8]| {
         let mut done = 0;
         while done < buf.len() {
-            match file
-                .read_at(&mut buf[done..], offset + done as u64)
-                .map_err(|error| Error::io("read", path, error))?
-            {
+            let read = file.read_at(&mut buf[done..], offset + done as u64);
+            match read.map_err(|error| Error::io("read", path, error))? {
                 0 => break,
                 read => done += read,
             }
@@ -117,27 +115,27 @@ pub fn names_before(name: SegmentName, identity: &WalIdentity) -> impl Iterator<
 /// Returns those of a segment that is replayed after the ones in `pg_wal`.
 fn created_by_next(pg_wal: &Path, name: SegmentName, file: &Path, identity: &WalIdentity) -> Result<Vec<Created>> {
     let before = names_before(name, identity).find(|before| pg_wal.join(before.to_string()).exists());
-    let found = with_file(name, file, |segment| match before {
-        None => created_by_segment(segment, None, identity),
+    with_file(name, file, |segment| match before {
+        None => created_by_segment(segment, None, Lsn(0), identity),
         Some(before) => with_file(before, &pg_wal.join(before.to_string()), |before| {
-            created_by_segment(segment, Some(before), identity)
+            created_by_segment(segment, Some(before), Lsn(0), identity)
         }),
-    })?;
-    Ok(found.into_iter().map(|(_, created)| created).collect())
+    })
 }
 
-/// Returns the tablespaces whose creation ends in a segment that is replayed after another, and where each record begins.
+/// Returns the tablespaces whose creation ends in a segment that is replayed after another. Replay begins at `start`.
 pub fn created_by_segment(
     segment: &Segment<'_>,
     before: Option<&Segment<'_>>,
+    start: Lsn,
     identity: &WalIdentity,
-) -> Result<Vec<(Lsn, Created)>> {
+) -> Result<Vec<Created>> {
     let mut found = Vec::new();
     let before = cut_before(before, segment, identity)?;
     if before.is_some() || may_create(segment, identity)? {
         created_by(segment, identity, before, &mut found)?;
     }
-    Ok(found)
+    Ok(found.into_iter().filter(|(lsn, _)| *lsn >= start).map(|(_, created)| created).collect())
 }
 
 /// Returns the record that creates a tablespace, or may, and goes on in this segment. There is none without the segment before
@@ -267,9 +265,26 @@ mod tests {
     }
 
     #[test]
+    fn what_begins_before_replay_is_not_replayed() {
+        let mut wal = Writer::new(1);
+        create_tablespace(&mut wal, 16_384, "/srv/before");
+        let start = wal.end();
+        create_tablespace(&mut wal, 16_385, "/srv/fast");
+        let bytes = wal.segments().remove(0);
+        let place = tempfile::tempdir().unwrap();
+        let file = place.path().join(name(1).to_string());
+        fs::write(&file, bytes).unwrap();
+        let found = |start| {
+            let look = |segment: &Segment<'_>| created_by_segment(segment, None, start, &identity());
+            with_file(name(1), &file, look).unwrap().iter().map(|created| created.oid).collect::<Vec<_>>()
+        };
+        assert_eq!((found(Lsn(0)), found(start)), (vec![16_384, 16_385], vec![16_385]));
+    }
+
+    #[test]
     fn a_record_that_an_earlier_timeline_began_is_found() {
         let mut wal = Writer::new(1);
-        wal.fill(40);
+        wal.fill(32);
         create_tablespace(&mut wal, 16_384, "/srv/fast");
         let segments = wal.segments();
         let place = tempfile::tempdir().unwrap();

@@ -83,8 +83,8 @@ impl View {
         };
         let before = before.map(|(name, _)| Segment { name, read_at: &read_before });
         let read_at = |offset: u64, buf: &mut [u8]| self.read_at(node, offset, buf);
-        let found = created_by_segment(&Segment { name, read_at: &read_at }, before.as_ref(), &used.identity)?;
-        let replayed = found.into_iter().filter(|(lsn, _)| *lsn >= used.start);
-        Ok(known.insert(Arc::new(replayed.map(|(_, created)| created).collect())).clone())
+        let segment = Segment { name, read_at: &read_at };
+        let created = created_by_segment(&segment, before.as_ref(), used.start, &used.identity)?;
+        Ok(known.insert(Arc::new(created)).clone())
     }
 }
