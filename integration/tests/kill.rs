@@ -134,7 +134,7 @@ fn options(cluster: &Cluster) -> BackupOptions {
         wal: WalChoice::Stored,
         archive_timeout: Duration::from_secs(10),
         page_errors_fail: false,
-        archive_mode_check: true,
+        checks: pgcairn::backup::rival::Checks { archive_mode: true, timeline: true },
         way: Way::Files,
     }
 }

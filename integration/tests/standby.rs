@@ -177,7 +177,7 @@ fn options(of: &Cluster, primary: Option<&Cluster>) -> BackupOptions {
         wal: WalChoice::Auto,
         archive_timeout: Duration::from_secs(2),
         page_errors_fail: true,
-        archive_mode_check: true,
+        checks: pgcairn::backup::rival::Checks { archive_mode: true, timeline: true },
         way: Way::Files,
     }
 }

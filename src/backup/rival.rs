@@ -8,22 +8,30 @@
 use super::server::{Archiving, Server};
 use crate::error::{Context, Error, Result};
 use crate::format::manifest::Database;
-use crate::postgres::{Lsn, SegmentName, SegmentSize, Timeline, WalName};
+use crate::postgres::{Lsn, SegmentName, SegmentSize, Timeline, TimelineHistory, WalName};
 use crate::repo::Repository;
 
 /// What to do about a server that is behind the archive.
 const HINT: &str = "did this machine go back to a snapshot, or is the server a copy? A server that is to go on from here needs \
                     a timeline of its own (stop it, create standby.signal, start and promote it); a copy needs a stanza of its own";
 
-/// Fails if the server cannot be the one whose WAL the archive of `database` holds. A server that does not archive is refused
-/// where there is an archive, unless `check_mode` is false.
-pub fn refuse_rival(server: &mut Server, repository: &Repository, database: &Database, check_mode: bool) -> Result<()> {
+/// What a person may say that a server is all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checks {
+    /// refuse a server that does not archive where the stanza has an archive
+    pub archive_mode: bool,
+    /// refuse a server whose timeline was left before what it has written
+    pub timeline: bool,
+}
+
+/// Fails if the server cannot be the one whose WAL the archive of `database` holds.
+pub fn refuse_rival(server: &mut Server, repository: &Repository, database: &Database, checks: Checks) -> Result<()> {
     refuse_view(server)?;
     // a standby replays what its primary wrote, and may be behind the archive
     if server.in_recovery {
         return Ok(());
     }
-    if check_mode && server.archiving == Archiving::Off && repository.archive(database).has_segments()? {
+    if checks.archive_mode && server.archiving == Archiving::Off && repository.archive(database).has_segments()? {
         return Err(Error::new(format!(
             "archive_mode is off on this server, but stanza {} has a WAL archive",
             repository.stanza
@@ -35,7 +43,42 @@ pub fn refuse_rival(server: &mut Server, repository: &Repository, database: &Dat
     }
     refuse_behind_backups(server, repository, database)?;
     refuse_behind_archive(server, repository, database)?;
-    refuse_other_history(server, repository, database)
+    refuse_other_history(server, repository, database)?;
+    let (lsn, segment) = server.writing()?;
+    checks.refuse_left(repository, database, segment.timeline(), lsn)
+}
+
+impl Checks {
+    /// Fails if a newer timeline of the archive left this one before `lsn`, up to which the server has written on it: another
+    /// server was promoted, and this one is the primary before it, or its standby.
+    pub(super) fn refuse_left(
+        self,
+        repository: &Repository,
+        database: &Database,
+        timeline: Timeline,
+        lsn: Lsn,
+    ) -> Result<()> {
+        if !self.timeline {
+            return Ok(());
+        }
+        let archive = repository.archive(database);
+        let histories = archive.histories(&archive.begin()?);
+        for (newer, key) in histories.into_iter().filter(|(newer, _)| *newer > timeline) {
+            let text = repository.wal_file(database, &key)?;
+            let history = TimelineHistory::parse(newer, &text).context(|| key.clone())?;
+            if let Some(end) = history.end_of(timeline).filter(|end| *end < lsn) {
+                return Err(Error::new(format!(
+                    "the server has written up to {lsn} on timeline {timeline}, but timeline {newer} of the archive left that at {end}"
+                ))
+                .hint(
+                    "is this the primary before a failover? Make it a standby of the new one (pg_rewind, or a restored backup). If \
+                     it is to go on, it needs a timeline of its own (stop it, create standby.signal, start and promote it); \
+                     --timeline-check=n takes its backups on this timeline",
+                ));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A mount or a clone of this program shows a directory that no data directory has.

@@ -10,7 +10,7 @@ use super::assemble::{Assembler, Totals};
 use super::dedup::Dedup;
 use super::packer::{PACK_BYTES, Uploads};
 use super::parent::{Parent, ParentFiles, Unusable};
-use super::rival::refuse_rival;
+use super::rival::{Checks, refuse_rival};
 use super::schedule::Schedule;
 use super::server::{Archiving, Server, Stopped};
 use super::source::Pages;
@@ -61,8 +61,8 @@ pub struct BackupOptions {
     pub archive_timeout: Duration,
     /// fail when a page's checksum is wrong
     pub page_errors_fail: bool,
-    /// refuse a server that does not archive where the stanza has an archive
-    pub archive_mode_check: bool,
+    /// which servers are refused
+    pub checks: Checks,
     /// how the files come to us
     pub way: Way,
 }
@@ -176,7 +176,7 @@ fn attempt(
         Way::Files => prove_local(&server).map(|()| None)?,
         Way::Stream => Some(Stream::connect(&mut server, &options.conninfo)?),
     };
-    refuse_rival(&mut server, repository, &database, options.archive_mode_check)?;
+    refuse_rival(&mut server, repository, &database, options.checks)?;
     server.lock()?;
     let lock = repository.lock(LockKind::Backup, "")?;
     let (kind, compared) = compared(repository, &database, options, share, monitor)?;
@@ -220,6 +220,8 @@ fn store(
 ) -> Result<Description> {
     let mut copied = copy_all(repository, server, stream, &started, compared, left, options, monitor)?;
     let totals = copied.assembler.totals();
+    // another server may have been promoted meanwhile
+    options.checks.refuse_left(repository, &started.database, started.timeline, copied.ended.stopped.lsn)?;
     let page_errors = totals.page_errors(copied.ended.stopped.lsn);
     if let (true, Some(file)) = (options.page_errors_fail, page_errors.first()) {
         return Err(Error::new(format!("{} pages of {} fail their checksum", file.blocks.len(), file.file))

@@ -6,7 +6,7 @@ use super::options::{Common, YesNo};
 use super::output;
 use super::pg::SourceKind;
 use crate::backup::preflight::{await_told, identify, prove_archiving, prove_local, prove_stream};
-use crate::backup::rival::{refuse_rival, segment_size};
+use crate::backup::rival::{Checks, refuse_rival, segment_size};
 use crate::backup::server::{Archiving, Server};
 use crate::backup::standby;
 use crate::error::{Error, Result};
@@ -28,6 +28,10 @@ pub(super) struct Check {
     /// Refuse a server with archive_mode = off where the stanza has a WAL archive: mostly it is a copy (y)
     #[arg(long, env = "PGCAIRN_ARCHIVE_MODE_CHECK", value_name = "y|n", default_value = "y")]
     archive_mode_check: YesNo,
+    /// Refuse a server whose timeline a newer one of the archive left before what it has written: mostly it is the primary
+    /// before a failover (y)
+    #[arg(long, env = "PGCAIRN_TIMELINE_CHECK", value_name = "y|n", default_value = "y")]
+    timeline_check: YesNo,
     /// Fail if WAL is missing behind the newest backup, instead of a warning
     #[arg(long, env = "PGCAIRN_STRICT")]
     strict: bool,
@@ -59,7 +63,9 @@ impl Check {
         database.id = info.current()?.id;
         let ok = format!("stanza {} is PostgreSQL {}, {}", repository.stanza, database.version, database.system_id);
         output::line(&ok);
-        refuse_rival(&mut server, &repository, &database, self.archive_mode_check == YesNo::Y)?;
+        let checks =
+            Checks { archive_mode: self.archive_mode_check == YesNo::Y, timeline: self.timeline_check == YesNo::Y };
+        refuse_rival(&mut server, &repository, &database, checks)?;
         let timeout = Duration::from_secs(self.archive_timeout);
         if server.in_recovery {
             return self.standby(&mut server, &repository, &database, timeout);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::postgres::{BackupKind, Label, SegmentName, TimestampTz};
+use crate::postgres::{BackupKind, Label, SegmentName, Timeline, TimestampTz};
 use crate::repo::clock::Clock;
 
 /// What `repo-retention-full` counts.
@@ -46,6 +46,35 @@ pub struct Known {
     pub wal: (SegmentName, SegmentName),
     /// nothing speaks against it, so that older ones may go for it
     pub counts: bool,
+}
+
+impl Known {
+    /// The timeline that it began on.
+    fn timeline(&self) -> Timeline {
+        self.wal.0.timeline()
+    }
+
+    /// Whether this later backup may stand for an earlier one: one of an older timeline of the same cluster cannot, since nothing
+    /// of the newer one can be reached from it. It is of a server that went on after another was promoted.
+    fn stands_for(&self, earlier: &Going<'_>) -> bool {
+        let is_other = self.database != earlier.backup.database;
+        self.label > earlier.backup.label && (is_other || self.timeline() >= earlier.timeline)
+    }
+}
+
+/// A backup that would go, and the newest timeline of those that would go with it.
+struct Going<'a> {
+    backup: &'a Known,
+    timeline: Timeline,
+}
+
+impl<'a> Going<'a> {
+    fn new(known: &[Known], backup: &'a Known) -> Self {
+        let (label, is_full) = (backup.label, is_full(backup));
+        let goes = |of: &&Known| of.label.full() == label.full() && (is_full || of.label > label);
+        let newest = known.iter().filter(goes).map(Known::timeline).max();
+        Self { backup, timeline: newest.map_or(backup.timeline(), |newest| newest.max(backup.timeline())) }
+    }
 }
 
 /// What becomes of a backup.
@@ -122,10 +151,13 @@ pub fn decide(known: &[Known], retention: &Retention, clusters: &[u32], now: i64
     let clock = Clock::new(known.iter().map(|backup| backup.stop_time).collect(), now);
     expire_fulls(&known, retention, (&clock, now), &mut gone);
     expire_diffs(&known, retention, &mut gone);
-    let notes = match (retention.full, retention.full_type) {
+    let mut notes = match (retention.full, retention.full_type) {
         (Some(_), FullType::Time) => doubts(&known, &clock),
         _ => Vec::new(),
     };
+    if retention.full.is_some() {
+        notes.extend(other_timeline(&known));
+    }
     let rests = rests(&known, &gone);
     Decision { notes, rests, ..decision(&known, gone, retention, clusters) }
 }
@@ -146,10 +178,37 @@ fn rests(known: &[Known], gone: &BTreeMap<Label, String>) -> Vec<Label> {
         rests.extend(kept.iter().find(|of| of.label > last).map(|of| of.label));
         rests.extend(kept.last().map(|of| of.label));
         for cluster in going.iter().map(|of| of.database).collect::<BTreeSet<_>>() {
-            rests.extend(kept.iter().rfind(|of| of.database == cluster).map(|of| of.label));
+            let ours: Vec<&&Known> = kept.iter().filter(|of| of.database == cluster).collect();
+            let newest = going.iter().filter(|of| of.database == cluster).max_by_key(|of| of.timeline());
+            let newest = newest.map(|of| Going { backup: of, timeline: of.timeline() });
+            rests.extend(ours.last().map(|of| of.label));
+            rests.extend(
+                ours.iter().rfind(|of| newest.as_ref().is_some_and(|newest| of.stands_for(newest))).map(|of| of.label),
+            );
         }
     }
     rests.into_iter().rev().collect()
+}
+
+/// Says which full backup is the last that later ones do not stand for.
+fn other_timeline(known: &[Known]) -> Option<String> {
+    let is_left = |of: &&Known| is_left(known, of);
+    known.iter().rfind(is_left).map(|of| {
+        format!(
+            "backup {} is of timeline {} with what builds on it, newer than that of later backups: these do not stand for it, and it stays. If that \
+             timeline is given up, \"pgcairn expire --set {}\" removes it",
+            of.label,
+            Going::new(known, of).timeline,
+            of.label
+        )
+    })
+}
+
+/// Whether a later full backup does not stand for this full one.
+fn is_left(known: &[Known], of: &Known) -> bool {
+    let going = Going::new(known, of);
+    let mut later = known.iter().filter(|later| is_full(later) && later.label > of.label);
+    is_full(of) && later.any(|later| !later.stands_for(&going))
 }
 
 /// Says which times are not believed.
@@ -218,9 +277,10 @@ fn why_kept(backup: &Known, known: &[Known], retention: &Retention) -> String {
     let last = known.iter().filter(|backup| is_full(backup)).map(|backup| backup.label).next_back();
     let that_count = if known.iter().all(|backup| backup.counts) { "" } else { " that count" };
     match (retention.full, retention.full_type) {
-        _ if !backup.counts => "it does not count: its WAL does not prove it".into(),
+        _ if !backup.counts => "it does not count: it is not proved".into(),
         _ if Some(backup.label) == last => "the last full backup".into(),
         (None, _) => "no retention of full backups is set".into(),
+        _ if is_left(known, backup) => "not all later backups are of its timeline or a newer one".into(),
         (Some(full), FullType::Count) => {
             format!("among the last {full} full backups{that_count} and what belongs to them")
         }
@@ -237,30 +297,39 @@ fn expire_fulls(
     let Some(count) = retention.full else { return };
     let counted: Vec<usize> = (0..known.len()).filter(|at| is_full(&known[*at]) && known[*at].counts).collect();
     // never the last one, whatever was asked for
-    let (first_kept, why) = match retention.full_type {
+    let (least, standing, why) = match retention.full_type {
         FullType::Count => (
-            counted.len().checked_sub((count as usize).max(1)).map(|at| counted[at]),
+            (count as usize).max(1),
+            counted,
             format!("older than the last {count} full backups (repo-retention-full)"),
         ),
         FullType::Time => {
             // the newest one that is old enough stays: without it nobody could reach back that far
             let oldest = now.saturating_sub(i64::from(count) * 86_400);
             (
-                counted.into_iter().rfind(|at| clock.at_most(*at) <= oldest),
+                1,
+                counted.into_iter().filter(|at| clock.at_most(*at) <= oldest).collect(),
                 format!("a newer full backup reaches back {count} days (repo-retention-full)"),
             )
         }
     };
-    let before = known.iter().take(first_kept.unwrap_or(0)).filter(|backup| is_full(backup));
-    for full in before.map(|backup| backup.label) {
+    let goes = |of: &&Known| {
+        let going = Going::new(known, of);
+        standing.iter().filter(|at| known[**at].stands_for(&going)).count() >= least
+    };
+    for full in known.iter().filter(|of| is_full(of)).filter(goes).map(|of| of.label) {
         gone.insert(full, why.clone());
         take_set(known, full, &format!("goes with its full backup {full}"), gone);
     }
     // a set whose full backup is no more, as a run that died leaves it
-    let is_first = |backup: &&Known| is_full(backup) && backup.counts && !gone.contains_key(&backup.label);
-    let Some(first) = known.iter().find(is_first) else { return };
-    for backup in known.iter().filter(|backup| !is_full(backup) && backup.label.full() < first.label) {
-        gone.entry(backup.label).or_insert_with(|| format!("its full backup {} is gone", backup.label.full()));
+    let fulls: BTreeSet<Label> = known.iter().map(|backup| backup.label).filter(is_full_label).collect();
+    let is_kept = |backup: &&Known| is_full(backup) && backup.counts && !gone.contains_key(&backup.label);
+    let kept: Vec<&Known> = known.iter().filter(is_kept).collect();
+    for backup in known.iter().filter(|backup| !fulls.contains(&backup.label.full())) {
+        let is_older = kept.first().is_some_and(|first| backup.label.full() < first.label);
+        if is_older && kept.iter().any(|full| full.stands_for(&Going::new(known, backup))) {
+            gone.entry(backup.label).or_insert_with(|| format!("its full backup {} is gone", backup.label.full()));
+        }
     }
 }
 
@@ -273,11 +342,13 @@ fn take_set(known: &[Known], full: Label, why: &str, gone: &mut BTreeMap<Label, 
 fn expire_diffs(known: &[Known], retention: &Retention, gone: &mut BTreeMap<Label, String>) {
     let Some(count) = retention.diff else { return };
     let stays = |backup: &&Known| backup.label.kind() != BackupKind::Incr && !gone.contains_key(&backup.label);
-    let counted: Vec<Label> =
-        known.iter().filter(stays).filter(|backup| backup.counts).map(|backup| backup.label).collect();
-    let Some(first_kept) = counted.len().checked_sub((count as usize).max(1)).map(|at| counted[at]) else { return };
-    let is_old = |label: &Label| label.kind() == BackupKind::Diff && *label < first_kept;
-    let old: Vec<Label> = known.iter().filter(stays).map(|backup| backup.label).filter(is_old).collect();
+    let counted: Vec<&Known> = known.iter().filter(stays).filter(|backup| backup.counts).collect();
+    let is_old = |of: &&Known| {
+        let going = Going::new(known, of);
+        let standing = counted.iter().filter(|later| later.stands_for(&going)).count();
+        of.label.kind() == BackupKind::Diff && standing >= (count as usize).max(1)
+    };
+    let old: Vec<Label> = known.iter().filter(stays).filter(is_old).map(|of| of.label).collect();
     for label in old {
         let why = format!("older than the last {count} differential or full backups (repo-retention-diff)");
         gone.insert(label, why);

@@ -7,6 +7,7 @@ use std::path::Path;
 use super::*;
 use crate::backup::copy::tests::settle;
 use crate::backup::copy::{Files, copy};
+use crate::backup::rival::Checks;
 use crate::backup::scan::{Scanned, ScannedKind, scan};
 use crate::progress::Silent;
 use crate::repo::lock::Timing;
@@ -95,7 +96,7 @@ fn options(kind: BackupKind) -> BackupOptions {
         wal: WalChoice::Archive,
         archive_timeout: Duration::ZERO,
         page_errors_fail: false,
-        archive_mode_check: false,
+        checks: Checks { archive_mode: false, timeline: true },
         way: Way::Files,
     }
 }

@@ -138,6 +138,39 @@ fn what_does_not_count_stands_for_no_other() {
     assert_eq!(decision.rests, [known[3].label, known[1].label]);
 }
 
+/// An old primary that goes on after another was promoted takes none of its backups away.
+#[test]
+fn a_backup_of_an_older_timeline_stands_for_none_of_a_newer_one() {
+    let by_time = |days| Retention { full_type: FullType::Time, ..retention(days, 0) };
+    for (kinds, timelines, retention, expected, rests) in [
+        ("FFF", "121", retention(1, 0), ".FF", &[2, 1][..]),
+        ("FFFFF", "12111", retention(1, 0), ".F..F", &[4]),
+        ("FFFFF", "12211", retention(1, 0), "..F.F", &[4, 2]),
+        ("FFFFF", "12211", retention(2, 0), ".FFFF", &[4, 1]),
+        ("FFF", "123", retention(1, 0), "..F", &[2]),
+        ("FDFDF", "12211", retention(1, 0), "..FDF", &[4, 2]),
+        ("FFF", "121", by_time(1), ".FF", &[2, 1]),
+        ("FDDD", "1211", retention(0, 1), "FD.D", &[3]),
+        // what would go with it is of the newer one
+        ("FDF", "121", retention(1, 0), "FDF", &[]),
+        ("FDIDD", "11211", retention(0, 1), "FDI.D", &[4]),
+        ("fDF", "111", retention(2, 0), "fDF", &[]),
+    ] {
+        let mut known = taken(&kinds.to_uppercase());
+        for (number, (of, timeline)) in known.iter_mut().zip(timelines.bytes()).enumerate() {
+            let timeline = u32::from(timeline - b'0');
+            of.wal = (segment(timeline, number as u64 * 10), segment(timeline, number as u64 * 10 + 1));
+            of.counts = kinds.as_bytes()[number].is_ascii_uppercase();
+        }
+        let decision = decide(&known, &retention, &[1], START + 51 * DAY);
+        assert_eq!(stays(kinds, &decision), expected, "{kinds} {timelines} {retention:?}");
+        let of = |number: &usize| known[*number].label;
+        assert_eq!(decision.rests, rests.iter().map(of).collect::<Vec<_>>(), "{kinds} {timelines} {retention:?}");
+        let is_told = decision.notes.iter().any(|note| note.contains("later backups"));
+        assert_eq!(is_told, timelines != "123" && timelines != "111" && retention.full.is_some(), "{decision:?}");
+    }
+}
+
 #[test]
 fn every_fate_says_why() {
     let decision = decide(&taken("FDIF"), &retention(1, 0), &[1], START);
