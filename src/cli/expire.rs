@@ -10,7 +10,8 @@ use crate::retention::expire::{ExpireOptions, expire};
 ///
 /// The last full backup always stays, and so does the WAL that kept backups need. Packs go only after a grace period, and
 /// not while a backup runs. It runs after each backup too, unless --expire-auto is n. Before something is removed, the kept
-/// backups that stand for it must be proved by their WAL; one that is not does not count, and the exit status is 1.
+/// backups that stand for it must be proved: their WAL and their packs are there. One that is not proved does not count, and
+/// the exit status is 1.
 #[derive(Debug, Args)]
 pub(super) struct Expire {
     #[command(flatten)]
@@ -45,7 +46,7 @@ impl Expire {
             [] => Ok(()),
             unproved => {
                 let labels: Vec<&str> = unproved.iter().map(|of| of.label.as_str()).collect();
-                Err(Error::new(format!("backups that their WAL does not prove: {}", labels.join(", ")))
+                Err(Error::new(format!("backups that are not proved: {}", labels.join(", ")))
                     .hint("older backups stay in their place; look with \"pgcairn verify\", take a new full backup"))
             }
         }

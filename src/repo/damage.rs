@@ -1,17 +1,49 @@
 //! Packs in which damage was found.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use super::Repository;
+use super::proof::Doubt;
 use crate::error::Result;
 use crate::format::chunk::PackId;
 use crate::format::info::Harm;
+use crate::format::manifest::PackUse;
 use crate::repo::layout;
+use crate::store::StoreError;
+
+/// What is known of all packs without reading one.
+#[derive(Debug)]
+pub struct PacksKnown {
+    /// those that are there, and their lengths
+    present: HashMap<PackId, u64>,
+    /// those in which verify found damage
+    harmed: HashSet<PackId>,
+}
 
 impl Repository {
     /// Packs on which nothing new may be built: verify found damage in them. What a new backup has in them it stores anew.
     pub fn harmed_packs(&self) -> Result<HashSet<PackId>> {
         Ok(self.harm_notes()?.into_iter().flat_map(|(_, packs)| packs).collect())
+    }
+
+    /// Lists all packs, and reads the notes of damage.
+    pub fn packs_known(&self) -> Result<PacksKnown> {
+        Ok(PacksKnown { present: self.packs()?, harmed: self.harmed_packs()? })
+    }
+
+    /// What speaks against the packs of a backup: one is missing, or damage was found in it.
+    ///
+    /// # Errors
+    /// When the store fails, so that nobody knows.
+    pub fn packs_doubt(&self, label: &str, known: &PacksKnown) -> Result<Option<Doubt>> {
+        let what = match self.manifest_packs(label) {
+            Ok(uses) => uses.iter().find_map(|of| known.against(of)),
+            Err(error) if error.find::<StoreError>().is_none_or(|_| error.is_not_found() || error.is_truncated()) => {
+                Some(error.told())
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(what.map(|what| Doubt { segment: None, what }))
     }
 
     /// The notes themselves: key, and packs. A damaged one names none.
@@ -31,6 +63,18 @@ impl Repository {
             if after.is_none() {
                 return Ok(notes);
             }
+        }
+    }
+}
+
+impl PacksKnown {
+    fn against(&self, PackUse { pack, size, .. }: &PackUse) -> Option<String> {
+        match self.present.get(pack) {
+            None => Some(format!("pack {pack} is missing")),
+            Some(found) if found != size => {
+                Some(format!("pack {pack} has {found} bytes, and had {size} when it was written"))
+            }
+            Some(_) => self.harmed.contains(pack).then(|| format!("verify found damage in pack {pack}")),
         }
     }
 }

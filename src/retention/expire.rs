@@ -85,7 +85,7 @@ pub struct BackupReport {
     pub why: String,
 }
 
-/// A backup that its WAL does not prove: it does not count, and what would go for it stays.
+/// A backup that is not proved: it does not count, and what would go for it stays.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Unproved {
     /// which
@@ -369,7 +369,7 @@ fn expire_wal(
     })?;
     if let Some(cut) = is_kept {
         (report.keep, report.why) =
-            (WalRule::All.to_string(), format!("backup {cut} does not count: its WAL does not prove it"));
+            (WalRule::All.to_string(), format!("backup {cut} does not count: it is not proved"));
     }
     match failure {
         Some(error) => Err(error),

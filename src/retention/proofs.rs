@@ -1,4 +1,5 @@
-//! Proofs that are asked for before something is removed: a backup that its WAL does not prove stands for no other.
+//! Proofs that are asked for before something is removed: a backup that its WAL does not prove, or whose packs are missing or
+//! damaged, stands for no other.
 
 use std::collections::BTreeMap;
 
@@ -6,6 +7,7 @@ use super::policy::{Decision, Known, Retention, decide};
 use crate::error::{Error, Result};
 use crate::postgres::{BackupKind, Label};
 use crate::repo::Repository;
+use crate::repo::damage::PacksKnown;
 use crate::repo::proof::Doubt;
 
 /// Backups that are found wanting before a run gives up: it removes no backup then, and asks no further.
@@ -15,11 +17,13 @@ const DOUBTS_MAX: usize = 8;
 pub(super) struct Proofs<'a> {
     repository: &'a Repository,
     asked: BTreeMap<Label, Option<Doubt>>,
+    /// one listing of all packs, for whatever is asked
+    packs: Option<PacksKnown>,
 }
 
 impl<'a> Proofs<'a> {
     pub(super) fn new(repository: &'a Repository) -> Self {
-        Self { repository, asked: BTreeMap::new() }
+        Self { repository, asked: BTreeMap::new(), packs: None }
     }
 
     /// Whether nothing speaks against a backup.
@@ -27,11 +31,23 @@ impl<'a> Proofs<'a> {
         if let Some(doubt) = self.asked.get(&label) {
             return Ok(doubt.is_none());
         }
-        let doubt = self.repository.doubt(&label.to_string())?;
+        let doubt = self.doubt(&label.to_string())?;
         if let Some(Doubt { what, .. }) = &doubt {
             tracing::warn!("backup {label} does not count for the retention: {what}");
         }
         Ok(self.asked.entry(label).or_insert(doubt).is_none())
+    }
+
+    /// What speaks against a backup: its WAL, or else its packs.
+    fn doubt(&mut self, label: &str) -> Result<Option<Doubt>> {
+        if let Some(doubt) = self.repository.doubt(label)? {
+            return Ok(Some(doubt));
+        }
+        let packs = match self.packs.take() {
+            Some(packs) => packs,
+            None => self.repository.packs_known()?,
+        };
+        self.repository.packs_doubt(label, self.packs.insert(packs))
     }
 
     /// The backups that are found wanting, and why.
@@ -75,10 +91,8 @@ impl<'a> Proofs<'a> {
             }
         }
         match named.kind() == BackupKind::Full && !others.is_empty() && self.is_proved(named)? {
-            true => {
-                Err(Error::new(format!("backup {named} is not removed: no other full backup is proved by its WAL"))
-                    .hint("look with \"pgcairn verify\", and take a new full backup first"))
-            }
+            true => Err(Error::new(format!("backup {named} is not removed: no other full backup is proved"))
+                .hint("look with \"pgcairn verify\", and take a new full backup first")),
             false => Ok(()),
         }
     }

@@ -4,11 +4,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::*;
+use crate::format::chunk::PackId;
+use crate::format::info::Harm;
 use crate::postgres::BackupKind::{Diff, Full};
 use crate::progress::Silent;
+use crate::repo::layout;
 use crate::retention::expire::{ExpireOptions, GRACE, Report, expire};
 use crate::retention::tests::{DAY, Made, other_wal, segment, wal_bytes};
-use crate::store::{Effect, Operation};
+use crate::store::{Body, Effect, Operation};
 
 fn keep(full: u32) -> ExpireOptions {
     let retention = Retention { full: Some(full), ..Retention::NONE };
@@ -184,4 +187,62 @@ fn stored_wal_is_looked_into_as_well() {
     assert_eq!(left(&made, &labels), [2, 3]);
     let [unproved] = report.unproved.as_slice() else { panic!("{report:?}") };
     assert_eq!((&unproved.label, &unproved.segment), (&bad, &Some(segment(1, 11).to_string())));
+}
+
+/// A pack that one backup needs and no other.
+fn own_pack(made: &Made, label: &str) -> PackId {
+    let packs = |label: &str| made.repository.manifest_packs(label).unwrap().into_iter().map(|of| of.pack);
+    let others: Vec<PackId> = made.labels().iter().filter(|of| *of != label).flat_map(|of| packs(of)).collect();
+    packs(label).find(|pack| !others.contains(pack)).unwrap()
+}
+
+fn note_harm(made: &Made, pack: PackId) {
+    let key = format!("{}{}", layout::harms("main"), PackId([7; 16]));
+    let note = made.repository.encode_info(&key, &Harm { packs: vec![pack.to_string()] }).unwrap();
+    made.repository.store.put(&key, Body::Bytes(note)).unwrap();
+}
+
+#[test]
+fn a_backup_whose_packs_are_missing_or_harmed_does_not_count() {
+    for is_gone in [true, false] {
+        let made = made(&[Full; 3]);
+        let labels = made.labels();
+        let pack = own_pack(&made, &labels[2]);
+        match is_gone {
+            true => made.remove(&layout::pack("main", pack)),
+            false => note_harm(&made, pack),
+        }
+        let report = run(&made, &keep(1));
+        assert_eq!(left(&made, &labels), [1, 2]);
+        let [unproved] = report.unproved.as_slice() else { panic!("{report:?}") };
+        assert_eq!((&unproved.label, &unproved.segment), (&labels[2], &None));
+        assert!(unproved.what.contains(&pack.to_string()), "{unproved:?}");
+        assert!(report.notes.iter().any(|note| note.contains(&labels[2]) && note.contains("pgcairn verify")));
+        // nor may a person remove the one that is whole
+        let named = ExpireOptions { set: Some(labels[1].clone()), ..keep(9) };
+        let error = expire(&made.repository, &named, &Silent).unwrap_err();
+        assert!(error.to_string().contains("no other full backup is proved"), "{error}");
+        assert_eq!(left(&made, &labels), [1, 2]);
+    }
+}
+
+/// All packs are listed once, and a manifest's pack table is a request or two.
+#[test]
+fn the_packs_of_several_backups_cost_one_listing() {
+    let made = made(&[Full; 12]);
+    let labels = made.labels();
+    (4..12).for_each(|number| made.remove(&layout::pack("main", own_pack(&made, &labels[number]))));
+    let listed = Arc::new(AtomicU64::new(0));
+    let count = listed.clone();
+    made.plan.add(
+        move |call| {
+            let is_listing = call.operation == Operation::List && call.key.starts_with("chunk/main/");
+            count.fetch_add(is_listing.into(), Ordering::SeqCst);
+            false
+        },
+        Effect::Delay(Duration::ZERO),
+    );
+    run(&made, &ExpireOptions { dry_run: true, ..keep(1) });
+    // the other is that of packs nobody needs
+    assert_eq!(listed.load(Ordering::SeqCst), 2);
 }

@@ -245,8 +245,7 @@ impl Made {
         for number in 0..count {
             let own = packs - 100..packs;
             let ids = (0..packs).map(|pack| if own.contains(&pack) { packs + number * 100 + pack } else { pack });
-            let uses: Vec<PackUse> =
-                ids.map(|number| PackUse { pack: id(number), size: 16 << 20, weight: 16 << 20 }).collect();
+            let uses: Vec<PackUse> = ids.map(|number| PackUse { pack: id(number), size: 1, weight: 1 }).collect();
             let label = self.next_label_quickly();
             let wal = (segment(1, 1), segment(1, 2));
             let description = description(&label.to_string(), BackupKind::Full, None, wal, self.now());
