@@ -14,6 +14,9 @@ use crate::format::info::LockKind;
 pub(super) struct StanzaUpgrade {
     #[command(flatten)]
     server: super::pg::ServerOptions,
+    /// Accept another cluster of the same version, which is mostly an unrelated one
+    #[arg(long)]
+    force: bool,
 }
 
 impl StanzaUpgrade {
@@ -25,7 +28,7 @@ impl StanzaUpgrade {
         let lock = repository.lock(LockKind::Stanza, "stanza-upgrade")?;
         lock.check()?;
         let cluster = format!("PostgreSQL {version}, system identifier {system_id}");
-        output::line(&match repository.upgrade_stanza(database)? {
+        output::line(&match repository.upgrade_stanza(database, self.force)? {
             Some(id) => {
                 format!("stanza {} is now {cluster}; its WAL goes to archive {version}-{id}", repository.stanza)
             }
