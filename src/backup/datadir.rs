@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::assemble::{Assembler, Done};
 use super::copy::{Files, copy};
-use super::scan::{Scan, Scanned, ScannedKind, scan};
+use super::scan::{Scan, Scanned, ScannedKind, scan_without};
 use super::server::Server;
 use super::source::Origin;
 use super::standby;
@@ -31,7 +31,8 @@ pub(super) fn copy_files(copying: Copying<'_>) -> Result<Ended> {
     let Copying { server, started, cutting, workers, assembler, parent, monitor } = copying;
     let layout = started.database.layout().context(|| "pg_control".into())?;
     let user = cutting.user.as_ref();
-    let Scan { found, tablespaces, bytes } = as_user(user, || scan(&server.data_directory, layout))?;
+    let Scan { found, tablespaces, bytes } =
+        as_user(user, || scan_without(&server.data_directory, layout, cutting.uploads.directory.as_deref()))?;
     monitor.stage("copying", bytes);
     let files = Files { found, parent };
     let control = copy(cutting, files, workers, assembler, monitor, &mut || server.alive())?;

@@ -80,9 +80,23 @@ impl Scanned {
 /// Lists a data directory by the rules of PostgreSQL's own base backup. Symbolic links other than those to tablespaces are
 /// followed: what they lead to is found under the link's path.
 pub fn scan(root: &Path, layout: Layout) -> Result<Scan> {
+    scan_without(root, layout, None)
+}
+
+/// The same, but for what a link leads to in a `repository`, given with its links resolved, and for the repository itself: it
+/// would be stored in itself, and be larger each time.
+pub fn scan_without(root: &Path, layout: Layout, repository: Option<&Path>) -> Result<Scan> {
     let scan = Scan { found: Vec::new(), tablespaces: Vec::new(), bytes: 0 };
-    let mut scanner =
-        Scanner { root, layout, scan, times: Vec::new(), newest: HashMap::new(), above: Vec::new(), links: 0 };
+    let mut scanner = Scanner {
+        root,
+        layout,
+        scan,
+        times: Vec::new(),
+        newest: HashMap::new(),
+        above: Vec::new(),
+        links: 0,
+        repository,
+    };
     let metadata = fs::metadata(root).map_err(|error| Error::io("read the data directory", root, error))?;
     scanner.push(&[], &metadata, ScannedKind::Directory, None);
     scanner.above.push((metadata.dev(), metadata.ino()));
@@ -109,6 +123,8 @@ struct Scanner<'a> {
     above: Vec<(u64, u64)>,
     /// how many links to directories led to the present one
     links: usize,
+    /// what is left out
+    repository: Option<&'a Path>,
 }
 
 impl Scanner<'_> {
@@ -164,6 +180,10 @@ impl Scanner<'_> {
 
     fn ordinary(&mut self, path: &[u8], class: FileClass, metadata: &Metadata) -> Result<()> {
         if metadata.is_dir() {
+            if self.is_repository(metadata) {
+                tracing::warn!("{} is not in the backup: it is the repository", self.on_disk(path).display());
+                return Ok(());
+            }
             self.push(path, metadata, ScannedKind::Directory, None);
             return self.enclosed(path, metadata);
         }
@@ -200,6 +220,9 @@ impl Scanner<'_> {
             Ok(())
         };
         match fs::metadata(&on_disk) {
+            Ok(target) if self.is_repository(&target) || self.is_in_repository(&on_disk) => {
+                left_out("which is the repository, or lies in it")
+            }
             Ok(target) if target.is_dir() && self.above.contains(&(target.dev(), target.ino())) => {
                 left_out("which encloses it")
             }
@@ -226,6 +249,16 @@ impl Scanner<'_> {
             }
             Err(error) => Err(Error::io("follow the link", &on_disk, error)),
         }
+    }
+
+    /// Whether this is the repository's own directory, by whatever path.
+    fn is_repository(&self, of: &Metadata) -> bool {
+        let identity = |of: &Metadata| (of.dev(), of.ino());
+        self.repository.and_then(|path| fs::metadata(path).ok()).is_some_and(|own| identity(&own) == identity(of))
+    }
+
+    fn is_in_repository(&self, path: &Path) -> bool {
+        self.repository.is_some_and(|own| fs::canonicalize(path).is_ok_and(|target| target.starts_with(own)))
     }
 
     fn tablespace(&mut self, path: &[u8], oid: u32, metadata: &Metadata) -> Result<()> {

@@ -46,6 +46,25 @@ fn links_are_followed_to_any_directory_but_one_that_encloses_them() {
     assert_eq!(paths(&found), [&[""][..], &in_etc, &by_link, &["global", "global/pg_control"]].concat());
 }
 
+/// It would be stored in itself.
+#[test]
+fn the_repository_is_left_out_however_a_link_leads_there() {
+    let (root, place) = (data_directory(), tempfile::tempdir().unwrap());
+    let repository = place.path().canonicalize().unwrap().join("repo");
+    fs::create_dir_all(repository.join("chunk/main")).unwrap();
+    fs::write(repository.join("chunk/main/pack"), "x").unwrap();
+    fs::write(place.path().join("other"), "x").unwrap();
+    for (name, target) in [("backups", ""), ("chunks", "chunk/main"), ("pack", "chunk/main/pack")] {
+        symlink(repository.join(target), root.path().join(name)).unwrap();
+    }
+    symlink(place.path(), root.path().join("disk")).unwrap();
+    let found = scan_without(root.path(), layout(), Some(&repository)).unwrap();
+    assert_eq!(paths(&found), ["", "disk", "disk/other", "global", "global/pg_control"]);
+    // elsewhere it is a directory like any other
+    let found = scan_without(root.path(), layout(), Some(Path::new("/nowhere"))).unwrap();
+    assert!(paths(&found).contains(&"disk/repo/chunk/main/pack".to_owned()));
+}
+
 #[test]
 fn links_that_lead_to_each_other_without_enclosing_end_too() {
     let (root, a) = (data_directory(), tempfile::tempdir().unwrap());
@@ -138,6 +157,7 @@ fn only_what_is_older_than_its_own_file_system_is_settled() {
         newest: HashMap::from([(1, 1000), (2, 100)]),
         above: Vec::new(),
         links: 0,
+        repository: None,
     };
     let count = old.scan.found.len();
     let file = old.scan.found.iter().position(|found| found.kind == ScannedKind::File).unwrap();
