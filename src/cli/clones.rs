@@ -1,8 +1,8 @@
 //! Running clones: where each keeps its things, and how its server is started and stopped.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::Read;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -160,13 +160,10 @@ impl Place {
 
     /// Makes its directory, which nobody else has then; false where one is there.
     pub fn claim(&self) -> Result<bool> {
-        let mut make = DirBuilder::new();
-        make.mode(0o755);
         let base = self.root.parent().unwrap_or(&self.root);
-        let made = make.recursive(true).create(base);
-        made.map_err(|error| Error::io("create", base, error))?;
-        match make.recursive(false).create(&self.root) {
-            Ok(()) => Ok(true),
+        make_with_parents(base, 0o755).map_err(|error| Error::io("create", base, error))?;
+        match DirBuilder::new().mode(0o755).create(&self.root) {
+            Ok(()) => require_own(&self.root, HINT).map(|()| true).inspect_err(|_| _ = fs::remove_dir(&self.root)),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
             Err(error) => Err(Error::io("create", &self.root, error)),
         }
