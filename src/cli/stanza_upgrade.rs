@@ -14,9 +14,6 @@ use crate::format::info::LockKind;
 pub(super) struct StanzaUpgrade {
     #[command(flatten)]
     server: super::pg::ServerOptions,
-    /// Accept another cluster of the same version, which is mostly an unrelated one
-    #[arg(long)]
-    force: bool,
 }
 
 impl StanzaUpgrade {
@@ -27,8 +24,16 @@ impl StanzaUpgrade {
         let (version, system_id) = (database.version, database.system_id);
         let lock = repository.lock(LockKind::Stanza, "stanza-upgrade")?;
         lock.check()?;
+        let before = repository.archive_info()?.current()?.clone();
+        if before.version == version && before.system_id != system_id {
+            output::note(&format!(
+                "warning: the cluster before was PostgreSQL {version} too, with system identifier {}: make sure that --pg \
+                 does not lead to an unrelated cluster, which needs a stanza of its own",
+                before.system_id
+            ));
+        }
         let cluster = format!("PostgreSQL {version}, system identifier {system_id}");
-        output::line(&match repository.upgrade_stanza(database, self.force)? {
+        output::line(&match repository.upgrade_stanza(database)? {
             Some(id) => {
                 format!("stanza {} is now {cluster}; its WAL goes to archive {version}-{id}", repository.stanza)
             }

@@ -184,8 +184,7 @@ impl Repository {
 
     /// From now on the stanza is `database`, as after pg_upgrade; returns its number, or `None` when it was that already.
     /// What was backed up and archived before stays readable under its own number.
-    /// A cluster of the same version is one that pg_upgrade did not make, mostly: it is refused, unless `force`.
-    pub fn upgrade_stanza(&self, mut database: Database, force: bool) -> Result<Option<u32>> {
+    pub fn upgrade_stanza(&self, mut database: Database) -> Result<Option<u32>> {
         let mut info = self.archive_info()?;
         let current = info.current()?;
         if (current.system_id, current.version) == (database.system_id, database.version) {
@@ -197,17 +196,6 @@ impl Repository {
                 self.stanza, current.version, database.version
             ))
             .hint("check --stanza and --pg; a cluster that was not upgraded needs a stanza of its own"));
-        }
-        if database.version == current.version && !force {
-            return Err(Error::new(format!(
-                "stanza {} is PostgreSQL {} with system identifier {}, and the server, with {}, is of the same version: it was \
-                 not upgraded",
-                self.stanza, current.version, current.system_id, database.system_id
-            ))
-            .hint(
-                "check --stanza and --pg: another cluster needs a stanza of its own. If the stanza is to go on with this one, as \
-                 after pg_upgrade within a version: --force",
-            ));
         }
         database.id = info.history.iter().map(|known| known.id).max().unwrap_or_default() + 1;
         let id = database.id;

@@ -88,17 +88,3 @@ fn of_two_who_encrypt_a_stanza_at_once_one_has_it() {
         assert_eq!(opened.archive_info().unwrap().history, [cluster(created[0])], "round {round}");
     }
 }
-
-/// pg_upgrade changes the version.
-#[test]
-fn an_unrelated_cluster_of_the_same_version_is_no_upgrade() {
-    let repository = Repository::new(Arc::new(MemoryStore::new()), "main").unwrap();
-    repository.create_stanza(database()).unwrap();
-    let other = || Database { system_id: database().system_id + 1, ..database() };
-    let error = repository.upgrade_stanza(other(), false).unwrap_err();
-    assert!(error.to_string().contains("it was not upgraded"), "{error}");
-    assert_eq!(repository.archive_info().unwrap().history.len(), 1);
-    assert_eq!(repository.upgrade_stanza(other(), true).unwrap(), Some(2));
-    let newer = Database { version: other().version + 1, ..database() };
-    assert_eq!(repository.upgrade_stanza(newer, false).unwrap(), Some(3));
-}
