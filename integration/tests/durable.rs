@@ -143,6 +143,12 @@ fn a_clone_that_died_goes_on_and_one_without_a_record_goes_away() {
     let told = stanza.run(["stop", "dies"]).ok();
     assert!(told.contains("what was written is removed"), "{told}");
     stanza.assert_nothing_left();
+    // one that was kept, too
+    stanza.start("kept", &[]).stop(&["--keep"]);
+    fs::write(stanza.clone_directory("kept").join("clone.json"), "[]").unwrap();
+    stanza.run(["start", "--name", "kept"]).fails(1, "is damaged");
+    stanza.run(["stop", "kept"]).ok();
+    stanza.assert_nothing_left();
 
     // what is no clone is not removed
     let other = stanza.clone_directory("other");

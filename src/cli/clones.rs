@@ -142,7 +142,9 @@ impl Place {
         let Ok(entries) = fs::read_dir(&self.root) else { return false };
         let names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
         let ours = [MOUNT, SCRATCH, RUN, MOUNT_LOG, RECORD, RECORD_NEW];
-        names.iter().any(|name| *name == RUN) && names.iter().all(|name| ours.iter().any(|our| name == our))
+        // one that was kept has no directory for its server any more
+        names.iter().any(|name| *name == RUN || *name == SCRATCH)
+            && names.iter().all(|name| ours.iter().any(|our| name == our))
     }
 
     /// Removes what a server that ended without cleaning up left beside its socket: PostgreSQL would take the lock for

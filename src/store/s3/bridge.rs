@@ -117,6 +117,10 @@ impl Bridge {
 
     /// What a call that began then comes to, unless the program ends meanwhile.
     async fn unless_ended<T>(&self, begun: Instant, call: impl Future<Output = Outcome<T>>) -> Outcome<T> {
+        // a store that answers at once could be the first
+        if self.options.stop.ends(begun) {
+            return Err(Failure::stopped());
+        }
         let (ended, call) = (pin!(self.options.stop.wait(begun)), pin!(call));
         first(call, ended).await.unwrap_or_else(|| Err(Failure::stopped()))
     }
