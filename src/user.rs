@@ -118,6 +118,14 @@ pub fn make_own(directory: &Path, mode: u32, hint: &str) -> Result<()> {
     require_own(directory, hint)
 }
 
+/// Makes what is missing above such a directory, and not the directory.
+///
+/// # Errors
+/// If root may not trust what is there; then nothing was made below that.
+pub fn make_above(directory: &Path, hint: &str) -> Result<()> {
+    directory.parent().map_or(Ok(()), |above| way_to(directory, above, Some(0o755), hint))
+}
+
 /// Makes a directory with what is missing above it, whoever the owners are; what is made has these modes, whatever the
 /// umask: `mode`, and 0755 above it.
 ///
@@ -147,7 +155,12 @@ const LINKS_MAX: usize = 40;
 /// Goes from the root directory to `directory`. Each step is looked at, or made, in a directory in which only root and
 /// the program's user can rename, so that it stays what it was found to be.
 fn way(directory: &Path, make: Option<u32>, hint: &str) -> Result<()> {
-    let whole = std::path::absolute(directory).map_err(|error| Error::io("find", directory, error))?;
+    way_to(directory, directory, make, hint)
+}
+
+/// The same up to `end`, which is `directory` or lies above it.
+fn way_to(directory: &Path, end: &Path, make: Option<u32>, hint: &str) -> Result<()> {
+    let whole = std::path::absolute(end).map_err(|error| Error::io("find", end, error))?;
     let (mut at, mut links) = (PathBuf::from("/"), 0);
     let mut ahead: Vec<OsString> = steps(&whole);
     require_safe(directory, &at, hint)?;

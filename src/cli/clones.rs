@@ -17,7 +17,7 @@ use crate::postgres::{conninfo, session};
 use crate::read::completion::Prepared;
 use crate::read::tree::Owner;
 use crate::recovery::tablespaces::Created;
-use crate::user::{make_own, make_with_parents, require_own};
+use crate::user::{make_above, make_own, make_with_parents, require_own};
 
 const HINT: &str =
     "choose a directory for clones that nobody else can write or rename: --clone-path; or run pgcairn as its owner";
@@ -162,8 +162,7 @@ impl Place {
 
     /// Makes its directory, which nobody else has then; false where one is there.
     pub fn claim(&self) -> Result<bool> {
-        let base = self.root.parent().unwrap_or(&self.root);
-        make_with_parents(base, 0o755).map_err(|error| Error::io("create", base, error))?;
+        make_above(&self.root, HINT)?;
         match DirBuilder::new().mode(0o755).create(&self.root) {
             Ok(()) => require_own(&self.root, HINT).map(|()| true).inspect_err(|_| _ = fs::remove_dir(&self.root)),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
