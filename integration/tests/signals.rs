@@ -39,7 +39,9 @@ fn an_interrupted_start_leaves_nothing() {
     let directory = stanza.clone_directory("clone");
     let is_mounted = || directory.join("data/PG_VERSION").exists();
     let runs = || directory.join("data/postmaster.pid").exists();
-    let extract = ["extract", "--type=default", "--table=postgres.public.t", "--output=/dev/null/never"];
+    let never = stanza.place().join("never");
+    let output = format!("--output={}", never.display());
+    let extract = ["extract", "--type=default", "--table=postgres.public.t", &output];
     let start = ["start", "--type=default", "--name=clone"];
     let read = ["start", "--type=default", "--name=clone", "--read-only"];
     for (arguments, signal, code) in
@@ -65,6 +67,7 @@ fn an_interrupted_start_leaves_nothing() {
     wait_until(Duration::from_secs(60), "the server", runs);
     let (ended, told) = interrupt(child, Signal::SIGTERM);
     assert_eq!(ended, Some(143), "{told}");
+    assert!(!never.exists(), "half of a table");
     stanza.assert_nothing_left();
 
     // verbs that leave nothing to take down

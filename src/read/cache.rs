@@ -16,6 +16,7 @@ use lru::LruCache;
 use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
+use crate::files::{self, Outlives};
 use crate::format::GRAIN;
 use crate::format::chunk::{ChunkId, ChunkRef, Decoded, GrainHash, Keys};
 use crate::user::make_own;
@@ -62,12 +63,19 @@ pub fn prepare(root: &Path) -> Result<()> {
             return Err(Error::new(format!("{} is no cache: it holds {}", root.display(), name.display())).hint(HINT));
         }
     }
-    let write = |text: &[u8]| -> io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(TAG).tempfile_in(root)?;
-        io::Write::write_all(&mut file, text)?;
-        file.persist(&tag).map(drop).map_err(|error| error.error)
-    };
-    write(TAG_TEXT.as_bytes()).map_err(|error| Error::io("write", &tag, error).hint(HINT))
+    // others that prepare it now see nothing in it but what is a cache's
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let temporary = make_temporary(root)?.join(format!("{}-{}", std::process::id(), since.as_nanos()));
+    let write = |to: &Path| fs::write(to, TAG_TEXT).map_err(|error| Error::io("write", to, error).hint(HINT));
+    files::place(&temporary, &tag, Outlives::Process, write)
+}
+
+/// The directory of files that have no name yet.
+fn make_temporary(root: &Path) -> Result<PathBuf> {
+    let directory = root.join(TEMPORARY);
+    let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory);
+    created.map_err(|error| Error::io("create the cache directory", &directory, error).hint(HINT))?;
+    Ok(directory)
 }
 
 fn is_hex(name: &str, len: usize) -> bool {
@@ -101,9 +109,7 @@ impl DiskCache {
     /// Opens or creates the cache in `root`, which may hold `limit` bytes.
     pub fn open(root: &Path, limit: u64) -> Result<Arc<Self>> {
         prepare(root)?;
-        let directory = root.join(TEMPORARY);
-        let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory);
-        created.map_err(|error| Error::io("create the cache directory", &directory, error).hint(HINT))?;
+        make_temporary(root)?;
         let cache = Arc::new(Self {
             root: root.to_owned(),
             limit,

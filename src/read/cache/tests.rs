@@ -25,6 +25,19 @@ fn read(cache: &DiskCache, keys: &Keys, chunk: &ChunkRef, offset: usize, len: us
 }
 
 #[test]
+fn many_make_a_directory_a_cache_at_once() {
+    let place = tempfile::tempdir().unwrap();
+    for round in 0..20 {
+        let root = place.path().join(round.to_string());
+        std::thread::scope(|scope| {
+            let all: Vec<_> = (0..8).map(|_| scope.spawn(|| prepare(&root))).collect();
+            all.into_iter().for_each(|one| one.join().unwrap().unwrap());
+        });
+        assert_eq!(fs::read_to_string(root.join(TAG)).unwrap(), TAG_TEXT);
+    }
+}
+
+#[test]
 fn any_range_comes_back_also_after_opening_again() {
     let (directory, keys) = (tempfile::tempdir().unwrap(), Keys::new(b""));
     let bytes = plain(3, SLOT - 777);
