@@ -240,7 +240,13 @@ fn a_moment_that_a_checkpoint_proves() {
     assert_eq!(rows(&clone), "1", "{}", clone.told());
     assert_eq!(clone.psql("SELECT count(*) FROM pg_prepared_xacts;"), "0");
     clone.stop(&[]);
-    cluster.psql("ROLLBACK PREPARED 'later';");
+    // nor does it where a transaction that ended later proves the moment
+    cluster.psql("ROLLBACK PREPARED 'later'; INSERT INTO t VALUES (3);");
+    archive_all(&cluster);
+    let clone = stanza.start("at", &[&time]);
+    assert_eq!(rows(&clone), "1", "{}", clone.told());
+    assert_eq!(clone.psql("SELECT count(*) FROM pg_prepared_xacts;"), "0");
+    clone.stop(&[]);
     stanza.assert_nothing_left();
 }
 

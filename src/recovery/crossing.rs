@@ -210,12 +210,12 @@ impl Search<'_> {
         Ok(point.time.0 > uploaded.0.saturating_add(PROVES_AHEAD_US))
     }
 
-    /// The last place at which recovery can end with everything that was committed, or prepared,
-    /// before `lsn`; `index` is the segment that tells of the record there.
+    /// The last place at which recovery can end with everything that was committed before `lsn`, or prepared before it
+    /// and not after the moment; `index` is the segment that tells of the record there.
     pub fn last_before(&self, index: u64, lsn: Lsn) -> Result<Option<StopPoint>> {
         for index in (self.from()..=index).rev() {
             let last = match self.horizon.segment(self.road, index)?.last_stop() {
-                Some(last) if last.lsn >= lsn => self.last_in(index, lsn)?,
+                Some(last) if last.lsn >= lsn || self.passes(last.time) => self.last_in(index, lsn)?,
                 last => last,
             };
             if last.is_some() {
@@ -227,17 +227,7 @@ impl Search<'_> {
 
     /// The last such place of the whole road, where no transaction ended after the moment.
     pub fn last_of_road(&self) -> Result<Option<StopPoint>> {
-        for index in (self.from()..self.road.len()).rev() {
-            let last = match self.horizon.segment(self.road, index)?.last_stop() {
-                // prepared after the moment
-                Some(last) if self.passes(last.time) => self.last_in(index, Lsn(u64::MAX))?,
-                last => last,
-            };
-            if last.is_some() {
-                return Ok(last.filter(|last| last.lsn >= self.start));
-            }
-        }
-        Ok(None)
+        self.road.len().checked_sub(1).map_or(Ok(None), |last| self.last_before(last, Lsn(u64::MAX)))
     }
 
     fn last_in(&self, index: u64, lsn: Lsn) -> Result<Option<StopPoint>> {
