@@ -7,14 +7,13 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder, Metadata, Permissions};
 use std::io;
 use std::marker::PhantomData;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use nix::unistd::{Gid, Uid, geteuid, getgroups, setfsgid, setfsuid};
-
 use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
@@ -94,7 +93,7 @@ impl User {
 /// Also if it cannot be looked at.
 pub fn require_own(directory: &Path, hint: &str) -> Result<()> {
     way(directory, None, hint)?;
-    let found = directory.metadata().map_err(|error| Error::io("look at", directory, error))?;
+    let found = directory.metadata().map_err(|error| Error::io("look at", directory, error).hint(hint))?;
     let refused = |why: String| Err(Error::new(format!("{} {why}", directory.display())).hint(hint));
     if !found.is_dir() {
         return refused("is not a directory".into());
@@ -160,10 +159,15 @@ fn way(directory: &Path, make: Option<u32>, hint: &str) -> Result<()> {
 
 /// The same up to `end`, which is `directory` or lies above it.
 fn way_to(directory: &Path, end: &Path, make: Option<u32>, hint: &str) -> Result<()> {
+    // only root is led elsewhere
+    if make.is_none() && !geteuid().is_root() {
+        return Ok(());
+    }
     let whole = std::path::absolute(end).map_err(|error| Error::io("find", end, error))?;
     let (mut at, mut links) = (PathBuf::from("/"), 0);
     let mut ahead: Vec<OsString> = steps(&whole);
-    require_safe(directory, &at, hint)?;
+    let root = at.symlink_metadata().map_err(|error| Error::io("look at", &at, error))?;
+    require_safe(directory, &at, &root, hint)?;
     while let Some(name) = ahead.pop() {
         if name == ".." {
             at.pop();
@@ -179,7 +183,7 @@ fn way_to(directory: &Path, end: &Path, make: Option<u32>, hint: &str) -> Result
             (found, _) => found,
         };
         let found = found.map_err(|error| Error::io("look at", &next, error).hint(hint))?;
-        require_safe(directory, &next, hint)?;
+        require_safe(directory, &next, &found, hint)?;
         if !found.is_symlink() {
             at = next;
             continue;
@@ -210,11 +214,10 @@ fn steps(path: &Path) -> Vec<OsString> {
 }
 
 /// Refuses root a step of the way to `directory` that another user could turn elsewhere.
-fn require_safe(directory: &Path, step: &Path, hint: &str) -> Result<()> {
+fn require_safe(directory: &Path, step: &Path, found: &Metadata, hint: &str) -> Result<()> {
     if !geteuid().is_root() {
         return Ok(());
     }
-    let found = step.symlink_metadata().map_err(|error| Error::io("look at", step, error))?;
     // in a directory with the sticky bit nobody renames what root owns; a link has no mode of its own
     let may_rename = found.is_dir() && found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0;
     let why = match (found.uid(), may_rename) {

@@ -107,12 +107,13 @@ pub fn take(spool: &Spool, name: SegmentName, target: &Path, timeout: Duration) 
 fn move_to(from: &Path, target: &Path) -> Result<bool> {
     let user = User::owner_of_place(target)?;
     // what is another user's is written as that user, and is that user's
-    let renamed = if user.is_none() { fs::rename(from, target) } else { Err(io::ErrorKind::CrossesDevices.into()) };
-    match renamed {
-        Ok(()) => return Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {}
-        Err(error) => return Err(Error::io("rename to", target, error)),
+    if user.is_none() {
+        match fs::rename(from, target) {
+            Ok(()) => return Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {}
+            Err(error) => return Err(Error::io("rename to", target, error)),
+        }
     }
     let temporary = target.with_extension(TEMPORARY);
     let mut source = match files::open_regular(from) {

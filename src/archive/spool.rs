@@ -7,7 +7,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -50,19 +50,22 @@ impl Spool {
         }
         let directory = base.join(format!("{name}-{}", &hasher.finalize().to_hex()[..16]));
         make_own(&directory, 0o700, HINT)?;
-        Self::at(&directory)
+        Self::of(directory)
     }
 
     /// A spool that is there.
     pub fn at(directory: &Path) -> Result<Self> {
-        let meta =
-            fs::symlink_metadata(directory).map_err(|error| Error::io("look at", directory, error).hint(HINT))?;
-        let ours = meta.is_dir() && meta.uid() == nix::unistd::geteuid().as_raw();
-        if !ours || meta.permissions().mode() & 0o022 != 0 {
-            return Err(Error::new(format!("the spool {} is not ours alone", directory.display())).hint(HINT));
-        }
         require_own(directory, HINT)?;
-        Ok(Self { directory: directory.to_owned() })
+        Self::of(directory.to_owned())
+    }
+
+    /// A link could lead to what another program keeps.
+    fn of(directory: PathBuf) -> Result<Self> {
+        let found = fs::symlink_metadata(&directory);
+        match found.map_err(|error| Error::io("look at", &directory, error).hint(HINT))?.is_dir() {
+            true => Ok(Self { directory }),
+            false => Err(Error::new(format!("the spool {} is a link", directory.display())).hint(HINT)),
+        }
     }
 
     /// Where it is.

@@ -121,6 +121,12 @@ impl SegmentName {
         size.first_lsn(number).map(|_| Self::of_number(self.timeline, number, size))
     }
 
+    /// It and those after it on the same timeline, up to `last`.
+    pub fn up_to(self, last: Self, size: SegmentSize) -> impl Iterator<Item = Self> {
+        let within = move |segment: &Self| *segment <= last;
+        std::iter::successors(Some(self).filter(within), move |segment| segment.next(size).filter(within))
+    }
+
     /// The first 16 digits, timeline and 4 GiB of WAL: the directory of an archive it belongs to.
     pub fn directory(self) -> String {
         format!("{:08X}{:08X}", self.timeline.0, self.file_id)

@@ -112,6 +112,12 @@ struct Way<'a> {
     notes: Vec<String>,
 }
 
+impl<'a> Way<'a> {
+    fn new(stone: &'a Stone, history: &TimelineHistory, road: Road, target: Option<(&'static str, String)>) -> Self {
+        Self { stone, history: history.clone(), road, target, reaches: None, wanted: None, notes: Vec::new() }
+    }
+}
+
 impl Search<'_> {
     fn course(&self) -> Found<Course> {
         let histories = self.histories()?;
@@ -207,17 +213,9 @@ impl Search<'_> {
             // a long transaction that has not ended
             Bound::Archive | Bound::ArchiveEnd => {
                 let target = end.last_record.map(|(_, lsn)| ("recovery_target_lsn", lsn.to_string()));
-                Way { stone, history: history.clone(), road, target, reaches: None, wanted: None, notes: Vec::new() }
+                Way::new(stone, history, road, target)
             }
-            Bound::Open => Way {
-                stone,
-                history: history.clone(),
-                road,
-                target: None,
-                reaches: last,
-                wanted: None,
-                notes: Vec::new(),
-            },
+            Bound::Open => Way { reaches: last, ..Way::new(stone, history, road, None) },
         };
         Ok(Way { notes, ..way })
     }
@@ -313,8 +311,7 @@ impl Search<'_> {
             }
         };
         let road = road.up_to(index.unwrap_or(u64::MAX - 1));
-        let target = Some(target);
-        Way { stone, history: history.clone(), road, target, reaches: last, wanted: None, notes: Vec::new() }
+        Way { reaches: last, ..Way::new(stone, history, road, Some(target)) }
     }
 
     fn to_lsn(&self, history: &TimelineHistory, lsn: Lsn) -> Found<Way<'_>> {
@@ -328,15 +325,7 @@ impl Search<'_> {
                 let target = Some(("recovery_target_lsn", lsn.to_string()));
                 // the record there may begin, or go on, in the next segment
                 let road = road.up_to(index + 1);
-                Ok(Way {
-                    stone,
-                    history: history.clone(),
-                    road,
-                    target,
-                    reaches: None,
-                    wanted: None,
-                    notes: Vec::new(),
-                })
+                Ok(Way::new(stone, history, road, target))
             }
             _ => Err(NoCourse::Unreachable(self.behind(history, &road, None)?)),
         }

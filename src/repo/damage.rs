@@ -9,7 +9,6 @@ use crate::format::chunk::PackId;
 use crate::format::info::Harm;
 use crate::format::manifest::PackUse;
 use crate::repo::layout;
-use crate::store::StoreError;
 
 /// What is known of all packs without reading one.
 #[derive(Debug)]
@@ -36,14 +35,10 @@ impl Repository {
     /// # Errors
     /// When the store fails, so that nobody knows.
     pub fn packs_doubt(&self, label: &str, known: &PacksKnown) -> Result<Option<Doubt>> {
-        let what = match self.manifest_packs(label) {
-            Ok(uses) => uses.iter().find_map(|of| known.against(of)),
-            Err(error) if error.find::<StoreError>().is_none_or(|_| error.is_not_found() || error.is_truncated()) => {
-                Some(error.told())
-            }
-            Err(error) => return Err(error),
-        };
-        Ok(what.map(|what| Doubt { segment: None, what }))
+        match self.manifest_packs(label) {
+            Ok(uses) => Ok(uses.iter().find_map(|of| known.against(of)).map(|what| Doubt { segment: None, what })),
+            Err(error) => Doubt::told(error).map(Some),
+        }
     }
 
     /// The notes themselves: key, and packs. A damaged one names none.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::Repository;
 use super::wal::wal_identity;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::format::manifest::{Database, Description};
 use crate::postgres::wal::landmarks::{Landmarks, Place, holders, record_at};
 use crate::postgres::wal::records::Event;
@@ -41,6 +41,17 @@ pub struct Doubt {
     pub segment: Option<SegmentName>,
     /// what is wrong, for people
     pub what: String,
+}
+
+impl Doubt {
+    /// What an error says of a backup.
+    ///
+    /// # Errors
+    /// That error, if the store failed, so that nobody knows.
+    pub(super) fn told(error: Error) -> Result<Self> {
+        let store_failed = error.find::<StoreError>().is_some() && !error.is_not_found() && !error.is_truncated();
+        if store_failed { Err(error) } else { Ok(Self { segment: None, what: error.told() }) }
+    }
 }
 
 /// The first and the last segment that a backup needs.
@@ -101,10 +112,7 @@ impl Repository {
                 segment: Some(segment),
                 what: format!("WAL segment {segment} {}", what.unwrap_or_else(|| "is missing".into())),
             })),
-            Err(error) if error.find::<StoreError>().is_none_or(|_| error.is_not_found() || error.is_truncated()) => {
-                Ok(Some(Doubt { segment: None, what: error.told() }))
-            }
-            Err(error) => Err(error),
+            Err(error) => Doubt::told(error).map(Some),
         }
     }
 
@@ -114,7 +122,7 @@ impl Repository {
         let (claims, identity) = (Claims::of(of)?, wal_identity(database)?);
         let size = identity.segment_size;
         let (claimed, mut found) = (claims.segments(size), BTreeMap::new());
-        let mut all = std::iter::successors(Some(first), |segment| segment.next(size).filter(|next| *next <= last));
+        let mut all = first.up_to(last, size);
         loop {
             let needed: Vec<SegmentName> = all.by_ref().take(PAGE_OBJECTS_MAX).collect();
             if needed.is_empty() {

@@ -49,8 +49,7 @@ impl Repository {
         let (claims, identity) = (Claims::of(of).map_err(damage)?, wal_identity(&of.database).map_err(damage)?);
         let size = identity.segment_size;
         let (first, last) = wal_of(of).map_err(damage)?;
-        let needed = std::iter::successors(Some(first), |segment| segment.next(size).filter(|next| *next <= last));
-        for segment in needed {
+        for segment in first.up_to(last, size) {
             let what = match stored.get(&segment) {
                 None => None,
                 Some(file) if file.size == u64::from(size.bytes()) => continue,

@@ -13,7 +13,7 @@ use crate::format::pack::{Pack, PackKind};
 use crate::postgres::wal::landmarks::Landmarks;
 use crate::postgres::{SegmentName, SegmentSize, Timeline, TimelineHistory, WalName};
 use crate::progress::Monitor;
-use crate::repo::proof::{Claims, Contradiction};
+use crate::repo::proof::{Claims, Contradiction, wal_of};
 use crate::repo::wal::{check_first_bytes, wal_identity};
 use crate::repo::{Repository, reread};
 use crate::store::Listed;
@@ -82,8 +82,7 @@ struct Needs<'a> {
 
 impl<'a> Needs<'a> {
     fn of(of: &'a Description) -> Result<Self> {
-        let what = || format!("the WAL of backup {}", of.label);
-        let (start, stop) = (of.wal_start.parse().context(what)?, of.wal_stop.parse().context(what)?);
+        let (start, stop) = wal_of(of)?;
         Ok(Self { of, start, stop, claims: Claims::of(of) })
     }
 }
@@ -217,13 +216,9 @@ impl Archive<'_> {
             return;
         }
         self.compare_backup(needs, findings);
-        let (mut at, mut missing) = (Some(needs.start), 0);
-        while let Some(segment) = at.filter(|segment| *segment <= needs.stop && missing < MISSING_MAX) {
-            if !self.usable.contains_key(&segment) {
-                missing += 1;
-                findings.suffers(&needs.of.label, &self.key(segment), "is missing", None);
-            }
-            at = segment.next(self.size);
+        let needed = needs.start.up_to(needs.stop, self.size);
+        for missing in needed.filter(|segment| !self.usable.contains_key(segment)).take(MISSING_MAX) {
+            findings.suffers(&needs.of.label, &self.key(missing), "is missing", None);
         }
     }
 
