@@ -1,4 +1,4 @@
-//! Files that appear whole or not at all.
+//! Files that appear whole or not at all, and files of users that are read without waiting for whoever put them there.
 
 use std::fs::{self, File};
 use std::io::{self, Read};

@@ -176,6 +176,8 @@ const HINT: &str = "see --spool-path: a directory that belongs to the user who a
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]

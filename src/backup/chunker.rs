@@ -31,6 +31,8 @@ pub struct Cutting<'a> {
     pub root: PathBuf,
     /// as whom they are opened
     pub user: Option<User>,
+    /// the repository, if it is a directory, links resolved: it is not part of the backup
+    pub repository: Option<PathBuf>,
     /// how plaintext is hashed and sealed
     pub keys: &'a Keys,
     /// zstd level

@@ -32,7 +32,7 @@ pub(super) fn copy_files(copying: Copying<'_>) -> Result<Ended> {
     let layout = started.database.layout().context(|| "pg_control".into())?;
     let user = cutting.user.as_ref();
     let Scan { found, tablespaces, bytes } =
-        as_user(user, || scan_without(&server.data_directory, layout, cutting.uploads.directory.as_deref()))?;
+        as_user(user, || scan_without(&server.data_directory, layout, cutting.repository.as_deref()))?;
     monitor.stage("copying", bytes);
     let files = Files { found, parent };
     let control = copy(cutting, files, workers, assembler, monitor, &mut || server.alive())?;

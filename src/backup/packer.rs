@@ -1,7 +1,6 @@
 //! Chunks into packs, packs into the store: bounded memory, uploads beside the work, the first error stops everything.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -78,8 +77,6 @@ pub fn random_pack_id() -> Result<PackId> {
 /// Threads that put finished packs into the store. A `send` waits until one of them is free.
 #[derive(Debug)]
 pub struct Uploads {
-    /// where a repository is that is a directory, links resolved
-    pub(super) directory: Option<PathBuf>,
     queue: Option<Sender<(PackId, Vec<u8>)>>,
     threads: Vec<JoinHandle<()>>,
     shared: Arc<Shared>,
@@ -102,9 +99,7 @@ impl Uploads {
                 std::thread::spawn(move || upload(&repository, &packs, &shared))
             })
             .collect();
-        let url = Path::new(repository.store.url());
-        let directory = Some(url).filter(|url| url.is_absolute()).and_then(|url| url.canonicalize().ok());
-        Self { directory, queue: Some(queue), threads, shared }
+        Self { queue: Some(queue), threads, shared }
     }
 
     /// Waits for a free uploader and gives it the pack; fails when an earlier upload failed.

@@ -1,7 +1,7 @@
 //! A backup from the first question to the commit.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -234,6 +234,11 @@ fn store(
     Ok(description)
 }
 
+/// Where a repository is that is a directory, links resolved.
+fn directory_of(repository: &Repository) -> Option<PathBuf> {
+    Some(Path::new(repository.store.url())).filter(|url| url.is_absolute()).and_then(|url| url.canonicalize().ok())
+}
+
 /// Copies the data directory, ends the backup on the server, and proves the WAL; every pack is durable when it returns.
 #[expect(clippy::too_many_arguments, reason = "what is copied, from where, and what is known of it")]
 fn copy_all(
@@ -258,6 +263,7 @@ fn copy_all(
     let cutting = Cutting {
         root: if stream.is_some() { PathBuf::new() } else { server.data_directory.clone() },
         user: if stream.is_some() { None } else { User::of_server(&server.data_directory)? },
+        repository: directory_of(repository),
         keys: &repository.keys,
         level: options.level,
         uploads: &uploads,

@@ -96,10 +96,11 @@ pub fn scan_without(root: &Path, layout: Layout, repository: Option<&Path>) -> R
         above: Vec::new(),
         links: 0,
         repository,
+        repository_at: repository.and_then(|path| fs::metadata(path).ok()).map(|own| on_device(&own)),
     };
     let metadata = fs::metadata(root).map_err(|error| Error::io("read the data directory", root, error))?;
     scanner.push(&[], &metadata, ScannedKind::Directory, None);
-    scanner.above.push((metadata.dev(), metadata.ino()));
+    scanner.above.push(on_device(&metadata));
     scanner.directory(&[])?;
     let mut scan = scanner.settled();
     scan.found.sort_by(|a, b| path_cmp(&a.path, &b.path));
@@ -125,6 +126,8 @@ struct Scanner<'a> {
     links: usize,
     /// what is left out
     repository: Option<&'a Path>,
+    /// its device and inode
+    repository_at: Option<(u64, u64)>,
 }
 
 impl Scanner<'_> {
@@ -204,7 +207,7 @@ impl Scanner<'_> {
 
     /// What lies in a directory that was pushed.
     fn enclosed(&mut self, path: &[u8], metadata: &Metadata) -> Result<()> {
-        self.above.push((metadata.dev(), metadata.ino()));
+        self.above.push(on_device(metadata));
         let done = self.directory(path);
         self.above.pop();
         done
@@ -223,9 +226,7 @@ impl Scanner<'_> {
             Ok(target) if self.is_repository(&target) || self.is_in_repository(&on_disk) => {
                 left_out("which is the repository, or lies in it")
             }
-            Ok(target) if target.is_dir() && self.above.contains(&(target.dev(), target.ino())) => {
-                left_out("which encloses it")
-            }
+            Ok(target) if target.is_dir() && self.above.contains(&on_device(&target)) => left_out("which encloses it"),
             Ok(target) if target.is_dir() && self.links == LINKS_MAX => {
                 left_out(&format!("inside {LINKS_MAX} linked directories, one in the other"))
             }
@@ -253,8 +254,7 @@ impl Scanner<'_> {
 
     /// Whether this is the repository's own directory, by whatever path.
     fn is_repository(&self, of: &Metadata) -> bool {
-        let identity = |of: &Metadata| (of.dev(), of.ino());
-        self.repository.and_then(|path| fs::metadata(path).ok()).is_some_and(|own| identity(&own) == identity(of))
+        self.repository_at == Some(on_device(of))
     }
 
     fn is_in_repository(&self, path: &Path) -> bool {
@@ -338,6 +338,11 @@ pub(super) fn refuse_reserved(path: &[u8]) -> Result<()> {
             .hint("mounts and restores need that name; move the file out of the data directory, or rename it")),
         false => Ok(()),
     }
+}
+
+/// Device and inode: what a directory is, by whatever path.
+fn on_device(of: &Metadata) -> (u64, u64) {
+    (of.dev(), of.ino())
 }
 
 /// Tells the state of a file from others: inode, and both times to the nanosecond. The device is not in it, whose number

@@ -19,14 +19,10 @@ const SLOT_NAME: &str = "pgcairn_backup";
 const BACKUP_NAME: &str = "pgcairn backup";
 /// Whether the server is a standby.
 const IN_RECOVERY: &str = "SELECT pg_catalog.pg_is_in_recovery()";
-/// What a server ends a session or a statement by; not every server knows all.
-const TIMEOUTS: [&str; 5] = [
-    "statement_timeout",
-    "lock_timeout",
-    "idle_session_timeout",
-    "idle_in_transaction_session_timeout",
-    "transaction_timeout",
-];
+/// Turns off what ends a session or a statement; not every server knows all of it.
+const NO_TIMEOUTS: &str = "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name IN \
+                           ('statement_timeout', 'lock_timeout', 'idle_session_timeout', \
+                           'idle_in_transaction_session_timeout', 'transaction_timeout')";
 /// Key of the advisory lock that keeps two backups of one server apart.
 const LOCK_KEY: i64 = 0x7067_6361_6972_6e01;
 
@@ -99,12 +95,7 @@ impl Server {
         })?;
         client.simple_query(session::GUARD).context(|| "cannot set search_path".into())?;
         // a DBA's defaults must not end a long backup
-        for setting in TIMEOUTS {
-            let sql = format!(
-                "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = '{setting}'"
-            );
-            client.simple_query(&sql).context(|| format!("cannot set {setting}"))?;
-        }
+        client.simple_query(NO_TIMEOUTS).context(|| "cannot set the session's timeouts".into())?;
         let version: String = value(&mut client, "SHOW server_version_num")?;
         let version = version.parse().unwrap_or(0);
         let major = Major::from_server_version_num(version).context(|| "cannot back up this server".into())?;

@@ -82,7 +82,7 @@ impl Stop {
 
 /// Stops server and mount, then removes the clone's files.
 pub(super) fn bring_down(place: &Place, clone: &Clone, keep: bool) -> Result<()> {
-    _ = take_down(place, Some(clone))?;
+    take_down(place, Some(clone))?;
     place.remove(keep)
 }
 

@@ -1,6 +1,7 @@
 //! A backup as a tree of files: the manifest's entries, and what recovery needs beside them.
 
 mod changes;
+mod once;
 mod used;
 
 use std::collections::HashMap;
@@ -14,6 +15,7 @@ use parking_lot::Mutex;
 
 pub(super) use self::changes::{NO_CHANGES, StoredChanges};
 
+use self::once::Once;
 use self::used::Used;
 use super::builder::Builder;
 use super::fetch::Fetcher;
@@ -25,7 +27,6 @@ use crate::format::map::{Extent, INDEX_LEAVES, Leaf, LeafRef, decode_index};
 use crate::format::{CHUNK, INDEX_BYTES, LEAF_BYTES, SLOT};
 use crate::read::completion;
 use crate::repo::wal::check_first_bytes;
-use crate::store::deadline;
 
 /// Bytes of decoded leaves kept in memory.
 const LEAF_MEMORY: usize = 16 * 1024 * 1024;
@@ -73,7 +74,8 @@ pub struct View {
     changes: Vec<StoredChanges>,
     fetcher: Arc<Fetcher>,
     leaves: Mutex<LeafCache>,
-    archived: Mutex<HashMap<NodeIndex, Arc<ArchivedChunks>>>,
+    /// to look at a small object is to fetch it
+    archived: Once<Vec<ChunkRef>>,
     pg_manifest: OnceLock<std::result::Result<std::fs::File, String>>,
     used: Option<Used>,
 }
@@ -170,9 +172,6 @@ pub(super) struct Window {
     pub(super) chunks: Vec<u32>,
 }
 
-/// The chunks of an archived file, once they are known.
-type ArchivedChunks = Mutex<Option<Arc<Vec<ChunkRef>>>>;
-
 /// What a walk calls with path and number of each node.
 pub type Visit<'a, E> = dyn FnMut(&[u8], NodeIndex) -> std::result::Result<(), E> + 'a;
 
@@ -242,7 +241,7 @@ impl View {
             chunks: builder.chunks,
             fetcher,
             leaves: Mutex::new(leaves),
-            archived: Mutex::default(),
+            archived: Once::default(),
             pg_manifest: OnceLock::new(),
         })
     }
@@ -495,20 +494,15 @@ impl View {
     }
 
     fn archived(&self, node: NodeIndex, key: &str, stored: u64, size: u64) -> Result<Arc<Vec<ChunkRef>>> {
-        // one looks, the others wait: to look at a small object is to fetch it
-        let of_node = self.archived.lock().entry(node).or_default().clone();
-        let known = deadline::lock(&of_node);
-        let mut known = known.ok_or_else(|| Error::new(format!("{key} did not come in time for another reader")))?;
-        if let Some(chunks) = &*known {
-            return Ok(chunks.clone());
-        }
-        let chunks = wal::open(&self.fetcher, self.description.database.system_id, key, stored)?;
-        wal::check_cover(key, &chunks, size)?;
-        if let Some(first) = chunks.first() {
-            let name = String::from_utf8_lossy(&self.node(node)?.name).into_owned();
-            check_first_bytes(&self.description.database, &name, &self.fetcher.chunk(first)?)?;
-        }
-        Ok(known.insert(Arc::new(chunks)).clone())
+        self.archived.get(node, key, || {
+            let chunks = wal::open(&self.fetcher, self.description.database.system_id, key, stored)?;
+            wal::check_cover(key, &chunks, size)?;
+            if let Some(first) = chunks.first() {
+                let name = String::from_utf8_lossy(&self.node(node)?.name).into_owned();
+                check_first_bytes(&self.description.database, &name, &self.fetcher.chunk(first)?)?;
+            }
+            Ok(chunks)
+        })
     }
 
     fn pg_manifest(&self) -> Result<&std::fs::File> {

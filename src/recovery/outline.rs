@@ -156,18 +156,7 @@ mod tests {
     #[test]
     fn what_lies_behind_a_backup_costs_as_many_requests_as_it_has_pages() {
         const SEGMENTS: u64 = 100_000;
-        let database = Database {
-            id: 1,
-            version: 16,
-            system_id: 1,
-            catalog_version: 1,
-            control_version: 1,
-            page_size: 8192,
-            segment_size: 1 << 30,
-            wal_page_size: 8192,
-            wal_segment_size: 16 << 20,
-            checksums: false,
-        };
+        let database = Database { wal_segment_size: 16 << 20, ..crate::retention::tests::database() };
         let store = Record::new(MemoryStore::new());
         let recording = store.recording();
         let repository = Repository::new(Arc::new(store), "main").unwrap();

@@ -316,9 +316,16 @@ impl FileBody {
         if !self.surplus.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let (backing, size) = (self.backing(store)?, self.state.read().size);
-        if backing.metadata()?.len() > size {
-            backing.set_len(size)?;
+        let (own, size) = {
+            let state = self.state.read();
+            (state.own, state.size)
+        };
+        // one that became its own since has another backing file
+        if !own {
+            let backing = self.backing(store)?;
+            if backing.metadata()?.len() > size {
+                backing.set_len(size)?;
+            }
         }
         self.surplus.store(false, Ordering::Relaxed);
         Ok(())
@@ -438,9 +445,7 @@ impl FileBody {
         let _turn = self.writer.lock();
         let end = offset.checked_add(length).ok_or_else(|| errno(libc::EFBIG))?;
         let backing = self.backing(store)?;
-        if !self.is_own() {
-            self.cut_back(store)?;
-        }
+        self.cut_back(store)?;
         let (own, base_size, size) = {
             let state = self.state.read();
             (state.own, pages_in(state.base_size) * PAGE, state.size)

@@ -30,6 +30,7 @@ fn a_piece_that_another_worker_stores_meanwhile_is_found_where_it_lies() {
     let cutting = Cutting {
         root: root.path().to_owned(),
         user: None,
+        repository: None,
         keys: &repository.keys,
         level: 1,
         uploads: &uploads,

@@ -58,6 +58,7 @@ pub(crate) fn copy_since(
     let cutting = Cutting {
         root: root.to_owned(),
         user: None,
+        repository: None,
         keys: &repository.keys,
         level: 1,
         uploads: &uploads,

@@ -142,6 +142,7 @@ fn copy_directory(
     let cutting = Cutting {
         root: of.root.to_owned(),
         user: None,
+        repository: None,
         keys: &repository.keys,
         level: 1,
         uploads: &uploads,

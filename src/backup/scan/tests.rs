@@ -158,6 +158,7 @@ fn only_what_is_older_than_its_own_file_system_is_settled() {
         above: Vec::new(),
         links: 0,
         repository: None,
+        repository_at: None,
     };
     let count = old.scan.found.len();
     let file = old.scan.found.iter().position(|found| found.kind == ScannedKind::File).unwrap();

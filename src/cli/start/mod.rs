@@ -224,7 +224,8 @@ impl Start {
     /// The clone's name and its directory, which is made now unless the clone is continued: nobody else has it then. Without
     /// --name it is called `usual`, with a number behind that where one is there, so that one backup can be started several times.
     fn placed(&self, usual: &str, continued: bool) -> Result<(String, Place)> {
-        for number in 1.. {
+        let mut number = 1;
+        loop {
             let name = match (&self.name, number) {
                 (Some(name), _) => name.clone(),
                 (None, 1) => usual.to_owned(),
@@ -239,8 +240,8 @@ impl Start {
                 return Err(Error::new(format!("a clone {name} exists already in {}", place.root().display()))
                     .hint(format!("give another --name, or \"pgcairn stop {name}\"")));
             }
+            number += 1;
         }
-        Err(Error::new("there are too many clones of this backup"))
     }
 
     /// True when the server is to wait at its target.
@@ -298,7 +299,7 @@ impl Start {
                 name = clone.name
             )));
         }
-        _ = super::stop::take_down(&place, Some(clone))?;
+        super::stop::take_down(&place, Some(clone))?;
         Ok(turn)
     }
 

@@ -4,18 +4,15 @@
 //! files is refused when it is opened. An error of `open` is a PANIC, after which the server does not start; an error of `read`
 //! would be the end of WAL, where recovery ends in silence.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-
+use super::once::Once;
 use super::{NodeIndex, View};
 use crate::error::{Context, Error, Result};
 use crate::format::manifest::Description;
 use crate::postgres::{Lsn, SegmentName, WalIdentity};
 use crate::recovery::tablespaces::{Created, Segment, created_by_segment, names_before};
 use crate::repo::wal::wal_identity;
-use crate::store::deadline;
 
 /// What the WAL of a view creates, as far as it was looked at.
 #[derive(Debug)]
@@ -23,18 +20,15 @@ pub(super) struct Used {
     identity: WalIdentity,
     /// what begins before this is not replayed
     start: Lsn,
-    /// by node; each is locked while it is looked at, so that others can be opened meanwhile
-    looked_at: Mutex<HashMap<NodeIndex, Arc<Looked>>>,
+    looked_at: Once<Vec<Created>>,
 }
-
-type Looked = Mutex<Option<Arc<Vec<Created>>>>;
 
 impl Used {
     /// Of a backup's view; nothing was looked at yet.
     pub(super) fn of(of: &Description) -> Result<Self> {
         let start = of.start_lsn.parse();
         let start = start.context(|| format!("WAL position {} of backup {}", of.start_lsn, of.label))?;
-        Ok(Self { identity: wal_identity(&of.database)?, start, looked_at: Mutex::default() })
+        Ok(Self { identity: wal_identity(&of.database)?, start, looked_at: Once::default() })
     }
 }
 
@@ -68,23 +62,17 @@ impl View {
     }
 
     fn created(&self, used: &Used, pg_wal: NodeIndex, node: NodeIndex, name: SegmentName) -> Result<Arc<Vec<Created>>> {
-        let looked = used.looked_at.lock().entry(node).or_default().clone();
-        let known = deadline::lock(&looked);
-        let mut known =
-            known.ok_or_else(|| Error::new(format!("WAL {name} did not come in time for another reader")))?;
-        if let Some(created) = &*known {
-            return Ok(created.clone());
-        }
-        let find = |name: &SegmentName| Some((*name, self.child(pg_wal, name.to_string().as_bytes())?));
-        let before = names_before(name, &used.identity).find_map(|name| find(&name));
-        let read_before = |offset: u64, buf: &mut [u8]| match before {
-            Some((_, before)) => self.read_at(before, offset, buf),
-            None => Ok(0),
-        };
-        let before = before.map(|(name, _)| Segment { name, read_at: &read_before });
-        let read_at = |offset: u64, buf: &mut [u8]| self.read_at(node, offset, buf);
-        let segment = Segment { name, read_at: &read_at };
-        let created = created_by_segment(&segment, before.as_ref(), used.start, &used.identity)?;
-        Ok(known.insert(Arc::new(created)).clone())
+        used.looked_at.get(node, &format!("WAL {name}"), || {
+            let find = |name: &SegmentName| Some((*name, self.child(pg_wal, name.to_string().as_bytes())?));
+            let before = names_before(name, &used.identity).find_map(|name| find(&name));
+            let read_before = |offset: u64, buf: &mut [u8]| match before {
+                Some((_, before)) => self.read_at(before, offset, buf),
+                None => Ok(0),
+            };
+            let before = before.map(|(name, _)| Segment { name, read_at: &read_before });
+            let read_at = |offset: u64, buf: &mut [u8]| self.read_at(node, offset, buf);
+            let segment = Segment { name, read_at: &read_at };
+            created_by_segment(&segment, before.as_ref(), used.start, &used.identity)
+        })
     }
 }

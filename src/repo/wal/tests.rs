@@ -8,18 +8,7 @@ use super::*;
 use crate::store::{Body, Effect, Fault, MemoryStore, Operation, Record, Store};
 
 fn database(wal_segment_size: u64) -> Database {
-    Database {
-        id: 1,
-        version: 16,
-        system_id: 1,
-        catalog_version: 1,
-        control_version: 1,
-        page_size: 8192,
-        segment_size: 1 << 30,
-        wal_page_size: 8192,
-        wal_segment_size,
-        checksums: false,
-    }
+    Database { wal_segment_size, ..crate::retention::tests::database() }
 }
 
 /// The names of an archive of two timelines with `count` segments each, and what comes beside them.
