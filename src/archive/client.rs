@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::archive::protocol::{About, Answer, Content, Outcome, Stamp};
-use crate::archive::spool::Spool;
+use super::protocol::{About, Answer, Content, Outcome, Stamp};
+use super::spool::Spool;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::repo::asking::Asking;

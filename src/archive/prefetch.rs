@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
-use crate::archive::spool::{Run, Spool};
+use super::spool::{Run, Spool};
 use crate::error::{Error, Result};
 use crate::files::{self, Outlives};
 use crate::format::manifest::Database;

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use crate::archive::spool::Spool;
+use super::spool::Spool;
 use crate::error::{Error, Result};
 
 const SUFFIX: &str = ".answer";

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::SystemTime;
 
-use crate::archive::client::ready;
-use crate::archive::protocol::{Content, Stamp};
+use super::client::ready;
+use super::protocol::{Content, Stamp};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::format::chunk::{ChunkId, Encoder, Keys, PackId};

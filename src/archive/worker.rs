@@ -19,10 +19,10 @@ use std::time::{Duration, Instant, SystemTime};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 
+use super::client::ready;
+use super::protocol::{About, Outcome, Stamp};
 use super::push::{WalFile, changed, not_listed, push, put};
-use crate::archive::client::ready;
-use crate::archive::protocol::{About, Outcome, Stamp};
-use crate::archive::spool::Spool;
+use super::spool::Spool;
 use crate::error::{Error, Result};
 use crate::format::manifest::Database;
 use crate::postgres::SegmentName;

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use super::chunker::{Cut, LeafPart, SmallFile};
+use super::pack_usage::Weights;
 use super::packer::{Stored, random_pack_id};
 use super::scan::{Scanned, ScannedKind};
 use super::sorter::Sorter;
 use super::source::BadPage;
-use crate::backup::chunker::{Cut, LeafPart, SmallFile};
-use crate::backup::pack_usage::Weights;
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkRef, Encoder, Keys, PackId};
 use crate::format::manifest::{

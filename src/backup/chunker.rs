@@ -7,12 +7,12 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::dedup::{Dedup, Seen};
+use super::extents::{Member, Pending, Placing, SlotRead};
+use super::pack_usage::Weights;
 use super::packer::{Lane, Stored, Uploads};
 use super::parent::{OldSlots, Parent, Part};
 use super::scan::Scanned;
 use super::source::{BadPage, Origin, Pages, Source};
-use crate::backup::extents::{Member, Pending, Placing, SlotRead};
-use crate::backup::pack_usage::Weights;
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkId, ChunkRef, Encoder, Keys};
 use crate::format::manifest::File;

@@ -9,10 +9,10 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
 use super::assemble::{Assembler, Done, Later};
+use super::chunker::{Cut, Cutting, Worker};
 use super::parent::{Known, ParentFiles};
 use super::scan::{Scanned, ScannedKind};
 use super::source::Origin;
-use crate::backup::chunker::{Cut, Cutting, Worker};
 use crate::error::{Error, Result};
 use crate::format::manifest::File;
 use crate::format::{INLINE_BYTES, LEAF_BYTES};

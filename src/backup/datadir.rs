@@ -4,14 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::assemble::{Assembler, Done};
+use super::chunker::{Cut, Worker};
 use super::copy::{Files, copy};
+use super::preflight::{read_control, source};
+use super::run::{Begun, Copying, Ended, Started, seconds, wal_needed};
 use super::scan::{Scan, Scanned, ScannedKind, scan_without};
 use super::server::Server;
 use super::source::Origin;
 use super::standby;
-use crate::backup::chunker::{Cut, Worker};
-use crate::backup::preflight::{read_control, source};
-use crate::backup::run::{Begun, Copying, Ended, Started, seconds, wal_needed};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::format::{INLINE_BYTES, LEAF_BYTES};

@@ -6,6 +6,7 @@
 //! ```
 //!
 //! Instead of the scan, the server can send its files (`stream`): they are cut in the order in which they arrive.
+
 pub mod assemble;
 pub mod chunker;
 pub mod copy;

@@ -4,9 +4,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use super::moved_files::Twins;
+use super::pack_usage::Weights;
 use super::scan::Scanned;
-use crate::backup::moved_files::Twins;
-use crate::backup::pack_usage::Weights;
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkRef, GrainHash, PackId};
 use crate::format::manifest::{Description, Entry, File, Node, PackUse, Place, path_cmp};

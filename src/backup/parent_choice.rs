@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use super::pack_usage::Weights;
 use super::parent::{Parent, ParentFiles, Reuse};
-use crate::backup::pack_usage::Weights;
-use crate::backup::run::{BackupOptions, Wanted, Way, now_s};
+use super::run::{BackupOptions, Wanted, Way, now_s};
 use crate::error::{Error, Result};
 use crate::format::chunk::PackId;
 use crate::format::info::BackupSummary;

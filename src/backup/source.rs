@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::scan::Scanned;
-use crate::backup::slot_channel::Pieces;
+use super::slot_channel::Pieces;
 use crate::error::{Error, Result};
 use crate::postgres::{Lsn, page};
 use crate::user::{User, as_user};

@@ -15,9 +15,9 @@
 
 use std::time::Duration;
 
+use super::preflight::{await_segments, not_ours, prove_archiving, read_control};
 use super::rival::segment_size;
 use super::server::{Archiving, Server};
-use crate::backup::preflight::{await_segments, not_ours, prove_archiving, read_control};
 use crate::error::{Context, Error, Result};
 use crate::format::manifest::Database;
 use crate::postgres::wal::landmarks::Place;

@@ -2,6 +2,7 @@
 //!
 //! One container, the [`pack`], holds everything large: chunks of data, file maps, manifests and WAL segments.
 //! Small, human-readable objects ([`info`]) are JSON between a magic line and a checksum line.
+
 pub mod chunk;
 pub mod cipher_key;
 pub mod info;

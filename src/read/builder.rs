@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
+use super::completion;
 use super::view::{Content, FileStat, NO_CHANGES, Node, NodeIndex, Piece, StoredChanges, Window};
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkRef, PackId};
 use crate::format::manifest::{Entry, Node as Stored, Place, path_cmp};
 use crate::format::map::Extent;
-use crate::read::completion;
 
 /// Chunks of small files are fetched with their neighbours in an aligned window of this many stored bytes: a starting
 /// server reads dozens of them.

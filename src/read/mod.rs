@@ -3,6 +3,7 @@
 //! ```text
 //! point ──> manifest ──> view ──> file map ──> extents ──> fetch ──> memory | disk cache | store
 //! ```
+
 pub mod bounded;
 pub mod builder;
 pub mod cache;

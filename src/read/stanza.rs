@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 use pgcairn_mount::{Attributes, Entry, Kind, NodeId, ROOT, Tree};
 
+use super::completion::Prepared;
 use super::fetch::Fetcher;
 use super::prefetch::Prefetcher;
 use super::tree::{Owner, ViewTree, eio};
@@ -20,7 +21,6 @@ use crate::error::{Error, Result};
 use crate::format::CHUNK;
 use crate::format::chunk::ChunkRef;
 use crate::postgres::{BackupKind, Label, WalName};
-use crate::read::completion::Prepared;
 use crate::recovery::outline::Outline;
 use crate::recovery::plan::{Bound, Course, NoCourse};
 use crate::recovery::target::{Action, Point};

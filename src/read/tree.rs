@@ -8,11 +8,11 @@ use std::time::{Duration, SystemTime};
 
 use pgcairn_mount::{Attributes, Entry, Kind, NodeId, ROOT, Tree};
 
+use super::completion::HIDDEN;
 use super::fetch::Fetcher;
 use super::prefetch::Prefetcher;
 use super::view::{Content, NodeIndex, View};
 use crate::error::Error;
-use crate::read::completion::HIDDEN;
 
 /// Bytes of WAL that are fetched ahead of who replays it; twice as much fits into the memory for chunks.
 const WAL_AHEAD: u64 = 32 * 1024 * 1024;

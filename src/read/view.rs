@@ -19,13 +19,12 @@ use self::once::Once;
 use self::used::Used;
 use super::builder::Builder;
 use super::fetch::Fetcher;
-use super::{pgmanifest, wal};
+use super::{completion, pgmanifest, wal};
 use crate::error::{Error, Result};
 use crate::format::chunk::{ChunkId, ChunkRef, PackId};
 use crate::format::manifest::{Description, Entry, Node as Stored, Tablespace};
 use crate::format::map::{Extent, INDEX_LEAVES, Leaf, LeafRef, decode_index};
 use crate::format::{CHUNK, INDEX_BYTES, LEAF_BYTES, SLOT};
-use crate::read::completion;
 use crate::repo::wal::check_first_bytes;
 
 /// Bytes of decoded leaves kept in memory.

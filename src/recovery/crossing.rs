@@ -7,11 +7,11 @@
 //! The first of them is taken, which never goes past the target, unless the archive proves that the
 //! clock was ahead there: a commit cannot be later than the upload of its segment.
 
+use super::window::Horizon;
 use crate::error::Result;
 use crate::postgres::wal::coverage::Road;
 use crate::postgres::wal::records::Event;
 use crate::postgres::{Lsn, TimestampTz};
-use crate::recovery::window::Horizon;
 
 /// A stretch of up to this many segments is looked at as a whole; of longer ones, samples.
 const LOOKED_AT_WHOLE: u64 = 32;

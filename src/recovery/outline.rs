@@ -6,13 +6,13 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use super::wal_times::Times;
+use super::window::{Horizon, Stone};
 use crate::error::{Context, Error, Result};
 use crate::format::manifest::Database;
 use crate::format::pack::WalKey;
 use crate::postgres::wal::coverage::Coverage;
 use crate::postgres::{SegmentName, SegmentSize, TimelineHistory, WalName};
-use crate::recovery::wal_times::Times;
-use crate::recovery::window::{Horizon, Stone};
 use crate::repo::Repository;
 use crate::repo::wal::Listing;
 

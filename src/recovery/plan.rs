@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 use super::crossing::{self, StopPoint};
 use super::outline::Outline;
 pub use super::settings::{Reached, Recovery};
+use super::target::{Point, Target, TargetTimeline};
+use super::window::{Horizon, Stone};
 use crate::error::{Error, Result};
 use crate::postgres::wal::coverage::{Road, RoadEnd};
 use crate::postgres::wal::records::Event;
 use crate::postgres::{Lsn, Timeline, TimelineHistory, TimestampTz};
-use crate::recovery::target::{Point, Target, TargetTimeline};
-use crate::recovery::window::{Horizon, Stone};
 use crate::repo::Repository;
 
 /// A point that was found.

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::crossing::StopPoint;
+use super::target::Action;
 use crate::postgres::{SegmentName, SegmentSize, Timeline};
-use crate::recovery::target::Action;
 
 /// The parameters of which only one may have a value.
 const TARGETS: [&str; 5] =

@@ -5,9 +5,9 @@
 
 use jiff::Zoned;
 
+use super::datetime::{self, Moment};
 use crate::error::{Error, Result};
 use crate::postgres::{Label, Lsn, Timeline};
-use crate::recovery::datetime::{self, Moment};
 
 /// What recovery is to reach.
 #[derive(Clone, Debug, PartialEq, Eq)]

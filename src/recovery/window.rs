@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use super::crossing::{OUT_OF_ORDER_US, StopPoint};
 use super::outline::{Known, Outline};
+use super::wal_times::{RestorePoint, SegmentTimes, Times};
 use crate::error::{Context, Error, Result};
 use crate::format::info::BackupSummary;
 use crate::postgres::wal::coverage::{Coverage, Road, RoadEnd};
 use crate::postgres::wal::landmarks::is_own_restore_point;
 use crate::postgres::wal::records::Event;
 use crate::postgres::{Lsn, SegmentName, Timeline, TimelineHistory, TimestampTz};
-use crate::recovery::wal_times::{RestorePoint, SegmentTimes, Times};
 use crate::repo::Repository;
 
 /// Segments at a road's end that are searched for the last time before the answer is "unknown".

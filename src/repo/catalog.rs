@@ -4,12 +4,11 @@ use std::collections::BTreeSet;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
-use super::{Repository, reread};
+use super::{Repository, layout, reread};
 use crate::error::{Error, Result};
 use crate::format::info::{ArchiveInfo, BackupInfo, BackupSummary, Info, Latest, LockKind, is_sealed};
 use crate::format::manifest::{Database, Description};
 use crate::postgres::{BackupKind, Label};
-use crate::repo::layout;
 use crate::store::{Body, Store};
 
 impl Repository {

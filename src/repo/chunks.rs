@@ -3,10 +3,9 @@
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::{Repository, reread};
+use super::{Repository, layout, reread};
 use crate::error::{Context, Result};
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
-use crate::repo::layout;
 
 /// What one request asks for at least, where the pack has that much.
 const WINDOW_BYTES: u64 = 1 << 20;

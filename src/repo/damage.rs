@@ -2,13 +2,12 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::Repository;
 use super::proof::Doubt;
+use super::{Repository, layout};
 use crate::error::Result;
 use crate::format::chunk::PackId;
 use crate::format::info::Harm;
 use crate::format::manifest::PackUse;
-use crate::repo::layout;
 
 /// What is known of all packs without reading one.
 #[derive(Debug)]

@@ -11,11 +11,10 @@ use std::time::Duration;
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
-use super::Repository;
+use super::{Repository, layout};
 use crate::error::{Context, Error, Result};
 use crate::format::info::{LockInfo, LockKind};
 use crate::interrupt;
-use crate::repo::layout;
 use crate::store::{Body, Listed};
 
 mod process;

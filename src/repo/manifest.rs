@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-use super::{Repository, reread};
+use super::{Repository, layout, reread};
 use crate::error::{Context, Result};
 use crate::format::FormatError;
 use crate::format::chunk::{ChunkRef, Decoder, PackId};
@@ -12,7 +12,6 @@ use crate::format::manifest::{
     BlockWriter, Description, Entry, ManifestReader, PackUse, decode_packs, decode_proof, path_cmp,
 };
 use crate::format::pack::{HEADER_LEN, Header, Pack, PackKind, TRAILER_LEN, Trailer};
-use crate::repo::layout;
 
 /// A manifest that is being read.
 #[derive(Debug)]

@@ -1,4 +1,5 @@
 //! The repository of one stanza: keys, catalog, and the order in which a backup becomes one.
+
 pub mod asking;
 pub mod catalog;
 pub mod chunks;

@@ -2,12 +2,11 @@
 
 use std::collections::HashMap;
 
-use super::Repository;
+use super::{Repository, layout};
 use crate::error::Result;
 use crate::format::FormatError;
 use crate::format::chunk::PackId;
 use crate::format::manifest::PackUse;
-use crate::repo::layout;
 
 impl Repository {
     /// Every pack below `chunk/` and its length: a page of a listing for a thousand of them.

@@ -1,10 +1,10 @@
 //! Another passphrase for the same secret: nothing that is stored changes but the object that wraps it.
 
+use super::unlock::Unlocked;
+use super::{Repository, layout};
 use crate::error::{Error, Result};
 use crate::format::cipher_key::{Passphrase, Secret};
 use crate::format::info::LockKind;
-use crate::repo::unlock::Unlocked;
-use crate::repo::{Repository, layout};
 
 /// Makes `new` the passphrase. One that was interrupted before its end leaves a stanza that both open; run again, with either,
 /// it ends what was begun.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::manifest::ManifestCursor;
 use super::proof::{Claims, Contradiction, wal_of};
 use super::wal::wal_identity;
-use super::{Repository, reread};
+use super::{Repository, layout, reread};
 use crate::error::{Context, Error, Result};
 use crate::format::chunk::{ChunkRef, Decoder};
 use crate::format::manifest::{Entry, File, Node, Place};
@@ -13,7 +13,6 @@ use crate::format::map::{Extent, Leaf, decode_index};
 use crate::format::{FormatError, LEAF_BYTES};
 use crate::postgres::SegmentName;
 use crate::postgres::wal::landmarks::Landmarks;
-use crate::repo::layout;
 
 /// Stored bytes that one request asks for.
 const REQUEST_BYTES: u64 = 8 << 20;

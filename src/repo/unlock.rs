@@ -6,12 +6,11 @@
 
 use std::sync::Arc;
 
-use super::{Repository, reread};
+use super::{Repository, layout, reread};
 use crate::error::{Context, Error, Result};
 use crate::format::cipher_key::{KeyObject, Passphrase, Secret};
 use crate::format::info::{LockKind, decode_open, encode_open, is_sealed};
 use crate::format::manifest::Database;
-use crate::repo::layout;
 use crate::store::{Body, ErrorKind, Store};
 
 /// What a passphrase opened.

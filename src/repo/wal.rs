@@ -3,14 +3,13 @@
 use std::panic::resume_unwind;
 use std::thread;
 
-use super::Repository;
+use super::{Repository, layout};
 use crate::error::{Context, Error, Result};
 use crate::format::FormatError;
 use crate::format::chunk::PackId;
 use crate::format::manifest::Database;
 use crate::format::pack::{POINT, PackKind, WalKey};
 use crate::postgres::{Major, SegmentName, SegmentSize, Timeline, TimelineHistory, WalIdentity, WalName};
-use crate::repo::layout;
 use crate::store::{Listed, PAGE_OBJECTS_MAX, Page};
 
 /// Parts of a whole archive that are listed at the same time.

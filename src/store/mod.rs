@@ -1,5 +1,6 @@
 //! Where objects live: one narrow trait, implemented by a directory, S3 and memory, and decorated by retry,
 //! recording and faults.
+
 mod object_key;
 
 use std::fmt;
