@@ -3,6 +3,7 @@
 //! Everything is decided, and refused, before anything is changed. Then a [`marker`] says whose the directory is, pg_control
 //! goes, what does not belong goes, files are written or made equal, and pg_control comes last. What an interruption leaves
 //! cannot be started; [`RestoreOptions::delta`] goes on with it.
+
 mod databases;
 mod delta;
 mod existing;

@@ -4,6 +4,7 @@
 //! Quick: manifests are read, packs and WAL only listed. Full: every pack that a backup needs is read once and every chunk
 //! in it proved; then every manifest is followed, down to the last extent, into a table of what was found; every WAL file
 //! is read, and what backups store of WAL is compared with them. Memory: 8 bytes for each stored chunk, beside the packs being read.
+
 mod backups;
 mod harms;
 mod packs;

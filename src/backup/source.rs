@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io::ErrorKind;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::scan::Scanned;
 use super::slot_channel::Pieces;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::postgres::{Lsn, page};
 use crate::user::{User, as_user};
 
@@ -119,25 +120,16 @@ impl<'a> Source<'a> {
 
 /// Never waits for a pipe that came in the place of a file.
 fn open_file(path: &Path) -> std::io::Result<File> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let file = File::options().read(true).custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits()).open(path)?;
-    match file.metadata()?.is_file() {
-        true => Ok(file),
-        false => Err(ErrorKind::NotFound.into()),
-    }
+    // what is no file any more is gone
+    let gone = |error: std::io::Error| {
+        if error.kind() == ErrorKind::InvalidInput { ErrorKind::NotFound.into() } else { error }
+    };
+    files::open_regular(path).map_err(gone)
 }
 
 /// Fills `buf`; what lies past the end of a file truncated meanwhile reads as zeros, which WAL replay mends.
 fn read_at(file: &File, at: u64, buf: &mut [u8]) -> std::io::Result<()> {
-    let mut done = 0;
-    while done < buf.len() {
-        match file.read_at(&mut buf[done..], at + done as u64) {
-            Ok(0) => break,
-            Ok(count) => done += count,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
+    let done = files::read_full(file, at, buf)?;
     buf[done..].fill(0);
     Ok(())
 }

@@ -6,7 +6,6 @@ use super::options::{Common, Output, YesNo, size};
 use super::output::{self, Progress, bytes};
 use super::pg::SourceKind;
 use super::retention::{RetentionOptions, tell, time};
-use crate::backup::rival::Checks;
 use crate::backup::run::{BackupOptions, WalChoice, Wanted, Way, backup};
 use crate::backup::schedule::Schedule;
 use crate::error::{Context, Error, Result};
@@ -55,13 +54,8 @@ pub(super) struct Backup {
     /// Where the WAL goes that the backup needs: auto is the archive if the server archives
     #[arg(long, env = "PGCAIRN_WAL", value_name = "WHERE", default_value = "auto")]
     wal: Wal,
-    /// Refuse a server with archive_mode = off where the stanza has a WAL archive: mostly it is a copy (y)
-    #[arg(long, env = "PGCAIRN_ARCHIVE_MODE_CHECK", value_name = "y|n", default_value = "y")]
-    archive_mode_check: YesNo,
-    /// Refuse a server whose timeline a newer one of the archive left before what it has written: mostly it is the primary
-    /// before a failover (y)
-    #[arg(long, env = "PGCAIRN_TIMELINE_CHECK", value_name = "y|n", default_value = "y")]
-    timeline_check: YesNo,
+    #[command(flatten)]
+    refused: super::pg::CheckOptions,
     /// Seconds to wait for a WAL segment to be archived
     #[arg(long, env = "PGCAIRN_ARCHIVE_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
     archive_timeout: u64,
@@ -130,10 +124,7 @@ impl Backup {
             },
             archive_timeout: Duration::from_secs(self.archive_timeout),
             page_errors_fail: self.page_errors == PageErrors::Fail,
-            checks: Checks {
-                archive_mode: self.archive_mode_check == YesNo::Y,
-                timeline: self.timeline_check == YesNo::Y,
-            },
+            checks: self.refused.checks(),
             way: match self.source.source {
                 SourceKind::Files => Way::Files,
                 SourceKind::Stream => Way::Stream,

@@ -2,11 +2,11 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::options::{Common, YesNo};
+use super::options::Common;
 use super::output;
 use super::pg::SourceKind;
 use crate::backup::preflight::{await_told, identify, prove_archiving, prove_local, prove_stream};
-use crate::backup::rival::{Checks, refuse_rival, segment_size};
+use crate::backup::rival::{refuse_rival, segment_size};
 use crate::backup::server::{Archiving, Server};
 use crate::backup::standby;
 use crate::error::{Error, Result};
@@ -25,13 +25,8 @@ pub(super) struct Check {
     primary: super::pg::PrimaryOptions,
     #[command(flatten)]
     source: super::pg::SourceOptions,
-    /// Refuse a server with archive_mode = off where the stanza has a WAL archive: mostly it is a copy (y)
-    #[arg(long, env = "PGCAIRN_ARCHIVE_MODE_CHECK", value_name = "y|n", default_value = "y")]
-    archive_mode_check: YesNo,
-    /// Refuse a server whose timeline a newer one of the archive left before what it has written: mostly it is the primary
-    /// before a failover (y)
-    #[arg(long, env = "PGCAIRN_TIMELINE_CHECK", value_name = "y|n", default_value = "y")]
-    timeline_check: YesNo,
+    #[command(flatten)]
+    refused: super::pg::CheckOptions,
     /// Fail if WAL is missing behind the newest backup, instead of a warning
     #[arg(long, env = "PGCAIRN_STRICT")]
     strict: bool,
@@ -63,9 +58,7 @@ impl Check {
         database.id = info.current()?.id;
         let ok = format!("stanza {} is PostgreSQL {}, {}", repository.stanza, database.version, database.system_id);
         output::line(&ok);
-        let checks =
-            Checks { archive_mode: self.archive_mode_check == YesNo::Y, timeline: self.timeline_check == YesNo::Y };
-        refuse_rival(&mut server, &repository, &database, checks)?;
+        refuse_rival(&mut server, &repository, &database, self.refused.checks())?;
         let timeout = Duration::from_secs(self.archive_timeout);
         if server.in_recovery {
             return self.standby(&mut server, &repository, &database, timeout);

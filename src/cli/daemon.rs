@@ -137,13 +137,7 @@ pub(super) fn ready() {
 
 /// In the child: tells the parent why it never will be.
 pub(super) fn failed(error: &Error) {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(next) = cause {
-        text = format!("{text}: {next}");
-        cause = next.source();
-    }
-    tell(&format!("{}\t{}", text.replace(['\n', '\t'], " "), error.hint_text().unwrap_or_default()));
+    tell(&format!("{}\t{}", error.told().replace(['\n', '\t'], " "), error.hint_text().unwrap_or_default()));
 }
 
 /// In the child: leaves the session of the terminal, so that Ctrl-C there does not end the mount. Its environment may hold

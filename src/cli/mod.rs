@@ -84,7 +84,7 @@ pub fn main() -> ExitCode {
     // before anything of the options is built: a clone's server waits for it
     if arguments.get(1).is_some_and(|argument| argument == sandbox::FLAG) {
         let error = sandbox::run(&arguments[2..]);
-        output::note(&output::one_line(&error));
+        output::note(&error.told());
         return ExitCode::from(sandbox::UNAVAILABLE);
     }
     // to PostgreSQL, whatever goes wrong in a restore_command must look different from the end of WAL

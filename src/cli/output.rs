@@ -1,7 +1,6 @@
 //! The only place that prints: results, errors with hints, progress.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is where the program prints")]
 
-use std::error::Error as _;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
@@ -43,24 +42,10 @@ pub(super) fn warning(error: &Error) {
 }
 
 fn tell(what: &str, error: &Error) {
-    _ = writeln!(std::io::stderr(), "{what}: {}", one_line(error));
+    _ = writeln!(std::io::stderr(), "{what}: {}", error.told());
     if let Some(hint) = error.hint_text() {
         _ = writeln!(std::io::stderr(), "hint: {hint}");
     }
-}
-
-/// An error and its causes.
-pub(super) fn one_line(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.ends_with(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 /// Begins logging to standard error.

@@ -5,6 +5,8 @@ use std::process::Command;
 
 use clap::{Args, ValueEnum};
 
+use super::options::YesNo;
+use crate::backup::rival::Checks;
 use crate::error::{Error, Result};
 
 /// How to reach the server.
@@ -37,6 +39,24 @@ pub(super) struct PrimaryOptions {
     /// With a standby as the server: its primary, which is asked to end WAL segments
     #[arg(long, env = "PGCAIRN_PG_PRIMARY", value_name = "CONNINFO")]
     pub(super) pg_primary: Option<String>,
+}
+
+/// Which servers are refused.
+#[derive(Debug, Args)]
+pub(super) struct CheckOptions {
+    /// Refuse a server with archive_mode = off where the stanza has a WAL archive: mostly it is a copy (y)
+    #[arg(long, env = "PGCAIRN_ARCHIVE_MODE_CHECK", value_name = "y|n", default_value = "y")]
+    archive_mode_check: YesNo,
+    /// Refuse a server whose timeline a newer one of the archive left before what it has written: mostly it is the primary
+    /// before a failover (y)
+    #[arg(long, env = "PGCAIRN_TIMELINE_CHECK", value_name = "y|n", default_value = "y")]
+    timeline_check: YesNo,
+}
+
+impl CheckOptions {
+    pub(super) fn checks(&self) -> Checks {
+        Checks { archive_mode: self.archive_mode_check == YesNo::Y, timeline: self.timeline_check == YesNo::Y }
+    }
 }
 
 /// The directory of `major`'s programs: the one given, or found where distributions put it.

@@ -81,16 +81,7 @@ fn id(index: NodeIndex) -> NodeId {
 
 /// An error as a program sees it: EIO, with the reason in the log.
 pub fn eio(error: &Error) -> io::Error {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.ends_with(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    tracing::error!("{text}");
+    tracing::error!("{}", error.told());
     io::Error::from_raw_os_error(libc::EIO)
 }
 

@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -89,15 +88,7 @@ pub struct Segment<'a> {
 fn with_file<T>(name: SegmentName, path: &Path, work: impl FnOnce(&Segment<'_>) -> Result<T>) -> Result<T> {
     let file = files::open_regular(path).map_err(|error| Error::io("open", path, error))?;
     let read_at = |offset: u64, buf: &mut [u8]| {
-        let mut done = 0;
-        while done < buf.len() {
-            let read = file.read_at(&mut buf[done..], offset + done as u64);
-            match read.map_err(|error| Error::io("read", path, error))? {
-                0 => break,
-                read => done += read,
-            }
-        }
-        Ok(done)
+        files::read_full(&file, offset, buf).map_err(|error| Error::io("read", path, error))
     };
     work(&Segment { name, read_at: &read_at })
 }

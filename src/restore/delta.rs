@@ -9,6 +9,7 @@ use nix::fcntl::OFlag;
 use super::plan::Target;
 use super::write::{Part, add_part, whole_crc};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::format::chunk::Keys;
 use crate::format::map::SlotChange;
 use crate::format::{CHUNK, GRAIN, LEAF_BYTES, SLOT};
@@ -111,8 +112,8 @@ impl<'a> Delta<'a> {
         let mut buffer = vec![0; (to - from).min(CHUNK as u64) as usize];
         for at in (from..to).step_by(CHUNK) {
             let len = (to - at).min(CHUNK as u64) as usize;
-            let there =
-                read_at(file, &mut buffer[..len], at).map_err(|error| Error::io("read", &target.path, error))?;
+            let there = files::read_full(file, at, &mut buffer[..len])
+                .map_err(|error| Error::io("read", &target.path, error))?;
             let mut begins = 0;
             for unit in buffer[..len].chunks(known.unit()) {
                 let ends = begins + unit.len();
@@ -172,18 +173,4 @@ fn open(target: &Target) -> Result<File> {
     let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
     let opened = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&target.path);
     opened.map_err(|error| Error::io("open", &target.path, error))
-}
-
-/// Fills `buf` from `at` of a file as far as it goes; gives how far.
-fn read_at(file: &File, buf: &mut [u8], at: u64) -> std::io::Result<usize> {
-    let mut filled = 0;
-    while filled < buf.len() {
-        match file.read_at(&mut buf[filled..], at + filled as u64) {
-            Ok(0) => break,
-            Ok(read) => filled += read,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(filled)
 }
